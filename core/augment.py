@@ -1,0 +1,78 @@
+"""Joint random similarity of images and landmarks in any dimension, and intensity changes, batched on the device."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.config import Augmentation
+
+
+def draw_affines(count: int, size: tuple[int, ...], settings: Augmentation, generator: torch.Generator) -> Tensor:
+    """(count, D, D + 1) float64 maps from source to augmented pixel coordinates, rotation and scale about the centre.
+
+    With probability 1 - settings.probability a map is the identity. In 3D every plane of axes is rotated in turn.
+    """
+    dims, device = len(size), generator.device
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator, device=device, dtype=torch.float64) * 2 - 1) * limit
+
+    planes = list(combinations(range(dims), 2))
+    angles = torch.deg2rad(uniform(settings.rotation_degrees, count, len(planes)))
+    factors = 1 + uniform(settings.scale, count)
+    shifts = uniform(settings.translation, count, dims) * torch.tensor(size, device=device)
+    used = torch.rand(count, generator=generator, device=device) < settings.probability
+    identity = torch.eye(dims, device=device, dtype=torch.float64)
+    matrix = identity.expand(count, dims, dims)
+    for index, (first, second) in enumerate(planes):
+        turn = identity.repeat(count, 1, 1)
+        cosine, sine = angles[:, index].cos(), angles[:, index].sin()
+        turn[:, first, first], turn[:, second, second] = cosine, cosine
+        turn[:, first, second], turn[:, second, first] = -sine, sine
+        matrix = turn @ matrix
+    matrix = torch.where(used[:, None, None], matrix * factors[:, None, None], identity)
+    shifts = torch.where(used[:, None], shifts, torch.zeros_like(shifts))
+    centre = (torch.tensor(size, device=device, dtype=torch.float64) - 1) / 2
+    offset = centre + shifts - matrix @ centre
+    return torch.cat((matrix, offset[..., None]), dim=2)
+
+
+def move_points(points: Tensor, affines: Tensor) -> Tensor:
+    """(B, N, D) points through (B, D, D + 1) maps; NaN stays NaN."""
+    return points @ affines[:, :, :-1].transpose(1, 2) + affines[:, None, :, -1]
+
+
+def warp_images(images: Tensor, affines: Tensor) -> Tensor:
+    """(B, C, *size) resampled (linear, border replicated) so that what was at p lies at affine(p)."""
+    size = images.shape[2:]
+    half = torch.tensor(size, device=images.device, dtype=torch.float64) / 2
+    inverse = torch.linalg.inv(affines[:, :, :-1])
+    offset = -(inverse @ affines[:, :, -1:])[..., 0]
+    # grid_sample's frame: u = (i + 0.5) / half - 1 on each axis, axes reversed (x first)
+    matrix = inverse * half / half[:, None]
+    shift = (inverse @ (half - 0.5) + offset + 0.5) / half - 1
+    theta = torch.cat((matrix.flip(1, 2), shift.flip(1)[..., None]), dim=2)
+    grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def change_intensity(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """(B, C, *size) in [0, 1]: random gamma, contrast and brightness, one draw per image, clipped to [0, 1]."""
+    shape = (images.shape[0], *(1,) * (images.ndim - 1))
+    gamma, contrast, brightness = (
+        (torch.rand(shape, generator=generator, device=images.device) * 2 - 1) * strength for _ in range(3))
+    return ((images.clamp(0, 1) ** torch.exp(gamma) - 0.5) * (1 + contrast) + 0.5 + brightness / 2).clamp(0, 1)
+
+
+def augment(images: Tensor, points: Tensor | None, settings: Augmentation,
+            generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Augment a batch; image and landmarks move together exactly. (B, C, *size), (B, N, D) or None -> the same."""
+    affines = draw_affines(images.shape[0], tuple(images.shape[2:]), settings, generator)
+    images = warp_images(images, affines)
+    if settings.intensity:
+        images = change_intensity(images, settings.intensity, generator)
+    return images, None if points is None else move_points(points, affines)

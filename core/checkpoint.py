@@ -1,0 +1,145 @@
+"""Atomic files, training states that survive crashes, weights as safetensors, and the published checkpoint format."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from core.config import UNet as UNetConfig
+from core.errors import UserError
+from core.unet import UNet
+
+PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file, fsync and rename: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save_state(run_dir: Path, state: dict[str, Any]) -> None:
+    """Save everything stateful as last.pt; what last.pt was becomes previous.pt. No moment is without a whole file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    last = run_dir / "last.pt"
+    if last.exists():
+        link = run_dir / ".previous.tmp"
+        link.unlink(missing_ok=True)
+        os.link(last, link)
+        link.replace(run_dir / "previous.pt")
+    write_atomically(last, buffer.getvalue())
+
+
+def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]:
+    """Read last.pt or previous.pt (`which`); a damaged last.pt ends in one line that offers previous.pt."""
+    path = run_dir / f"{which}.pt"
+    try:
+        return read_pickle(path)
+    except UserError as error:
+        previous = run_dir / "previous.pt"
+        if which == "last" and previous.is_file():
+            step = read_pickle(previous)["step"]
+            raise UserError(f"{error}; previous.pt (step {step}) is whole: continue from it with "
+                            f"{resume_command} --resume previous") from None
+        raise
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """torch.load with weights_only on the CPU; UserError in one line when missing, truncated or unsafe."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network read from a file: its tensors and what is needed to rebuild it."""
+
+    tensors: dict[str, Tensor]
+    unet: UNetConfig
+    channels: int
+    out_channels: int
+    header: dict[str, Any]  # kind, iteration, config and so on; for published files what their pickle says
+
+    def build(self, size: tuple[int, ...]) -> UNet:
+        """The network with these weights, for inputs of `size`."""
+        model = UNet(self.unet, self.channels, self.out_channels, size)
+        model.load_state_dict(self.tensors)
+        return model
+
+
+def save_weights(path: Path, model: UNet, config: dict[str, Any], header: dict[str, Any]) -> None:
+    """Write a safetensors file whose header holds the full config, `header` (kind, iteration ...) and code version."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    full = {"format": "landmark-unet-1", "code_version": code_version(), "channels": model.channels,
+            "out_channels": model.final_conv.out_channels, "config": config, **header}
+    write_atomically(path, safetensors_bytes(tensors, metadata={"header": json.dumps(full)}))
+
+
+def load_weights(path: Path) -> Weights:
+    """Read our .safetensors or a published .pt; UserError in one line for anything else."""
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
+    if path.suffix == ".pt":
+        return _read_published(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["header"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
+    unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
+    return Weights(tensors, unet, header["channels"], header["out_channels"], header)
+
+
+def _read_published(path: Path) -> Weights:
+    content = read_pickle(path)
+    tensors = content.get("model_state_dict")
+    if tensors is None or "init_conv.weight" not in tensors:
+        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {sorted(content)[:6]}, "
+                        'expected "model_state_dict" with "init_conv.weight"')
+    base, inputs = tensors["init_conv.weight"].shape[:2]
+    levels = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("downs."))
+    widths = [tensors[f"ups.{level}.0.block1.proj.weight"].shape[0] for level in reversed(range(levels))]
+    unet = UNetConfig(base_channels=base, channel_multipliers=tuple(width // base for width in widths),
+                      norm_groups=PUBLISHED_GROUPS, attention_heads=PUBLISHED_HEADS,
+                      attention_head_channels=PUBLISHED_HEAD_CHANNELS)
+    header = {"kind": "published", "iteration": content.get("n_iter"), "epoch": content.get("epoch")}
+    return Weights(tensors, unet, inputs // 2, tensors["final_conv.weight"].shape[0], header)
+
+
+def code_version() -> str:
+    """The commit of this code, or "unknown" outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"],
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,360 @@
+"""One JSON file for a whole study: strict, frozen, with `extends`, `--set` overrides and a generated JSON Schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import UserError, did_you_mean
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and refusing unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Experiment(Section):
+    """What the study is called, where it goes and what it runs on."""
+
+    name: str = Field("experiment", pattern=r"^[\w.-]+$", description="folder name below output_dir")
+    output_dir: str = "runs"
+    seed: int = 0
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
+    compile: bool = Field(False, description="torch.compile the network's training step")
+
+
+class Augmentation(Section):
+    """Random similarity applied to image and landmarks together, and intensity changes."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    rotation_degrees: float = Field(2.0, ge=0)
+    scale: float = Field(0.02, ge=0, lt=1, description="factor drawn from 1 +- scale")
+    translation: float = Field(0.02, ge=0, lt=1, description="fraction of the size, each axis")
+    intensity: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and gamma; 0 = off")
+
+
+class PhantomData(Section):
+    """Synthetic radiographs written to dataset.root when it does not exist yet."""
+
+    count: int = Field(210, gt=151, description="150 for training and validation, the rest for testing")
+    size: tuple[int, int] = Field((300, 242), description="height, width in pixels")
+    seed: int = 0
+
+
+class Dataset(Section):
+    """Where images and landmarks come from and how they become tensors."""
+
+    name: str = Field("dataset", pattern=r"^[\w.-]+$")
+    layout: Literal["cephalo", "chest", "hand", "folder"] = "folder"
+    root: str = "datasets/mine"
+    image_size: tuple[int, ...] = Field((256, 256), description="height, width of the network's input")
+    unlabelled_dirs: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = Field((), description="image ids left out of every split")
+    spacing_mm: float | None = Field(None, gt=0, description="overrides the layout's mm per pixel")
+    cache_dir: str = "runs/cache"
+    intensity: Literal["minmax", "percentile", "window"] = "minmax"
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    window: tuple[float, float] | None = Field(None, description="low, high intensities mapped to 0..1")
+    phantom: PhantomData | None = None
+
+    @model_validator(mode="after")
+    def _window_is_given(self) -> Dataset:
+        if self.intensity == "window" and (self.window is None or self.window[0] >= self.window[1]):
+            raise ValueError('dataset.intensity "window" needs dataset.window = [low, high] with low < high')
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError("dataset.percentiles must be two numbers, 0 <= low < high <= 100")
+        return self
+
+
+class UNet(Section):
+    """The network; the defaults are the published weights' shape but for base_channels."""
+
+    base_channels: int = Field(64, gt=0, multiple_of=4)
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    blocks_per_level: int = Field(2, gt=0)
+    norm_groups: int = Field(4, gt=0)
+    attention_heads: int = Field(4, gt=0)
+    attention_head_channels: int = Field(32, gt=0)
+    full_attention_sizes: tuple[int, ...] = Field(
+        (), description="feature-map sizes with full attention in place of linear attention (middle is always full)"
+    )
+    linear_attention: bool = Field(True, description="linear attention on the other levels")
+    input_slot: bool = Field(True, description="the published network's unused zero input channel (kept in files)")
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> UNet:
+        if self.base_channels % self.norm_groups:
+            raise ValueError(f"unet.norm_groups {self.norm_groups} must divide base_channels {self.base_channels}")
+        return self
+
+
+class Clip(Section):
+    """Gradient clipping."""
+
+    mode: Literal["none", "value", "norm"] = "none"
+    limit: float = Field(1.0, gt=0)
+
+
+class DDPM(Section):
+    """Denoising diffusion pre-training."""
+
+    num_train_timesteps: int = Field(500, gt=1)
+    min_timestep: int = Field(0, ge=0, description="smallest timestep drawn in training (the published code: 1)")
+    schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] = "linear"
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    loss: Literal["l1", "l2", "huber"] = "l2"
+    iterations: int = Field(10000, gt=0, description="optimiser steps")
+    checkpoint_iterations: tuple[int, ...] = (4000, 6000, 8000, 10000)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_iterations: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    batch_size: int = Field(8, gt=0)
+    accumulation: int = Field(1, gt=0)
+    accumulation_reduction: Literal["mean", "sum"] = "mean"
+    sampling: Literal["stream", "epoch"] = Field(
+        "stream", description="stream: endless permutations; epoch: drop_last and a step for the last partial group"
+    )
+    clip: Clip = Clip(mode="norm", limit=1.0)
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    augmentation: Augmentation = Augmentation()
+    log_every: int = Field(20, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    sample_every: int = Field(2000, gt=0)
+    save_every: int = Field(500, gt=0)
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampling_steps: int = Field(50, gt=0, description="DDIM steps")
+    sample_count: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _iterations_fit(self) -> DDPM:
+        late = [i for i in self.checkpoint_iterations if not 0 < i <= self.iterations]
+        if late or not self.checkpoint_iterations:
+            raise ValueError(f"ddpm.checkpoint_iterations {late} must lie within 1..ddpm.iterations ({self.iterations})")
+        if self.min_timestep >= self.num_train_timesteps:
+            raise ValueError("ddpm.min_timestep must be below ddpm.num_train_timesteps")
+        if self.sampling_steps > self.num_train_timesteps:
+            raise ValueError("ddpm.sampling_steps must not exceed ddpm.num_train_timesteps")
+        return self
+
+
+class Finetune(Section):
+    """Supervised training of the detector on a few labelled images."""
+
+    backbones: tuple[Literal["ddpm", "scratch"], ...] = ("ddpm", "scratch")
+    shots: tuple[int, ...] = (1, 5, 10, 25, 50)
+    draws: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0,)
+    selection: Literal["first", "random"] = Field("random", description="first k images (the paper) or a seeded draw")
+    pretraining_iteration: int | None = Field(None, description="which EMA checkpoint; null = the last one")
+    checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
+    timestep: int | None = Field(None, ge=0, description="null: no timestep embedding (the paper), or a fixed one")
+    loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
+    target: Literal["disk", "gaussian", "pixel"] = "disk"
+    sigma: float = Field(5.0, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
+    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation"] = "component_centroid"
+    validation: Literal["official", "none"] | int = Field(
+        "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"
+    )
+    iterations: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
+    epochs: int | None = Field(None, gt=0)
+    learning_rate: dict[str, float] = Field({"ddpm": 1e-4, "scratch": 1e-4}, description="for each backbone")
+    weight_decay: float = Field(0.01, ge=0)
+    scheduler: Literal["plateau", "cosine", "constant"] = "cosine"
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    plateau_patience: int = Field(13, ge=0)
+    warmup_iterations: int = Field(0, ge=0)
+    early_stop_patience: int | None = Field(None, gt=0, description="validations without improvement; null = off")
+    validate_every: int | None = Field(None, gt=0, description="optimiser steps; null = every epoch")
+    batch_size: int = Field(8, gt=0)
+    accumulation: int = Field(1, gt=0)
+    accumulation_reduction: Literal["mean", "sum"] = "mean"
+    sampling: Literal["stream", "epoch"] = "stream"
+    clip: Clip = Clip()
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="null = no moving average")
+    augmentation: Augmentation = Augmentation()
+    log_every: int = Field(10, gt=0)
+    save_every: int = Field(100, gt=0)
+
+    @model_validator(mode="after")
+    def _budget_and_rates(self) -> Finetune:
+        if (self.iterations is None) == (self.epochs is None):
+            raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
+        if any(k < 1 for k in self.shots):
+            raise ValueError("finetune.shots must be 1 or more")
+        missing = [b for b in self.backbones if b not in self.learning_rate]
+        if missing:
+            raise ValueError(f"finetune.learning_rate lacks {missing}; it names a rate for each backbone")
+        needs_validation = self.scheduler == "plateau" or self.early_stop_patience is not None
+        if self.validation == "none" and needs_validation:
+            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine or constant, '
+                             "early_stop_patience null")
+        if isinstance(self.validation, int) and self.validation < 1:
+            raise ValueError('finetune.validation must be "official", "none" or a number of at least 1')
+        if isinstance(self.validation, int) and self.validation >= min(self.shots):
+            raise ValueError(f"finetune.validation {self.validation} leaves no training image at {min(self.shots)} shots")
+        return self
+
+
+class Evaluation(Section):
+    """How predictions are scored."""
+
+    split: Literal["test", "validation"] = Field("test", description="choose settings on validation, test once")
+    batch_size: int = Field(16, gt=0)
+    sdr_thresholds: tuple[float, ...] | None = Field(None, description="null = the data set's own")
+    overlays: int = Field(12, ge=0, description="worst cases drawn in full")
+
+
+class Report(Section):
+    """The HTML page."""
+
+    title: str | None = None
+    overlays: int = Field(4, ge=0, description="worst cases shown per run")
+
+
+class Config(Section):
+    """The whole file."""
+
+    schema_: str | None = Field(None, alias="$schema")
+    is_3d: bool = False
+    experiment: Experiment = Experiment()
+    dataset: Dataset = Dataset()
+    unet: UNet = UNet()
+    ddpm: DDPM = DDPM()
+    finetune: Finetune
+    evaluation: Evaluation = Evaluation()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Config:
+        dims = 3 if self.is_3d else 2
+        if len(self.dataset.image_size) != dims:
+            raise ValueError(f"dataset.image_size needs {dims} numbers when is_3d is {str(self.is_3d).lower()}")
+        if self.is_3d:
+            raise ValueError("is_3d: volumes are not supported yet; set it to false")
+        check_divisible(self.dataset.image_size, len(self.unet.channel_multipliers))
+        fixed = self.finetune.timestep
+        if fixed is not None and fixed >= self.ddpm.num_train_timesteps:
+            raise ValueError(f"finetune.timestep {fixed} must be below ddpm.num_train_timesteps")
+        return self
+
+    @property
+    def experiment_dir(self) -> Path:
+        """runs/<experiment>."""
+        return Path(self.experiment.output_dir) / self.experiment.name
+
+    def plain(self) -> dict[str, Any]:
+        """The config as JSON types, ready for a file."""
+        return self.model_dump(mode="json", exclude={"schema_"})
+
+
+def check_divisible(size: tuple[int, ...], levels: int) -> None:
+    """Raise ValueError in one line, naming the nearest sizes, where `levels` halvings do not divide `size`."""
+    step = 2 ** (levels - 1)
+    bad = [n for n in size if n % step or n < step]
+    if bad:
+        near = [f"{max(step, n // step * step)} or {n // step * step + step}" for n in bad]
+        raise ValueError(f"dataset.image_size {list(size)}: {levels} levels need multiples of {step}; "
+                         f"nearest to {bad[0]}: {near[0]}")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path`, follow its `extends`, apply `section.key=value` overrides and validate; raises UserError."""
+    values = _read(Path(path), ())
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str) -> Config:
+    """Validate plain values; `where` names them in the one-line UserError."""
+    try:
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The --config and --set options that every command shares."""
+    parser.add_argument("--config", default=str(CONFIG_DIR / "demo.json"), help="the study's JSON file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
+                        help="override single values, for example --set ddpm.iterations=2000")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
+        raise UserError(f"config file {path} does not exist; configs/ holds {names}")
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name one file")
+    return _merge(_read(path.parent / parent, (*seen, path)), values)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = base.keys() & top.keys()
+    nested = {k: _merge(base[k], top[k]) for k in both if isinstance(base[k], dict) and isinstance(top[k], dict)}
+    return {**base, **top, **nested}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: must read section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {section} is not a section")
+    values[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in first["loc"][:-1]:
+            model = model.model_fields[part].annotation
+            model = next((a for a in (model, *getattr(model, "__args__", ())) if hasattr(a, "model_fields")), Section)
+        names = sorted(f.alias or n for n, f in model.model_fields.items())
+        return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), names)}; valid: {', '.join(names)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def write_schema(path: Path = CONFIG_DIR / "schema.json") -> None:
+    """Generate the JSON Schema that editors use to complete and check configs."""
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "a config file to inherit from"}
+    schema["required"] = []
+    path.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    write_schema()

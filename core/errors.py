@@ -1,0 +1,36 @@
+"""How every command reports a user's mistake: one line on stderr, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line that names the file or key and the valid choices."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM reached a training loop; the message says how to resume. State is already on disk."""
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """' (did you mean "x"?)' for the closest of `choices`, or an empty string."""
+    close = get_close_matches(word, choices, n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and turn its outcome into an exit status: 0 done, 2 user's mistake, 130 interrupted."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was being trained; run the same command again", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,100 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from core.checkpoint import code_version, write_atomically, write_json
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pandas", "scipy", "safetensors", "pydantic")
+
+
+class RunLog:
+    """Appends to metrics.jsonl and TensorBoard; on resume forgets what lies beyond `step`."""
+
+    def __init__(self, run_dir: Path, title: str, step: int, total: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports for a second: only where something is trained
+
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.file = self.path.open("a", encoding="utf8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.bar = tqdm(total=total, initial=step, desc=title, unit="step", dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.images, self.started = 0, time.perf_counter()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.board.close()
+        self.file.close()
+
+    def advance(self, images: int) -> None:
+        """One optimiser step over `images` images is done."""
+        self.images += images
+        self.bar.update()
+
+    def rate(self) -> float:
+        """Images per second since the last call."""
+        now = time.perf_counter()
+        rate = self.images / max(now - self.started, 1e-9)
+        self.images, self.started = 0, now
+        return rate
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, the same to TensorBoard, the loss on the bar."""
+        line = {"step": step, **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        shown = {"loss": "loss", "validation_loss": "val", "images_per_second": "img/s"}
+        self.bar.set_postfix({short: f"{values[name]:.4g}" for name, short in shown.items() if name in values})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_run_config(run_dir: Path, config: dict[str, Any], run: dict[str, Any]) -> None:
+    """Leave config.json: the study's config, this run's identity, packages, code commit and hardware."""
+    write_json(run_dir / "config.json", {**config, "run": run, "environment": environment()})
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, code commit and hardware."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), "packages": versions, "code_version": code_version(),
+            "platform": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

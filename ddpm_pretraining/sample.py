@@ -1,0 +1,50 @@
+"""Draw images from a pre-trained checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from core.checkpoint import load_weights
+from core.config import add_config_arguments, load_config
+from core.errors import UserError, run_command
+from core.train_loop import autocast, resolve_device, resolve_precision, step_generator
+from ddpm_pretraining.diffusion import Diffusion
+from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample
+from ddpm_pretraining.train import checkpoint_path, save_picture
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_pretraining.sample", description=__doc__,
+        epilog="example: python -m ddpm_pretraining.sample --config configs/cephalo.json --iteration 8000 --count 16")
+    add_config_arguments(parser)
+    parser.add_argument("--iteration", type=int, help="which EMA checkpoint (default: the last configured one)")
+    parser.add_argument("--weights", type=Path, help="a weights file instead: ours or published")
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="default: ddpm.sampler of the config")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="PNG to write (default: below the run's samples/)")
+    arguments = parser.parse_args()
+    if arguments.count < 1:
+        raise UserError(f"--count {arguments.count}: must be 1 or more")
+    config = load_config(arguments.config, arguments.set)
+    iteration = arguments.iteration or max(config.ddpm.checkpoint_iterations)
+    weights = load_weights(arguments.weights or checkpoint_path(config, iteration))
+    device = resolve_device(config.experiment.device)
+    model = weights.build(config.dataset.image_size).to(device).eval()
+    generator = step_generator(arguments.seed, 0, 0, device)
+    shape = (arguments.count, weights.channels, *config.dataset.image_size)
+    with autocast(device, resolve_precision(config.experiment.precision, device)):
+        images = sample(Diffusion(config.ddpm, device), model, shape, generator,
+                        arguments.sampler or config.ddpm.sampler, "sampling")[-1]
+    out = arguments.out or config.experiment_dir / "ddpm" / "samples" / f"drawn_iter{iteration:06d}.png"
+    save_picture(out, grid_picture(torch.as_tensor(images), max(1, round(arguments.count**0.5))))
+    print(f"{arguments.count} samples: {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

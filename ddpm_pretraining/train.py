@@ -1,0 +1,166 @@
+"""Pre-train the diffusion U-Net on unlabelled images and keep EMA checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from core.study import check_unchanged
+from PIL import Image
+from torch import Tensor, nn
+
+from core.augment import augment
+from core.checkpoint import save_weights, write_atomically
+from core.config import Config, add_config_arguments, load_config
+from core.dataset import ImageSet, load_images, load_source
+from core.errors import run_command
+from core.runlog import write_run_config
+from core.train_loop import (
+    BatchPlan,
+    LoopSettings,
+    Training,
+    resolve_device,
+    resolve_precision,
+    step_generator,
+    train,
+)
+from core.unet import UNet
+from ddpm_pretraining.diffusion import Diffusion
+from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
+
+VALIDATION_SEED = 987654321
+FREE_TO_CHANGE = ("ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every", "ddpm.save_every",
+                  "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count", "ddpm.checkpoint_iterations")
+
+
+class Denoising:
+    """The pre-training task: predict the noise that was added (paper eq. 5)."""
+
+    def __init__(self, config: Config, run_dir: Path, training: ImageSet, validation: ImageSet | None) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.device = resolve_device(config.experiment.device)
+        self.training = training.to(self.device)
+        self.validation = None if validation is None else validation.to(self.device)
+        self.diffusion = Diffusion(config.ddpm, self.device)
+
+    def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Mean noise-prediction loss of one micro-batch."""
+        images = self.training.images[torch.from_numpy(indices)].to(self.device)
+        images, _ = augment(images, None, self.config.ddpm.augmentation, generator)
+        timesteps = self.diffusion.draw_timesteps(len(images), generator)
+        noise = torch.randn(images.shape, generator=generator, device=self.device)
+        return self.diffusion.losses(model, images, noise, timesteps).mean()
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """File names of a micro-batch."""
+        return [self.training.records[i].image.name for i in indices]
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Loss on the validation images, whole and by quartile of the timestep; the same noise every time."""
+        if self.validation is None:
+            return {}
+        generator = step_generator(VALIDATION_SEED, 0, 0, self.device)
+        total = self.config.ddpm.num_train_timesteps
+        quartiles = []
+        for quartile in range(4):
+            losses = []
+            for images in self.validation.images.split(self.config.evaluation.batch_size):
+                images = images.to(self.device)
+                low, high = quartile * total // 4, (quartile + 1) * total // 4
+                timesteps = torch.randint(low, high, (len(images),), generator=generator, device=self.device)
+                noise = torch.randn(images.shape, generator=generator, device=self.device)
+                losses.append(self.diffusion.losses(model, images, noise, timesteps))
+            quartiles.append(torch.cat(losses).mean().item())
+        figures = {f"validation_loss_q{i + 1}": loss for i, loss in enumerate(quartiles)}
+        return {"validation_loss": sum(quartiles) / 4, **figures}
+
+    def milestone(self, model: nn.Module, step: int) -> None:
+        """Keep the EMA weights and draw pictures at the configured steps."""
+        ddpm = self.config.ddpm
+        if step in ddpm.checkpoint_iterations:
+            header = {"kind": "ddpm", "iteration": step, "dataset": self.config.dataset.name}
+            save_weights(checkpoint_path(self.config, step), model, self.config.plain(), header)
+        if step % ddpm.sample_every == 0 or step == ddpm.iterations:
+            self._save_pictures(model, step)
+
+    def _save_pictures(self, model: nn.Module, step: int) -> None:
+        ddpm = self.config.ddpm
+        generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
+        shape = (ddpm.sample_count, model.channels, *self.training.size)
+        images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
+        columns = max(1, round(ddpm.sample_count**0.5))
+        save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns))
+        shown = (self.validation or self.training).images[:2].to(self.device)
+        strip = denoising_strip(self.diffusion, model, shown, generator)
+        save_picture(self.run_dir / "samples" / f"strip_iter{step:06d}.png", strip)
+
+    def improved(self, model: nn.Module, step: int) -> None:
+        """Nothing: the checkpoint is chosen by iteration, not by denoising loss."""
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG atomically."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def checkpoint_path(config: Config, iteration: int) -> Path:
+    """runs/<experiment>/ddpm/ema_iter004000.safetensors."""
+    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
+
+
+def loop_settings(config: Config) -> LoopSettings:
+    """The loop's settings for pre-training."""
+    ddpm, experiment = config.ddpm, config.experiment
+    device = resolve_device(experiment.device)
+    pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
+    return LoopSettings(
+        title=f"pre-train {config.dataset.name}", iterations=ddpm.iterations, seed=experiment.seed, device=device,
+        precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
+        weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
+        ema_decay=ddpm.ema_decay, log_every=ddpm.log_every, save_every=ddpm.save_every,
+        validate_every=ddpm.validate_every, warmup_iterations=ddpm.warmup_iterations, compile=experiment.compile,
+        milestones=frozenset(pictures | set(ddpm.checkpoint_iterations)))
+
+
+def pretrain(config: Config, resume: str | None = None) -> Path:
+    """Pre-train as the config says; returns the run's folder. A finished run returns at once."""
+    run_dir = config.experiment_dir / "ddpm"
+    if resume is None and (run_dir / "last.pt").exists():
+        resume = "last"
+    check_unchanged(run_dir, config, ("experiment.seed", "dataset", "unet", "ddpm"), FREE_TO_CHANGE)
+    source = load_source(config.dataset)
+    images = load_images(source.pretraining_records(), config.dataset, "images")
+    held = source.splits["validation"]
+    validation = load_images(held, config.dataset) if held else None
+    torch.manual_seed(config.experiment.seed)
+    model = UNet(config.unet, images.images.shape[1], images.images.shape[1], images.size)
+    ddpm, settings = config.ddpm, loop_settings(config)
+    plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
+    training = Training(model, Denoising(config, run_dir, images, validation), plan, settings)
+    write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
+                                               "precision": settings.precision, "device": str(settings.device)})
+    command = f"python -m ddpm_pretraining.train --config {run_dir / 'config.json'}"
+    train(training, run_dir, resume, command)
+    return run_dir
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_pretraining.train", description=__doc__,
+        epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000")
+    add_config_arguments(parser)
+    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
+                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    arguments = parser.parse_args()
+    run_dir = pretrain(load_config(arguments.config, arguments.set), arguments.resume)
+    print(f"pre-training is done: {run_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""Landmarks to heatmaps and back, in any number of dimensions (the length of the heatmap's size).
+
+Points are (B, N, D) in the tensor's axis order, pixel centres at integers, NaN where not annotated.
+Heatmaps are (B, N, *size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from core.errors import UserError, did_you_mean
+from landmarks_finetuning.losses import LOG_PROBABILITIES
+
+LOG_2 = float(np.log(2.0))
+
+
+# ---- drawing
+
+
+def draw_target(points: Tensor, size: Sequence[int], kind: str, sigma: float) -> Tensor:
+    """Heatmaps (B, N, *size), float32 on the points' device, of the landmarks `points` (B, N, D); sigma in pixels.
+
+    `kind` is a key of TARGETS. A NaN landmark, and one so far outside that nothing of it falls in, is all zeros.
+    Raises UserError for an unknown kind.
+    """
+    draw = _choose(TARGETS, kind, "finetune.target")
+    if points.shape[-1] != len(size):
+        raise ValueError(f"points with {points.shape[-1]} coordinates do not fit a size of {len(size)} axes")
+    return draw(points.float(), tuple(size), sigma)
+
+
+def _draw_pixel(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    """1 at the pixel that holds the position (rounded, half to even, clipped into the image); sigma is not used."""
+    return _nearest_pixel(points, size).float()
+
+
+def _draw_disk(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    """1 where exp(-d^2 / (2 sigma^2)) > 1/2; a disk too small to reach a pixel centre becomes the nearest pixel."""
+    return ((_gaussian(points, size, sigma) > 0.5) | _nearest_pixel(points, size)).float()
+
+
+def _draw_gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    """exp(-d^2 / (2 sigma^2)), 1 at the sub-pixel position; zeros where the disk would be all zeros.
+
+    A landmark far outside must not leave its faint tail: a loss that normalises the target would make it certain.
+    """
+    gaussian = _gaussian(points, size, sigma)
+    reaches = ((gaussian > 0.5) | _nearest_pixel(points, size)).flatten(2).any(dim=2)
+    return torch.where(reaches[(..., *(None,) * len(size))], gaussian, 0.0)
+
+
+def _gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    squared_distance = 0.0
+    for axis, length in enumerate(size):
+        offsets = torch.arange(length, device=points.device) - points[..., axis, None]
+        squared_distance = squared_distance + _along(axis, len(size), offsets.square())
+    return torch.exp(squared_distance / (-2.0 * sigma**2))
+
+
+def _nearest_pixel(points: Tensor, size: tuple[int, ...]) -> Tensor:
+    """True at the one pixel whose area holds the point; all False outside [-0.5, length - 0.5] or for NaN."""
+    nearest = torch.tensor(True, device=points.device)
+    for axis, length in enumerate(size):
+        position = points[..., axis, None]
+        inside = (position >= -0.5) & (position <= length - 0.5)
+        hit = torch.arange(length, device=points.device) == position.round().clamp(0, length - 1)
+        nearest = nearest & _along(axis, len(size), hit & inside)
+    return nearest
+
+
+def _along(axis: int, dims: int, values: Tensor) -> Tensor:
+    """View (B, N, K) as (B, N, 1, .., K, .., 1): the values vary along one of `dims` spatial axes."""
+    return values.reshape(*values.shape[:2], *(1,) * axis, -1, *(1,) * (dims - axis - 1))
+
+
+TARGETS = {"disk": _draw_disk, "gaussian": _draw_gaussian, "pixel": _draw_pixel}
+
+
+# ---- decoding: (raw outputs, log-probabilities, sigma) -> points
+
+
+def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tensor, Tensor]:
+    """Points (B, N, D) and confidences (B, N) in [0, 1], float64 on the CPU, from raw outputs (B, N, *size).
+
+    The probability map is the softmax the network was trained with (`loss`): over the pixels of each heatmap, or
+    over the landmarks at each pixel. Confidence looks at the window of +-2 sigma pixels along each axis around the
+    decoded point: the probability mass in it (softmax over pixels), or the mean probability that its pixels
+    belong to this landmark (softmax over landmarks). `decoder` is a key of DECODERS.
+    Raises UserError for an unknown decoder or loss, outputs that are not finite, or a 2D decoder on a volume.
+    """
+    locate = _choose(DECODERS, decoder, "finetune.decoder")
+    log_probability = _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs)
+    if not torch.isfinite(outputs).all():
+        raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
+    points = locate(outputs, log_probability, sigma)
+    return points, _confidence(log_probability, points, loss, sigma)
+
+
+def argmax(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+    """The most probable pixel; where probabilities are equal (they round to 1), the one of the largest raw output."""
+    return _peak(outputs, log_probability).cpu().double()
+
+
+def local_expectation(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+    """Sub-pixel mean of the probability map in the window of +-max(1, round(sigma)) pixels around the argmax."""
+    radius = max(1, round(sigma))
+    peak = _peak(outputs, log_probability)
+    weights, _ = _window(log_probability, peak, radius)
+    steps = torch.arange(-radius, radius + 1, device=weights.device).expand(1, 1, -1)
+    moments = [(weights * _along(axis, peak.shape[-1], steps)).flatten(2).sum(dim=2) for axis in range(peak.shape[-1])]
+    offsets = torch.stack(moments, dim=-1) / weights.flatten(2).sum(dim=2)[..., None]
+    return peak.cpu().double() + offsets.cpu().double()
+
+
+def component_centroid(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+    """Unweighted centroid of the largest face-connected component above half the probability map's maximum.
+
+    With the softmax over landmarks the map is the probability of the landmark at each pixel: the loss leaves the
+    background free, so a component may be a cell between neighbours rather than a disk.
+    """
+    half_maximum = log_probability.flatten(2).amax(dim=2) - LOG_2
+    masks = log_probability > half_maximum[(..., *(None,) * (outputs.ndim - 2))]
+    return _for_each_heatmap(_largest_component_centroid, masks.cpu().numpy())
+
+
+def contour_centroid(outputs: Tensor, log_probability: Tensor | None = None, sigma: float | None = None) -> Tensor:
+    """The published decoder, 2D only, for the paper's scorer: RAW outputs, half maximum, outer contour, moments.
+
+    A contour of zero area, or a heatmap whose maximum is not above 0, leaves the point at (0, 0).
+    """
+    if outputs.ndim != 4:
+        raise UserError("contour_centroid decodes 2D heatmaps only; choose component_centroid, argmax or "
+                        "local_expectation for volumes")
+    return _for_each_heatmap(_largest_contour_centroid, outputs.float().cpu().numpy())
+
+
+DECODERS = {"component_centroid": component_centroid, "contour_centroid": contour_centroid, "argmax": argmax,
+            "local_expectation": local_expectation}
+
+
+def _largest_component_centroid(mask: np.ndarray) -> np.ndarray:
+    labels, _ = ndimage.label(mask)
+    largest = np.bincount(labels.ravel())[1:].argmax() + 1
+    return np.argwhere(labels == largest).mean(axis=0)
+
+
+def _largest_contour_centroid(heatmap: np.ndarray) -> tuple[float, float]:
+    mask = (heatmap > heatmap.max() / 2).astype(np.uint8)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:  # nothing exceeds half of a maximum that is not above 0
+        return 0.0, 0.0
+    moments = cv2.moments(max(contours, key=cv2.contourArea))
+    if moments["m00"] == 0:
+        return 0.0, 0.0
+    return moments["m01"] / moments["m00"], moments["m10"] / moments["m00"]
+
+
+def _for_each_heatmap(locate, heatmaps: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array([[locate(heatmap) for heatmap in image] for image in heatmaps], dtype=np.float64))
+
+
+def _peak(outputs: Tensor, log_probability: Tensor) -> Tensor:
+    """Integer position (B, N, D) of each heatmap's maximum probability; the raw outputs break ties."""
+    flat = log_probability.flatten(2)
+    highest = flat == flat.amax(dim=2, keepdim=True)
+    flat = torch.where(highest, outputs.float().flatten(2), -torch.inf).argmax(dim=2)
+    return torch.stack(torch.unravel_index(flat, log_probability.shape[2:]), dim=-1)
+
+
+def _window(log_probability: Tensor, centre: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, N, 2 radius + 1, ..) around integer centres (B, N, D), 0 outside; and the inside mask."""
+    size = log_probability.shape[2:]
+    steps = torch.arange(-radius, radius + 1, device=centre.device)
+    flat, inside = torch.zeros((), dtype=torch.long, device=centre.device), torch.tensor(True, device=centre.device)
+    for axis, length in enumerate(size):
+        index = _along(axis, len(size), centre[..., axis, None] + steps)
+        inside = inside & (index >= 0) & (index < length)
+        flat = flat * length + index.clamp(0, length - 1)
+    values = log_probability.flatten(2).gather(2, flat.flatten(2)).view(flat.shape).exp()
+    return values * inside, inside
+
+
+def _confidence(log_probability: Tensor, points: Tensor, loss: str, sigma: float) -> Tensor:
+    """Probability mass (softmax over pixels) or mean probability (over landmarks) within +-2 sigma of the points."""
+    last = torch.tensor(log_probability.shape[2:]) - 1
+    centre = torch.minimum(points.round().long().clamp(min=0), last).to(log_probability.device)
+    values, inside = _window(log_probability, centre, max(1, round(2 * sigma)))
+    confidence = values.flatten(2).sum(dim=2)
+    if loss == "cross_entropy_channels":
+        confidence = confidence / inside.flatten(2).sum(dim=2)
+    return confidence.clamp(0, 1).cpu().double()
+
+
+def _choose(registry: dict, name: str, key: str):
+    if name not in registry:
+        choices = ", ".join(registry)
+        raise UserError(f'{key}: unknown value "{name}"; choose one of {choices}{did_you_mean(name, list(registry))}')
+    return registry[name]

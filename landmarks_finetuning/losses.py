@@ -1,0 +1,47 @@
+"""Heatmap losses: which softmax turns raw network outputs into probabilities, and its cross-entropy with a target.
+
+Both losses take raw outputs and targets of shape (B, N, *size), any number of spatial dimensions, and compute in
+float32 whatever the input's precision. A landmark whose target is all zeros (not annotated) costs nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_softmax_pixels(outputs: Tensor) -> Tensor:
+    """Log-probability of each pixel within its own heatmap, (B, N, *size): exp sums to 1 over each heatmap."""
+    return outputs.float().flatten(2).log_softmax(dim=2).view(outputs.shape)
+
+
+def log_softmax_channels(outputs: Tensor) -> Tensor:
+    """Log-probability of each landmark at each pixel, (B, N, *size): exp sums to 1 over the N landmarks."""
+    return outputs.float().log_softmax(dim=1)
+
+
+def cross_entropy_pixels(outputs: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the distribution over all pixels of each heatmap, averaged over the present landmarks.
+
+    The target is normalised to sum 1 over its pixels. With a one-pixel target this is the negative log-likelihood
+    of contour-hugging heatmaps (McCouat & Voiculescu, CVPR 2022). Zero, with zero gradient, if nothing is present.
+    """
+    target = target.float()
+    mass = target.flatten(2).sum(dim=2)
+    present = mass > 0
+    cost = -(target * log_softmax_pixels(outputs)).flatten(2).sum(dim=2) / torch.where(present, mass, 1.0)
+    return cost.sum() / present.sum().clamp(min=1)
+
+
+def cross_entropy_channels(outputs: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the distribution over landmarks at each pixel: -sum_n target_n log p_n, as published.
+
+    Averaged over images and pixels. Background pixels (no target) cost nothing; where targets overlap, each counts.
+    A missing landmark adds no term, but stays one of the N classes of the softmax. With N = 1 it is always zero.
+    """
+    pixels = outputs.shape[0] * outputs[0, 0].numel()
+    return -(target.float() * log_softmax_channels(outputs)).sum() / pixels
+
+
+LOSSES = {"cross_entropy_pixels": cross_entropy_pixels, "cross_entropy_channels": cross_entropy_channels}
+LOG_PROBABILITIES = {"cross_entropy_pixels": log_softmax_pixels, "cross_entropy_channels": log_softmax_channels}
