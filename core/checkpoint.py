@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,15 +24,25 @@ from core.unet import UNet
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file, fsync and rename: readers see the old file or the new one."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block ends well (fsync, rename), and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: readers see the old file or the new one, never a part."""
+    with atomic_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -41,15 +52,14 @@ def write_json(path: Path, values: Any) -> None:
 
 def save_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Save everything stateful as last.pt; what last.pt was becomes previous.pt. No moment is without a whole file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     last = run_dir / "last.pt"
-    if last.exists():
-        link = run_dir / ".previous.tmp"
-        link.unlink(missing_ok=True)
-        os.link(last, link)
-        link.replace(run_dir / "previous.pt")
-    write_atomically(last, buffer.getvalue())
+    with atomic_file(last) as file:
+        torch.save(state, file)
+        if last.exists():
+            link = run_dir / ".previous.tmp"
+            link.unlink(missing_ok=True)
+            os.link(last, link)
+            link.replace(run_dir / "previous.pt")
 
 
 def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class DDPM(Section):
     def _iterations_fit(self) -> DDPM:
         late = [i for i in self.checkpoint_iterations if not 0 < i <= self.iterations]
         if late or not self.checkpoint_iterations:
-            raise ValueError(f"ddpm.checkpoint_iterations {late} must lie within 1..ddpm.iterations ({self.iterations})")
+            raise ValueError(f"ddpm.checkpoint_iterations {late} must lie in 1..ddpm.iterations ({self.iterations})")
         if self.min_timestep >= self.num_train_timesteps:
             raise ValueError("ddpm.min_timestep must be below ddpm.num_train_timesteps")
         if self.sampling_steps > self.num_train_timesteps:
@@ -201,7 +201,8 @@ class Finetune(Section):
         if isinstance(self.validation, int) and self.validation < 1:
             raise ValueError('finetune.validation must be "official", "none" or a number of at least 1')
         if isinstance(self.validation, int) and self.validation >= min(self.shots):
-            raise ValueError(f"finetune.validation {self.validation} leaves no training image at {min(self.shots)} shots")
+            raise ValueError(f"finetune.validation {self.validation} leaves no training image at {min(self.shots)} "
+                             "shots")
         return self
 
 
@@ -233,6 +234,8 @@ class Config(Section):
     finetune: Finetune
     evaluation: Evaluation = Evaluation()
     report: Report = Report()
+    run: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
+    environment: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Config:
@@ -254,7 +257,7 @@ class Config(Section):
 
     def plain(self) -> dict[str, Any]:
         """The config as JSON types, ready for a file."""
-        return self.model_dump(mode="json", exclude={"schema_"})
+        return self.model_dump(mode="json", exclude={"schema_", "run", "environment"})
 
 
 def check_divisible(size: tuple[int, ...], levels: int) -> None:

@@ -174,8 +174,6 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     source = load_source(config)
     groups = {**source.splits, "unlabelled": source.unlabelled}
     records = [record for group in groups.values() for record in group]
-    if config.image_size != tuple(config.image_size) or not records:
-        raise UserError(f"{config.root} holds no image to pack")
     loaded = [_load_one(record, config, tuple(config.image_size)) for record in tqdm(records, desc="packing")]
     description = {
         "layout": source.layout, "landmark_names": source.landmark_names, "unit": source.unit,
@@ -184,8 +182,10 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     }
     buffer = io.BytesIO()
     pixels = np.stack([pixels for pixels, _ in loaded])
-    peak = max(float(pixels.max()), 1.0)
-    np.savez_compressed(buffer, pixels=np.round(pixels * (65535 / peak)).astype(np.uint16), peak=np.array(peak),
+    peak = float(pixels.max())
+    kind = np.uint8 if peak < 255.5 else np.uint16  # as deep as the originals
+    levels = np.iinfo(kind).max
+    np.savez_compressed(buffer, pixels=np.round(pixels * (levels / max(peak, 1e-12))).astype(kind), peak=np.array(peak),
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
                         original_sizes=np.array([size for _, size in loaded]),
                         description=np.array(json.dumps(description)))
@@ -205,7 +205,8 @@ def _open_pack(path: Path) -> _Pack:
     with np.load(path) as file:
         ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
         sizes = [tuple(size) for size in file["original_sizes"].tolist()]
-        images = {name: (image * np.float32(peak / 65535)) for name, image in zip(ids, pixels, strict=True)}
+        level = np.float32(peak / np.iinfo(pixels.dtype).max)
+        images = {name: image * level for name, image in zip(ids, pixels, strict=True)}
         return _Pack(tuple(file["size"].tolist()), images, dict(zip(ids, sizes, strict=True)),
                      json.loads(str(file["description"])))
 

@@ -47,12 +47,13 @@ class RunLog:
         self.images += images
         self.bar.update()
 
-    def rate(self) -> float:
-        """Images per second since the last call."""
+    def interval(self) -> dict[str, float]:
+        """Seconds and images per second since the last call."""
         now = time.perf_counter()
-        rate = self.images / max(now - self.started, 1e-9)
+        seconds = max(now - self.started, 1e-9)
+        rate = self.images / seconds
         self.images, self.started = 0, now
-        return rate
+        return {"images_per_second": rate, "seconds": seconds}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, the same to TensorBoard, the loss on the bar."""

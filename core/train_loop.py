@@ -192,14 +192,16 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything stateful, for last.pt."""
         return {"step": self.step, "best": self.best, "since_best": self.since_best,
-                "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "model": self.model.state_dict(),
+                "ema": None if self.ema is self.model else self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "plateau": self.plateau.state_dict()}
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
         """Take over a saved state; UserError when it belongs to another network."""
         try:
             self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
+            if state["ema"] is not None:
+                self.ema.load_state_dict(state["ema"])
         except RuntimeError as error:
             raise UserError(f"{where}: the saved state is of another network than the config's unet: "
                             f"{' '.join(str(error).split())[:160]}") from None
@@ -301,7 +303,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             validating, saving = training.due(settings.validate_every), training.due(settings.save_every) or last
             milestone = training.step in settings.milestones
             if training.due(settings.log_every) or validating or saving or milestone:
-                log.write(training.step, {"loss": training.check_losses(), "images_per_second": log.rate(),
+                log.write(training.step, {"loss": training.check_losses(), **log.interval(),
                                           "learning_rate": training.optimizer.param_groups[0]["lr"]})
             if milestone:
                 task.milestone(training.ema, training.step)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from core.study import check_unchanged
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from core.config import Config, add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.errors import run_command
 from core.runlog import write_run_config
+from core.study import check_unchanged
 from core.train_loop import (
     BatchPlan,
     LoopSettings,

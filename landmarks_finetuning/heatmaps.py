@@ -102,6 +102,11 @@ def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tens
     return points, _confidence(log_probability, points, loss, sigma)
 
 
+def probability_maps(outputs: Tensor, loss: str) -> Tensor:
+    """The softmax (B, N, *size) that `loss` trains, over pixels or over landmarks, of raw outputs."""
+    return _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs).exp()
+
+
 def argmax(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
     """The most probable pixel; where probabilities are equal (they round to 1), the one of the largest raw output."""
     return _peak(outputs, log_probability).cpu().double()

@@ -1,0 +1,131 @@
+"""Run a whole study: pre-train, fine-tune every cell, score it, report. What is done is not done again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, add_config_arguments, load_config
+from core.dataset import load_source, select_shots
+from core.errors import run_command
+from core.layouts import DataSource
+from core.study import MEAN_SHAPE, Cell, cell_dir, cells, is_pretrained, is_scored
+
+STAGES = ("pretrain", "finetune", "report")
+FUNCTIONS = {  # looked up by name: core imports no stage package
+    "pretrain": "ddpm_pretraining.train:pretrain",
+    "finetune_cell": "landmarks_finetuning.train:finetune_cell",
+    "evaluate": "landmarks_finetuning.evaluate:evaluate",
+    "mean_shape": "landmarks_finetuning.evaluate:evaluate_mean_shape",
+    "report": "landmarks_finetuning.report.build:build_report",
+}
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The registered stage function."""
+    module, _, attribute = FUNCTIONS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def needs_pretraining(config: Config) -> bool:
+    """Whether the study's cells start from this study's own DDPM."""
+    return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
+
+
+def print_plan(config: Config, stages: tuple[str, ...], source: DataSource) -> None:
+    """Stages, images per split, checkpoints found, runs done and left, optimiser steps to come."""
+    finetune, ddpm = config.finetune, config.ddpm
+    print(f"study {config.experiment.name} in {config.experiment_dir}; stages {' '.join(stages)}")
+    counts = ", ".join(f"{len(records)} {name}" for name, records in source.splits.items())
+    print(f"data  {config.dataset.name} ({source.layout}) at {source.root}: {counts}; {len(source.landmark_names)} "
+          f"landmarks; {len(source.pretraining_records())} images for pre-training")
+    steps = 0
+    if "pretrain" in stages and needs_pretraining(config):
+        found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
+        done = is_pretrained(config)
+        steps += 0 if done else ddpm.iterations
+        print(f"pretrain  {'done' if done else f'{ddpm.iterations} steps'}; checkpoints found: "
+              f"{', '.join(found) or 'none'}")
+    if "finetune" in stages:
+        plan = cells(config)
+        left = [cell for cell in plan if not is_scored(config, cell)]
+        trained = [cell for cell in left if cell.backbone != MEAN_SHAPE]
+        if finetune.iterations:
+            each = finetune.iterations
+            total = each * len(trained)
+        else:
+            group = finetune.batch_size * finetune.accumulation
+            total = sum(finetune.epochs * -(-cell.shots // group) for cell in trained)
+        steps += total
+        print(f"finetune  {len(plan)} runs, {len(plan) - len(left)} done, {len(left)} left ({total} steps at most)")
+        for cell in left:
+            print(f"    {cell.backbone:<11}{cell_dir(config, cell)}")
+    print(f"optimiser steps to come: {steps}")
+
+
+def check_shots(config: Config, source: DataSource) -> None:
+    """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
+    for shots in config.finetune.shots:
+        select_shots(source.require("train"), shots, 0, "first")
+    source.require(config.evaluation.split)
+    if config.finetune.validation == "official":
+        source.require("validation")
+
+
+def run_cell(config: Config, cell: Cell) -> None:
+    """Train and score one cell, unless it is scored already."""
+    if is_scored(config, cell):
+        return
+    if cell.backbone == MEAN_SHAPE:
+        run_dir = function("mean_shape")(config, cell)
+    else:
+        run_dir = function("finetune_cell")(config, cell)
+        function("evaluate")(run_dir)
+    print(f"scored {run_dir}", flush=True)
+
+
+def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
+    """Run `stages` in order; returns the report's page when there is one."""
+    source = load_source(config.dataset)
+    if "finetune" in stages:
+        check_shots(config, source)
+    print_plan(config, stages, source)
+    if "pretrain" in stages and needs_pretraining(config) and not is_pretrained(config):
+        function("pretrain")(config)
+    if "finetune" in stages:
+        for cell in cells(config):
+            run_cell(config, cell)
+    return function("report")([config.experiment_dir]) if "report" in stages else None
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="./launch_experiments.sh", description=__doc__,
+        epilog="example: ./launch_experiments.sh --config configs/cephalo.json --stages pretrain finetune report")
+    add_config_arguments(parser)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--shots", nargs="+", type=int, help="numbers of labelled images, instead of the config's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds, instead of the config's")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    arguments = parser.parse_args()
+    overrides = list(arguments.set)
+    overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []
+    overrides += [f"finetune.seeds={arguments.seeds}"] if arguments.seeds else []
+    config = load_config(arguments.config, overrides)
+    stages = tuple(stage for stage in STAGES if stage in arguments.stages)
+    if arguments.dry_run:
+        source = load_source(config.dataset)
+        check_shots(config, source)
+        print_plan(config, stages, source)
+        return
+    page = run_study(config, stages)
+    if page is not None:
+        print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""The plan of a study: its stages and cells, where each one's files are, what is done and what is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.config import Config, Finetune
+from core.errors import UserError
+
+MEAN_SHAPE = "mean_shape"  # the guess without an image; not a backbone to train
+VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "timestep": "t",
+                "pretraining_iteration": "iter", "checkpoint": "from", "iterations": "steps", "epochs": "epochs",
+                "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
+                "batch_size": "batch", "scheduler": "schedule"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run: which start, how many labels, which draw of them, which initialisation and order."""
+
+    backbone: str
+    shots: int
+    draw: int
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """shots010_draw0_seed0."""
+        return f"shots{self.shots:03d}_draw{self.draw}_seed{self.seed}"
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every fine-tuning run of the study, the mean-shape guess first, in the order in which they are run."""
+    finetune = config.finetune
+    draws = finetune.draws if finetune.selection == "random" else finetune.draws[:1]
+    guesses = [Cell(MEAN_SHAPE, shots, draw, 0) for shots in finetune.shots for draw in draws]
+    trained = [Cell(backbone, shots, draw, seed) for shots in finetune.shots for draw in draws
+               for seed in finetune.seeds for backbone in finetune.backbones]
+    return guesses + trained
+
+
+def variant(config: Config, backbone: str) -> str:
+    """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
+    if backbone == MEAN_SHAPE:
+        return "default"
+    defaults, parts = Finetune(iterations=1), []
+    for key, short in VARIANT_KEYS.items():
+        value, usual = getattr(config.finetune, key), getattr(defaults, key)
+        if key == "learning_rate":
+            value, usual = value[backbone], usual.get(backbone)
+        if key in ("timestep", "pretraining_iteration", "checkpoint") and backbone != "ddpm":
+            continue
+        if value != usual and value is not None:
+            text = Path(value).stem if key == "checkpoint" else str(value)
+            parts.append(f"{short}-{text}")
+    return "_".join(parts).replace("/", "-") or "default"
+
+
+def cell_dir(config: Config, cell: Cell) -> Path:
+    """runs/<experiment>/landmarks/<backbone>/<variant>/shots010_draw0_seed0."""
+    return config.experiment_dir / "landmarks" / cell.backbone / variant(config, cell.backbone) / cell.folder
+
+
+def is_scored(config: Config, cell: Cell) -> bool:
+    """Whether the cell's metrics.json is there."""
+    return (cell_dir(config, cell) / "metrics.json").is_file()
+
+
+def is_pretrained(config: Config) -> bool:
+    """Whether every configured EMA checkpoint is there."""
+    folder = config.experiment_dir / "ddpm"
+    return all((folder / f"ema_iter{i:06d}.safetensors").is_file() for i in config.ddpm.checkpoint_iterations)
+
+
+def check_unchanged(run_dir: Path, config: Config, keys: Iterable[str], free: Iterable[str] = ()) -> None:
+    """UserError when `run_dir` was made with other settings than `config` below `keys` (those in `free` may differ)."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        return
+    before, now = _flat(json.loads(path.read_text(encoding="utf8"))), _flat(config.plain())
+    watched = [key for key in sorted(before.keys() & now.keys())
+               if any(key == k or key.startswith(f"{k}.") for k in keys) and key not in free]
+    changed = [key for key in watched if before[key] != now[key]]
+    if changed:
+        key = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"{run_dir} was made with {key} = {json.dumps(before[key])}, now it is {json.dumps(now[key])}"
+                        f"{more}; choose another experiment.name, or delete that folder to start over")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""The report of a study: run folders in, one self-contained HTML page, tables and figures out."""

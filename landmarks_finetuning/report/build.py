@@ -1,0 +1,243 @@
+"""Build the report: one self-contained HTML page, tables/*.csv and figures/*.png below the experiment's report/."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from core.checkpoint import write_atomically
+from core.errors import UserError
+from landmarks_finetuning.report import figures
+from landmarks_finetuning.report.collect import (
+    Experiment,
+    aggregate,
+    main_variants,
+    per_landmark,
+    read_experiment,
+    sdr_columns,
+    select,
+)
+from landmarks_finetuning.report.findings import (
+    UNTRAINED,
+    comparisons,
+    display_name,
+    headline,
+    paper_comparison,
+    sentences,
+    shots_text,
+)
+
+IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
+TEMPLATE = "page.html.j2"
+VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
+
+
+@dataclass
+class Pictures:
+    """Embeds pictures as JPEG data addresses until the page's budget is spent; counts what was left out."""
+
+    left: int = IMAGE_BUDGET_BYTES
+    left_out: int = 0
+
+    def embed(self, path: Path, width: int, quality: int = 82) -> str | None:
+        """A data address of the picture, at most `width` pixels wide, or None when the budget does not allow it."""
+        try:
+            with Image.open(path) as picture:
+                picture = picture.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{path} is not a readable picture ({error}); delete it, or make it again") from error
+        if picture.width > width:
+            picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality, optimize=True)
+        text = base64.b64encode(buffer.getvalue()).decode()
+        if len(text) > self.left:
+            self.left_out += 1
+            return None
+        self.left -= len(text)
+        return f"data:image/jpeg;base64,{text}"
+
+
+@dataclass
+class Output:
+    """Where the report goes, what it may still embed, and the tables of all sections until they are written."""
+
+    folder: Path
+    pictures: Pictures = field(default_factory=Pictures)
+    tables: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+
+    def add_table(self, name: str, table: pd.DataFrame) -> None:
+        """Keep `table` for tables/<name>.csv; sections of the same name are joined."""
+        if not table.empty:
+            self.tables.setdefault(name, []).append(table)
+
+    def write_tables(self) -> None:
+        """Write tables/*.csv."""
+        for name, parts in self.tables.items():
+            text = pd.concat(parts, ignore_index=True).to_csv(index=False, float_format="%.6g")
+            write_atomically(self.folder / "tables" / f"{name}.csv", text.encode())
+
+    def figure(self, name: str, figure: Any) -> str | None:
+        """Write figures/<name>.png; the inline SVG, or None for no figure."""
+        return None if figure is None else figures.save_figure(figure, self.folder / "figures" / f"{name}.png")
+
+
+def build_report(experiment_dirs: list[Path]) -> Path:
+    """Write EXPERIMENT/report of the first folder about all of them; returns the path of index.html.
+
+    Raises UserError for a folder without runs, or one whose files do not fit together.
+    """
+    experiments = [read_experiment(Path(path)) for path in experiment_dirs]
+    output = Output(experiments[0].path / "report")
+    (output.folder / "tables").mkdir(parents=True, exist_ok=True)
+    pages = [_experiment_context(experiment, output) for experiment in experiments]
+    output.write_tables()
+    titles = [page["title"] for page in pages]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": number, "name": display_name, "labels": shots_text}
+    html = environment.get_template(TEMPLATE).render(
+        title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
+        built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
+        tables=sorted(output.tables))
+    path = output.folder / "index.html"
+    write_atomically(path, html.encode())
+    return path
+
+
+def number(value: Any, digits: int = 2, sign: bool = False) -> str:
+    """A number for a table cell; an en dash for none."""
+    if value is None or pd.isna(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any]:
+    config = {k: v for k, v in experiment.config.items() if k not in ("environment", "run", "$schema")}
+    groups = [] if experiment.runs.empty else list(experiment.runs.groupby(["dataset", "split"], sort=True))
+    sections = [_section(experiment, f"{experiment.name}_{'_'.join(key)}", runs, output) for key, runs in groups]
+    output.add_table("unfinished", experiment.unfinished)
+    timesteps = config.get("ddpm", {}).get("num_train_timesteps", 500)
+    curves = figures.pretraining_curves(experiment.pretraining, timesteps)
+    return {
+        "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
+        "sections": sections, "unfinished": experiment.unfinished.to_dict("records"),
+        "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
+        "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
+        "config": json.dumps(config, indent=2, ensure_ascii=False),
+        "environment": _flat(experiment.config.get("environment") or {}),
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key} · ")
+        elif value is not None:
+            rows.append((f"{prefix}{key}".replace("_", " "), value))
+    return rows
+
+
+def _samples(folder: Path, pictures: Pictures) -> list[dict[str, str]]:
+    """The newest sample grid and the newest denoising strip."""
+    found = []
+    for prefix, caption in (("samples", "Images drawn from noise by the pre-trained network"),
+                            ("strip", "From noise to image: steps of one denoising, left to right")):
+        files = sorted(folder.glob(f"{prefix}_iter*.png"))
+        if files:
+            iteration = int(files[-1].stem.rsplit("iter", 1)[1])
+            source = pictures.embed(files[-1], 1100)
+            if source:
+                found.append({"source": source, "caption": f"{caption} (iteration {iteration})", "kind": prefix})
+    return found
+
+
+def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Output) -> dict[str, Any]:
+    """Everything the page says about one data set and split of an experiment."""
+    first, summary = runs.iloc[0], aggregate(runs)
+    unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
+    thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
+    landmarks, paper = per_landmark(runs, shots), paper_comparison(runs, summary)
+    identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
+    output.add_table("runs", runs.drop(columns="path"))
+    output.add_table("summary", summary)
+    output.add_table("comparisons", found.assign(**identity))
+    output.add_table("paper", paper.assign(**identity))
+    output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
+    return {
+        **identity, "unit": unit, "images": int(first["images"]), "phantom": bool(first["phantom"]),
+        "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
+        "rows": _summary_rows(summary), "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
+        "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
+        "show_variants": bool((runs.groupby("backbone")["variant"].nunique() > 1).any()),
+        "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
+        "paper": _paper_rows(paper), "overlays": _overlays(experiment, runs, output.pictures),
+        "figures": {
+            "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
+            "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(runs, unit, thresholds)),
+            "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
+            "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(landmarks, unit, shots)),
+        },
+    }
+
+
+def _summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """The aggregate, by shots and then error, the best of each number of shots marked."""
+    ordered = summary.sort_values(["shots", "mre"])
+    best = ordered.groupby("shots")["mre"].transform("min")
+    backbones = sorted(summary["backbone"].unique())
+    colours = [figures.colour(backbone, backbones) for backbone in ordered["backbone"]]
+    return ordered.assign(best=ordered["mre"] == best, colour=colours,
+                          first=~ordered["shots"].duplicated()).to_dict("records")
+
+
+def _landmark_rows(landmarks: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per landmark: every backbone's error and which is the smallest; the last row is the mean."""
+    rows = [(str(name), values) for name, values in landmarks.iterrows()]
+    rows.append(("mean of the landmarks", landmarks.mean()))
+    return [{"name": name, "values": list(values), "total": index == len(landmarks),
+             "best": int(np.nanargmin(values)) if values.notna().any() else -1}
+            for index, (name, values) in enumerate(rows)]
+
+
+def _paper_rows(paper: pd.DataFrame) -> dict[str, Any] | None:
+    """The comparison in wide form: a row per method and shots, a triple (paper, ours, difference) per metric."""
+    if paper.empty:
+        return None
+    metrics = sorted(paper["metric"].unique(), key=lambda m: (m != "MRE", float(m.partition("@")[2] or 0)))
+    keys = ["shots", "backbone", "variant", "paper_method", "scorer"]
+    rows = []
+    for key, group in paper.groupby(keys, sort=True):
+        cells = group.set_index("metric")[["paper", "ours", "difference"]].to_dict("index")
+        rows.append({**dict(zip(keys, key, strict=True)), "cells": [cells.get(m) for m in metrics]})
+    unit = paper.loc[paper["metric"] == "MRE", "unit"].iloc[0]
+    return {"metrics": metrics, "rows": rows, "unit": unit}
+
+
+def _overlays(experiment: Experiment, runs: pd.DataFrame, pictures: Pictures) -> list[dict[str, Any]]:
+    """Worst cases first, most labels first: for each trained main variant the first draw's first seed."""
+    wanted = experiment.config.get("report", {}).get("overlays", 4)
+    groups, variants = [], main_variants(runs)
+    for shots in sorted(runs["shots"].unique(), reverse=True):
+        for backbone, variant in variants.items():
+            group = select(runs, backbone, variant, shots)
+            if group.empty or backbone == UNTRAINED:
+                continue
+            run = group.sort_values(["draw", "seed"]).iloc[0]
+            images = [(pictures.embed(path, 640, 78), path.stem.partition("_")[2])
+                      for path in sorted(run["path"].glob("overlays/rank*.png"))[:wanted]]
+            images = [{"source": source, "image": image} for source, image in images if source]
+            if images:
+                groups.append({"backbone": backbone, "shots": int(shots), "draw": int(run["draw"]), "images": images})
+    return groups

@@ -1,0 +1,228 @@
+"""Run folders -> pandas frames: one row per run, aggregates over draws and seeds, per-landmark errors, comparisons.
+
+Methods are a backbone and a variant; what is compared was scored on the same images, and errors are in the data
+set's unit (mm or px). Only numbers are made here, no pictures and no sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from core.errors import UserError
+from core.runlog import read_metrics
+from landmarks_finetuning.metrics import bootstrap_interval
+
+CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
+NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "confidence")
+CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
+
+
+@dataclass
+class Experiment:
+    """What one runs/<experiment> folder holds."""
+
+    path: Path
+    runs: pd.DataFrame  # one row per scored run
+    unfinished: pd.DataFrame  # one row per run without metrics.json
+    config: dict[str, Any]
+    pretraining: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read runs/<experiment>. Raises UserError for a folder that does not exist or holds no run at all."""
+    if not path.is_dir():
+        raise UserError(f"experiment folder {path} does not exist")
+    path = path.resolve()
+    folders = [p for p in sorted(path.glob("landmarks/*/*/*")) if p.is_dir() and CELL_FOLDER.fullmatch(p.name)]
+    pretraining = read_metrics(path / "ddpm" / "metrics.jsonl")
+    if not folders and not pretraining:
+        raise UserError(f"{path} holds no runs: expected landmarks/<backbone>/<variant>/shots010_draw0_seed0 or "
+                        "ddpm/metrics.jsonl in it; name a folder such as runs/<experiment>")
+    scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored])
+    unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
+    configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
+    config = next((_read_json(file) for file in configs if file.is_file()), {})
+    if not runs.empty:
+        runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
+    return Experiment(path, runs, unfinished, config, pretraining)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); evaluate that run again") from error
+
+
+def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
+    metrics = _read_json(folder / "metrics.json")
+    try:
+        row = {key: metrics[key] for key in ("dataset", "split", "backbone", "variant", "shots", "draw", "seed",
+                                             "unit", "images", "validation_labels")}
+        row |= {"layout": metrics.get("layout"), "paper_rule": metrics.get("paper_rule"),
+                "phantom": bool(metrics.get("phantom", False)), "decoder": metrics.get("decoder"),
+                "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}
+        low, high = metrics["physical"].get("interval") or (np.nan, np.nan)
+        row |= _figures(metrics["physical"], "") | {"interval_low": low, "interval_high": high}
+    except KeyError as error:
+        raise UserError(f"{folder / 'metrics.json'} lacks {error}; evaluate that run again") from error
+    if metrics.get("paper"):
+        row |= _figures(metrics["paper"], "paper_")
+    return {"experiment": experiment, **row, "path": folder}
+
+
+def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
+    values = {f"{prefix}{key}": summary[key] for key in ("mre", "std", "median", "p95")}
+    return values | {f"{prefix}sdr_{float(limit):g}": rate for limit, rate in summary["sdr"].items()}
+
+
+def _unfinished_row(experiment: str, folder: Path) -> dict[str, Any]:
+    shots, draw, seed = map(int, CELL_FOLDER.fullmatch(folder.name).groups())
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {"experiment": experiment, "backbone": folder.parts[-3], "variant": folder.parts[-2], "shots": shots,
+            "draw": draw, "seed": seed, "last_step": lines[-1].get("step") if lines else None}
+
+
+def sdr_columns(runs: pd.DataFrame, prefix: str = "") -> list[str]:
+    """The names of the SDR columns in the order of their thresholds, without those empty for every row."""
+    columns = [c for c in runs.columns if c.startswith(f"{prefix}sdr_") and runs[c].notna().any()]
+    return sorted(columns, key=lambda c: float(c.rsplit("_", 1)[1]))
+
+
+def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and number of shots: means over draws (each draw the mean of its seeds).
+
+    mre_spread is the standard deviation (n - 1) between draws, NaN with one draw; runs, draws and seeds count.
+    interval_low/high is the run's own 95 % interval where one run is, else that of the pooled errors over patients.
+    """
+    if runs.empty:
+        return pd.DataFrame(columns=[*CELL, "mre"])
+    values = ["mre", "std", "median", "p95", *sdr_columns(runs), *[c for c in runs if c.startswith("paper_")
+                                                                  and c != "paper_rule"]]
+    rows = []
+    for key, group in runs.groupby(CELL, sort=True):
+        by_draw = group.groupby("draw")[values].mean()
+        row = dict(zip(CELL, key, strict=True)) | by_draw.mean().to_dict()
+        row |= {"mre_spread": by_draw["mre"].std(ddof=1), "runs": len(group), "draws": len(by_draw),
+                "seeds": group["seed"].nunique(), "unit": group["unit"].iloc[0], "images": group["images"].iloc[0],
+                "validation_labels": group["validation_labels"].max()}
+        low, high = group[["interval_low", "interval_high"]].iloc[0] if len(group) == 1 else _pooled_interval(group)
+        rows.append({**row, "interval_low": low, "interval_high": high})
+    return pd.DataFrame(rows)
+
+
+def _pooled_interval(group: pd.DataFrame) -> tuple[float, float]:
+    by_draw, patients = errors_by_draw(group)
+    return bootstrap_interval(np.concatenate(list(by_draw.values()), axis=1), patients, seed=0)
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """predictions.csv with text as text and numbers as numbers (NaN where empty). UserError where it is missing."""
+    path = folder / "predictions.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing though metrics.json is there; evaluate that run again")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in NUMBERS:
+        if column in table:
+            table[column] = pd.to_numeric(table[column])
+    table["patient"] = table["patient"].where(table["patient"] != "", table["image"])
+    return table
+
+
+def error_matrix(folder: Path) -> tuple[pd.DataFrame, pd.Series]:
+    """A run's errors, images x landmarks in the order of the file, and the images' patients."""
+    table = read_predictions(folder)
+    matrix = table.pivot(index="image", columns="landmark", values="error")
+    matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
+    return matrix, table.drop_duplicates("image").set_index("image")["patient"]
+
+
+def errors_by_draw(group: pd.DataFrame) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """{draw: errors (images, landmarks), mean over its seeds} of one method at one number of shots, and the patients.
+
+    Raises UserError when its runs were scored on different images.
+    """
+    matrices: dict[int, list[pd.DataFrame]] = {}
+    first = patients = None
+    for run in group.itertuples():
+        matrix, patients = error_matrix(run.path)
+        first = matrix if first is None else first
+        if set(matrix.index) != set(first.index) or set(matrix.columns) != set(first.columns):
+            raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
+                            "evaluate both again with the same data")
+        matrices.setdefault(run.draw, []).append(matrix.reindex_like(first))
+    by_draw = {draw: np.mean([m.to_numpy() for m in found], axis=0) for draw, found in matrices.items()}
+    return by_draw, patients.reindex(first.index).to_numpy()
+
+
+def main_variants(runs: pd.DataFrame) -> dict[str, str]:
+    """{backbone: the variant with most scored runs}; of equals "default", then the first by name."""
+    chosen = {}
+    for backbone, group in runs.groupby("backbone"):
+        counts = group["variant"].value_counts()
+        chosen[backbone] = min(counts.index, key=lambda v: (-counts[v], v != "default", v))
+    return chosen
+
+
+def select(runs: pd.DataFrame, backbone: str, variant: str, shots: int) -> pd.DataFrame:
+    """The runs of one method at one number of shots."""
+    return runs[(runs["backbone"] == backbone) & (runs["variant"] == variant) & (runs["shots"] == shots)]
+
+
+def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
+    """Paired difference of mean errors, rival minus group (positive: `group` is better), over the draws both have.
+
+    Keys: method_mre, rival_mre (over those draws), difference, low, high (95 % interval over patients, the same ones
+    for both), draws, draws_won, spread (standard deviation of the draws' differences, NaN with one). None when they
+    share no draw or no image.
+    """
+    ours, patients = errors_by_draw(group)
+    theirs, rival_patients = errors_by_draw(rival)
+    draws = sorted(set(ours) & set(theirs))
+    first, second = (error_matrix(g["path"].iloc[0])[0] for g in (group, rival))
+    images, names = first.index.intersection(second.index), first.columns.intersection(second.columns)
+    if not draws or images.empty or names.empty:
+        return None
+    rows, columns = first.index.get_indexer(images), first.columns.get_indexer(names)
+    rival_rows, rival_columns = second.index.get_indexer(images), second.columns.get_indexer(names)
+    ours = [ours[d][np.ix_(rows, columns)] for d in draws]
+    theirs = [theirs[d][np.ix_(rival_rows, rival_columns)] for d in draws]
+    gains = [their - our for our, their in zip(ours, theirs, strict=True)]
+    by_draw = np.array([np.nanmean(gain) for gain in gains])
+    low, high = bootstrap_interval(np.concatenate(gains, axis=1), patients[rows], seed=0)
+    spread = float(by_draw.std(ddof=1)) if len(draws) > 1 else np.nan
+    return {"method_mre": float(np.mean([np.nanmean(errors) for errors in ours])),
+            "rival_mre": float(np.mean([np.nanmean(errors) for errors in theirs])),
+            "difference": float(by_draw.mean()), "low": low, "high": high, "draws": len(draws),
+            "draws_won": int((by_draw > 0).sum()), "spread": spread}
+
+
+def per_landmark(runs: pd.DataFrame, shots: int) -> pd.DataFrame:
+    """Landmarks x backbones (main variants): the mean error of each landmark over images and draws at `shots`."""
+    columns = {}
+    for backbone, variant in main_variants(runs).items():
+        group = select(runs, backbone, variant, shots)
+        if not group.empty:
+            names = error_matrix(group["path"].iloc[0])[0].columns
+            by_draw, _ = errors_by_draw(group)
+            columns[backbone] = pd.Series(_column_means(np.concatenate(list(by_draw.values()))), index=names)
+    return pd.DataFrame(columns).rename_axis("landmark")
+
+
+def _column_means(errors: np.ndarray) -> np.ndarray:
+    scored = ~np.isnan(errors)
+    counts = scored.sum(axis=0)
+    return np.where(counts > 0, np.nansum(errors, axis=0) / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,252 @@
+"""Figures of the report: one colour per backbone everywhere, inline SVG for the page and PNG files for talks."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from core.runlog import read_metrics
+from landmarks_finetuning.report.collect import errors_by_draw, main_variants, select
+from landmarks_finetuning.report.findings import display_name, shots_text
+
+COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
+           "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9"}  # Okabe and Ito
+SPARE_COLOURS = ("#8A6FD1", "#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
+QUARTILE_COLOURS = ("#9ECAE1", "#5BA3D0", "#2171B5", "#08306B")
+INK = "#1b2027"  # replaced by the page's text colour in the SVG
+STYLE = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
+    "grid.color": INK, "grid.alpha": 0.13, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": ["DejaVu Sans"], "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+}
+
+
+def colour(backbone: str, backbones: Sequence[str] = ()) -> str:
+    """A backbone's colour; unknown ones get spare colours in the order of their names."""
+    if backbone in COLOURS:
+        return COLOURS[backbone]
+    unknown = sorted(b for b in {*backbones, backbone} if b not in COLOURS)
+    return SPARE_COLOURS[unknown.index(backbone) % len(SPARE_COLOURS)]
+
+
+def save_figure(figure: Figure, path: Path) -> str:
+    """Write `path` (.png) on white and return the figure as inline SVG that takes the page's text colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S)
+    text = re.sub(r'\sid="(figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_[^"]*"', "", text)
+    text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
+    return re.sub(r"<svg [^>]*>", _without_size, text, count=1)
+
+
+def _without_size(tag: re.Match) -> str:
+    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _styled(draw):
+    """Run a drawing function under the report's style."""
+    def drawn(*arguments, **options):
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+    drawn.__doc__, drawn.__name__ = draw.__doc__, draw.__name__
+    return drawn
+
+
+def _line_style(backbone: str) -> str:
+    return (0, (4, 3)) if backbone == "mean_shape" else "-"
+
+
+@_styled
+def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
+    """Mean radial error against the number of labels, one line per method, bars: standard deviation over draws.
+
+    With one draw the bars are the 95 % interval over patients.
+    """
+    figure, axes = _figure(7.2, 4.0)
+    axis, backbones = axes[0, 0], sorted(summary["backbone"].unique())
+    several = summary.groupby("backbone")["variant"].nunique()
+    methods = list(summary.groupby(["backbone", "variant"]))
+    for index, ((backbone, variant), group) in enumerate(methods):
+        group = group.sort_values("shots")
+        single = np.stack([group["mre"] - group["interval_low"], group["interval_high"] - group["mre"]])
+        bars = np.where(group["mre_spread"].isna(), np.nan_to_num(single), group["mre_spread"]).clip(min=0)
+        shift = 1.012 ** (index - (len(methods) - 1) / 2)  # bars of equal x stay apart
+        rank = sorted(summary[summary["backbone"] == backbone]["variant"].unique()).index(variant)
+        label = display_name(backbone) + (f" · {variant}" if several[backbone] > 1 else "")
+        axis.errorbar(group["shots"] * shift, group["mre"], bars, color=colour(backbone, backbones), linewidth=1.8,
+                      marker="os^Dv"[rank % 5], markersize=5, elinewidth=1.1, capsize=3,
+                      linestyle=_line_style(backbone), label=label)
+    shots = sorted(summary["shots"].unique())
+    axis.set_xscale("log")
+    axis.set_xticks(shots, [str(s) for s in shots])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(shots[0] / 1.25, shots[-1] * 1.25)
+    if summary["mre"].max() > 6 * summary["mre"].min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "235" else ""))
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_xlabel("labelled training images")
+    axis.set_ylabel(f"mean radial error ({unit})")
+    axis.legend(loc="best", fontsize=9)
+    return figure
+
+
+@_styled
+def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]) -> Figure:
+    """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled."""
+    shots, variants = sorted(runs["shots"].unique()), main_variants(runs)
+    columns = min(3, len(shots))
+    rows = -(-len(shots) // columns)
+    figure, axes = _figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
+    reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
+    grid = np.linspace(0, reach, 160)
+    for axis, count in zip(axes.flat, shots, strict=False):
+        for backbone, variant in variants.items():
+            group = select(runs, backbone, variant, count)
+            if group.empty:
+                continue
+            errors = np.concatenate([e.ravel() for e in errors_by_draw(group)[0].values()])
+            errors = np.sort(errors[~np.isnan(errors)])
+            axis.plot(grid, 100 * np.searchsorted(errors, grid, side="right") / max(len(errors), 1), linewidth=1.8,
+                      color=colour(backbone, list(variants)), linestyle=_line_style(backbone),
+                      label=display_name(backbone))
+        for threshold in thresholds:
+            axis.axvline(threshold, color=INK, linewidth=0.7, alpha=0.45, linestyle=":")
+        axis.set_title(shots_text(count), loc="left")
+        axis.set_xlim(0, reach)
+        axis.set_ylim(0, 100)
+        axis.set_xlabel(f"distance ({unit})")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("landmarks within (%)")
+    for axis in list(axes.flat)[len(shots):]:
+        axis.set_visible(False)
+    _shared_legend(figure, axes)
+    return figure
+
+
+def _shared_legend(figure: Figure, axes: np.ndarray) -> None:
+    found = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        found.update(zip(labels, handles, strict=True))
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(4, len(found)), fontsize=9)
+
+
+@_styled
+def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | None:
+    """DDPM training loss and validation loss, and the validation loss by quartile of the timestep."""
+    training = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
+    validation = [line for line in lines if "validation_loss" in line]
+    if not len(training):
+        return None
+    figure, axes = _figure(9.2, 3.4, 1, 2 if validation else 1)
+    left = axes[0, 0]
+    left.plot(*training.T, color=COLOURS["ddpm"], alpha=0.3, linewidth=0.9, label="training, each record")
+    left.plot(training[:, 0], _smoothed(training[:, 1]), color=COLOURS["ddpm"], linewidth=1.8,
+              label="training, smoothed")
+    if validation:
+        steps = [line["step"] for line in validation]
+        left.plot(steps, [line["validation_loss"] for line in validation], color=COLOURS["scratch"], marker="o",
+                  markersize=3.5, linewidth=1.6, label="validation")
+        for quartile, shade in enumerate(QUARTILE_COLOURS):
+            first, last = (num_train_timesteps * (quartile + k) // 4 - k for k in (0, 1))
+            values = [line.get(f"validation_loss_q{quartile + 1}", np.nan) for line in validation]
+            axes[0, 1].plot(steps, values, color=shade, marker="o", markersize=3.5, linewidth=1.6,
+                            label=f"timesteps {first}–{last}")
+        axes[0, 1].set_title("Validation loss by noise level", loc="left")
+    left.set_title("Noise-prediction loss", loc="left")
+    for axis in axes.flat:
+        _loss_axis(axis)
+        axis.legend(fontsize=8.5)
+    return figure
+
+
+def _loss_axis(axis) -> None:
+    axis.set_yscale("log")
+    axis.set_xlabel("optimiser steps")
+    plain = FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "125" else "")
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter(plain)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over a tenth of the record, shorter at the ends."""
+    half = max(1, len(values) // 20)
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+@_styled
+def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
+    """Training and validation loss and validation error, a column per number of shots, a line per draw and seed."""
+    variants, shots = main_variants(runs), sorted(runs["shots"].unique())
+    curves = [(run, read_metrics(run.path / "metrics.jsonl")) for run in runs.itertuples()
+              if variants[run.backbone] == run.variant]
+    curves = [(run, lines) for run, lines in curves if lines]
+    if not curves:
+        return None
+    measures = [("loss", "training loss"), ("validation_loss", "validation loss"),
+                ("validation_mre", f"validation error ({unit})")]
+    measures = [m for m in measures if any(m[0] in line for _, lines in curves for line in lines)]
+    figure, axes = _figure(2.6 * len(shots) + 1.6, 2.3 * len(measures) + 0.6, len(measures), len(shots), sharey="row",
+                           sharex="col")
+    for run, lines in curves:
+        for axis, (key, _) in zip(axes[:, shots.index(run.shots)], measures, strict=True):
+            points = np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None])
+            if len(points):
+                axis.plot(*points.T, color=colour(run.backbone, list(variants)), linewidth=1.3, alpha=0.8,
+                          label=display_name(run.backbone))
+    for axis in axes.flat:
+        _loss_axis(axis)
+        axis.set_xlabel("")
+    for column, count in enumerate(shots):
+        axes[0, column].set_title(shots_text(count), loc="left")
+        axes[-1, column].set_xlabel("optimiser steps")
+    for row, (_, label) in enumerate(measures):
+        axes[row, 0].set_ylabel(label)
+    _shared_legend(figure, axes)
+    return figure
+
+
+@_styled
+def landmark_bars(table: pd.DataFrame, unit: str, shots: int) -> Figure:
+    """Mean error of each landmark (rows of `table`) by backbone (its columns), the hardest on top."""
+    order = table.max(axis=1).sort_values().index if table.empty else table[table.mean().idxmin()].sort_values().index
+    ordered, count = table.loc[order], table.shape[1]
+    figure, axes = _figure(7.2, 0.9 + len(table) * (0.13 * count + 0.12))
+    axis, height = axes[0, 0], 0.82 / count
+    for index, backbone in enumerate(table.columns):
+        positions = np.arange(len(ordered)) + ((count - 1) / 2 - index) * height
+        axis.barh(positions, ordered[backbone], height * 0.92, color=colour(backbone, list(table.columns)),
+                  label=display_name(backbone))
+    axis.set_yticks(np.arange(len(ordered)), [str(name) for name in ordered.index])
+    axis.set_ylim(-0.6, len(ordered) - 0.4)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(f"mean radial error ({unit}), {shots_text(shots)}")
+    _shared_legend(figure, axes)
+    return figure

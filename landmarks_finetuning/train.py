@@ -1,0 +1,162 @@
+"""Fine-tune a landmark detector on a few labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.augment import augment
+from core.checkpoint import save_weights
+from core.config import Config, add_config_arguments, load_config
+from core.dataset import ImageSet, load_images, load_source, select_shots
+from core.errors import UserError, run_command
+from core.layouts import DataSource, Record
+from core.runlog import write_run_config
+from core.study import Cell, cell_dir, check_unchanged
+from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
+from landmarks_finetuning.heatmaps import draw_target
+from landmarks_finetuning.losses import LOSSES
+from landmarks_finetuning.metrics import physical_errors
+
+FREE_TO_CHANGE = ("finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
+                  "finetune.save_every", "finetune.decoder", "dataset.root", "dataset.cache_dir", "dataset.phantom")
+
+
+class HeatmapRegression:
+    """The fine-tuning task: heatmaps of the labelled landmarks."""
+
+    def __init__(self, config: Config, run_dir: Path, header: dict, training: ImageSet,
+                 validation: ImageSet | None) -> None:
+        self.config, self.run_dir, self.header = config, run_dir, header
+        self.device = resolve_device(config.experiment.device)
+        self.training = training.to(self.device)
+        self.validation = None if validation is None else validation.to(self.device)
+
+    def _loss(self, outputs: Tensor, points: Tensor) -> Tensor:
+        finetune = self.config.finetune
+        target = draw_target(points, outputs.shape[2:], finetune.target, sigma_pixels(self.config))
+        return LOSSES[finetune.loss](outputs.float(), target)
+
+    def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Heatmap loss of one augmented micro-batch; heatmaps are drawn on the device."""
+        chosen = torch.from_numpy(indices)
+        images, points = self.training.images[chosen].to(self.device), self.training.points[chosen.to(self.device)]
+        images, points = augment(images, points, self.config.finetune.augmentation, generator)
+        return self._loss(model(images), points)
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """File names of a micro-batch."""
+        return [self.training.records[i].image.name for i in indices]
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Loss and physical mean radial error on the validation images."""
+        held = self.validation
+        if held is None:
+            return {}
+        outputs = run_batched(model, held.images, self.config, self.device)
+        loss = self._loss(outputs.to(self.device), held.points).item()
+        points, _ = locate(outputs, held.original_sizes, self.config)
+        errors = physical_errors(points, held.original_points(), held.spacings())
+        return {"validation_loss": loss, "validation_mre": float(np.nanmean(errors))}
+
+    def milestone(self, model: nn.Module, step: int) -> None:
+        """The last step of a fixed schedule without validation: these weights are the result."""
+        self._save(model, step)
+
+    def improved(self, model: nn.Module, step: int) -> None:
+        """A new lowest validation loss: these weights are the best so far."""
+        self._save(model, step)
+
+    def _save(self, model: nn.Module, step: int) -> None:
+        save_weights(self.run_dir / "best.safetensors", model, self.config.plain(), {**self.header, "iteration": step})
+
+
+def labelled_subset(config: Config, source: DataSource, cell: Cell) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(training, validation) records of a cell, as finetune.validation says."""
+    chosen = select_shots(source.require("train"), cell.shots, cell.draw, config.finetune.selection)
+    validation = config.finetune.validation
+    if validation == "official":
+        return chosen, source.require("validation")
+    if validation == "none":
+        return chosen, ()
+    order = np.random.default_rng([cell.draw, 1]).permutation(len(chosen))
+    held = set(order[:validation].tolist())
+    return (tuple(r for i, r in enumerate(chosen) if i not in held),
+            tuple(r for i, r in enumerate(chosen) if i in held))
+
+
+def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
+    """The loop's settings for one cell."""
+    finetune, experiment = config.finetune, config.experiment
+    device = resolve_device(experiment.device)
+    iterations = finetune.iterations or finetune.epochs * plan.steps_per_epoch
+    return LoopSettings(
+        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}", iterations=iterations, seed=plan.seed,
+        device=device, precision=resolve_precision(experiment.precision, device),
+        learning_rate=finetune.learning_rate[cell.backbone], weight_decay=finetune.weight_decay, clip=finetune.clip,
+        accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
+        log_every=finetune.log_every, save_every=finetune.save_every,
+        validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
+        warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
+        plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
+        compile=experiment.compile,
+        milestones=frozenset({iterations} if finetune.validation == "none" else ()))
+
+
+def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path:
+    """Train one cell; returns its folder. An interrupted run continues, a finished one returns at once."""
+    if cell.backbone not in config.finetune.learning_rate:
+        raise UserError(f'backbone "{cell.backbone}" has no finetune.learning_rate; '
+                        f"choose from {', '.join(config.finetune.learning_rate)}")
+    run_dir = cell_dir(config, cell)
+    check_unchanged(run_dir, config, ("dataset", "unet", "finetune"), FREE_TO_CHANGE)
+    if resume is None and (run_dir / "last.pt").exists():
+        resume = "last"
+    source = load_source(config.dataset)
+    training_records, validation_records = labelled_subset(config, source, cell)
+    images = load_images(training_records, config.dataset)
+    validation = load_images(validation_records, config.dataset) if validation_records else None
+    finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
+    torch.manual_seed(seed)
+    model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))
+    header = {"kind": "detector", "backbone": cell.backbone, "timestep": model.timestep, "shots": cell.shots,
+              "draw": cell.draw, "seed": cell.seed, "dataset": config.dataset.name,
+              "landmark_names": list(source.landmark_names),
+              "training_images": [record.id for record in training_records],
+              "validation_labels": len(validation_records)}
+    plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)
+    settings = loop_settings(config, cell, plan)
+    task = HeatmapRegression(config, run_dir, header, images, validation)
+    write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
+    command = (f"python -m landmarks_finetuning.train --config {run_dir / 'config.json'} --backbone {cell.backbone} "
+               f"--shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
+    train(Training(model, task, plan, settings), run_dir, resume, command)
+    return run_dir
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m landmarks_finetuning.train", description=__doc__,
+        epilog="example: python -m landmarks_finetuning.train --config configs/cephalo.json --backbone ddpm --shots 10")
+    add_config_arguments(parser)
+    parser.add_argument("--backbone", required=True, help="ddpm or scratch")
+    parser.add_argument("--shots", type=int, required=True, help="number of labelled images")
+    parser.add_argument("--draw", type=int, default=0, help="which labelled subset")
+    parser.add_argument("--seed", type=int, default=0, help="initialisation and order")
+    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
+                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.set)
+    cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
+    run_dir = finetune_cell(config, cell, arguments.resume)
+    print(f"training is done: {run_dir}; score it with: python -m landmarks_finetuning.evaluate {run_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)

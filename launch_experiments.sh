@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets up .venv when it is missing, then runs a study. ./launch_experiments.sh --help
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_venv.sh
+exec .venv/bin/python -m core.launch "$@"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up .venv when it is missing, then runs the linter and the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_venv.sh requirements-test.txt
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest "$@"
