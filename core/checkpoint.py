@@ -21,7 +21,9 @@ from core.config import UNet as UNetConfig
 from core.errors import UserError
 from core.unet import UNet
 
+FORMAT = "landmark-unet-1"
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
+PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
 
 
 @contextmanager
@@ -82,7 +84,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
 
@@ -107,7 +111,7 @@ class Weights:
 def save_weights(path: Path, model: UNet, config: dict[str, Any], header: dict[str, Any]) -> None:
     """Write a safetensors file whose header holds the full config, `header` (kind, iteration ...) and code version."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    full = {"format": "landmark-unet-1", "code_version": code_version(), "channels": model.channels,
+    full = {"format": FORMAT, "code_version": code_version(), "channels": model.channels,
             "out_channels": model.final_conv.out_channels, "config": config, **header}
     write_atomically(path, safetensors_bytes(tensors, metadata={"header": json.dumps(full)}))
 
@@ -120,22 +124,25 @@ def load_weights(path: Path) -> Weights:
         return _read_published(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["header"])
+            header = json.loads((file.metadata() or {}).get("header", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")
     unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
     return Weights(tensors, unet, header["channels"], header["out_channels"], header)
 
 
 def _read_published(path: Path) -> Weights:
     content = read_pickle(path)
-    tensors = content.get("model_state_dict")
-    if tensors is None or "init_conv.weight" not in tensors:
-        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {sorted(content)[:6]}, "
-                        'expected "model_state_dict" with "init_conv.weight"')
+    tensors = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not tensors.keys() >= PUBLISHED_NAMES:
+        held = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {held}, "
+                        f'expected "model_state_dict" with {", ".join(sorted(PUBLISHED_NAMES))}')
     base, inputs = tensors["init_conv.weight"].shape[:2]
-    levels = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("downs."))
+    levels = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("ups."))
     widths = [tensors[f"ups.{level}.0.block1.proj.weight"].shape[0] for level in reversed(range(levels))]
     unet = UNetConfig(base_channels=base, channel_multipliers=tuple(width // base for width in widths),
                       norm_groups=PUBLISHED_GROUPS, attention_heads=PUBLISHED_HEADS,

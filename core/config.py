@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import UserError, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-Positive = Field(gt=0)
+Rate = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Index = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -26,7 +28,7 @@ class Experiment(Section):
 
     name: str = Field("experiment", pattern=r"^[\w.-]+$", description="folder name below output_dir")
     output_dir: str = "runs"
-    seed: int = 0
+    seed: Index = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
     compile: bool = Field(False, description="torch.compile the network's training step")
@@ -79,7 +81,7 @@ class UNet(Section):
     """The network; the defaults are the published weights' shape but for base_channels."""
 
     base_channels: int = Field(64, gt=0, multiple_of=4)
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    channel_multipliers: tuple[Count, ...] = Field((1, 2, 4, 8), min_length=1)
     blocks_per_level: int = Field(2, gt=0)
     norm_groups: int = Field(4, gt=0)
     attention_heads: int = Field(4, gt=0)
@@ -151,9 +153,9 @@ class Finetune(Section):
     """Supervised training of the detector on a few labelled images."""
 
     backbones: tuple[Literal["ddpm", "scratch"], ...] = ("ddpm", "scratch")
-    shots: tuple[int, ...] = (1, 5, 10, 25, 50)
-    draws: tuple[int, ...] = (0, 1, 2)
-    seeds: tuple[int, ...] = (0,)
+    shots: tuple[Count, ...] = Field((1, 5, 10, 25, 50), min_length=1)
+    draws: tuple[Index, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Index, ...] = Field((0,), min_length=1)
     selection: Literal["first", "random"] = Field("random", description="first k images (the paper) or a seeded draw")
     pretraining_iteration: int | None = Field(None, description="which EMA checkpoint; null = the last one")
     checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
@@ -167,7 +169,7 @@ class Finetune(Section):
     )
     iterations: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
     epochs: int | None = Field(None, gt=0)
-    learning_rate: dict[str, float] = Field({"ddpm": 1e-4, "scratch": 1e-4}, description="for each backbone")
+    learning_rate: dict[str, Rate] = Field({"ddpm": 1e-4, "scratch": 1e-4}, description="for each backbone")
     weight_decay: float = Field(0.01, ge=0)
     scheduler: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.5, gt=0, lt=1)
@@ -189,8 +191,6 @@ class Finetune(Section):
     def _budget_and_rates(self) -> Finetune:
         if (self.iterations is None) == (self.epochs is None):
             raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
-        if any(k < 1 for k in self.shots):
-            raise ValueError("finetune.shots must be 1 or more")
         missing = [b for b in self.backbones if b not in self.learning_rate]
         if missing:
             raise ValueError(f"finetune.learning_rate lacks {missing}; it names a rate for each backbone")
@@ -244,10 +244,19 @@ class Config(Section):
             raise ValueError(f"dataset.image_size needs {dims} numbers when is_3d is {str(self.is_3d).lower()}")
         if self.is_3d:
             raise ValueError("is_3d: volumes are not supported yet; set it to false")
-        check_divisible(self.dataset.image_size, len(self.unet.channel_multipliers))
+        levels = len(self.unet.channel_multipliers)
+        check_divisible(self.dataset.image_size, levels)
+        sizes = [self.dataset.image_size[0] // 2**level for level in range(levels)]
+        strange = [n for n in self.unet.full_attention_sizes if n not in sizes]
+        if strange:
+            raise ValueError(f"unet.full_attention_sizes {strange} are no sizes of a level; those are {sizes}")
         fixed = self.finetune.timestep
         if fixed is not None and fixed >= self.ddpm.num_train_timesteps:
             raise ValueError(f"finetune.timestep {fixed} must be below ddpm.num_train_timesteps")
+        iteration, kept = self.finetune.pretraining_iteration, self.ddpm.checkpoint_iterations
+        if iteration is not None and iteration not in kept:
+            raise ValueError(f"finetune.pretraining_iteration {iteration} is not one of ddpm.checkpoint_iterations "
+                             f"{list(kept)}")
         return self
 
     @property
@@ -263,11 +272,12 @@ class Config(Section):
 def check_divisible(size: tuple[int, ...], levels: int) -> None:
     """Raise ValueError in one line, naming the nearest sizes, where `levels` halvings do not divide `size`."""
     step = 2 ** (levels - 1)
-    bad = [n for n in size if n % step or n < step]
-    if bad:
-        near = [f"{max(step, n // step * step)} or {n // step * step + step}" for n in bad]
+    bad = next((n for n in size if n % step or n < step), None)
+    if bad is not None:
+        below = bad // step * step
+        near = f"{below} or {below + step}" if below >= step else f"{step}"
         raise ValueError(f"dataset.image_size {list(size)}: {levels} levels need multiples of {step}; "
-                         f"nearest to {bad[0]}: {near[0]}")
+                         f"nearest to {bad}: {near}")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -294,7 +304,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
+    if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     if not path.is_file():
         names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
@@ -303,6 +313,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object")
     parent = values.pop("extends", None)
@@ -310,7 +322,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one file")
-    return _merge(_read(path.parent / parent, (*seen, path)), values)
+    return _merge(_read(path.parent / parent, (*seen, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +349,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    place = tuple(part for part in first["loc"] if not str(part).startswith("literal["))  # not a union's branch
+    key = ".".join(map(str, place))
     if first["type"] == "extra_forbidden":
         model: Any = Config
         for part in first["loc"][:-1]:
@@ -345,10 +358,10 @@ def _explain(error: ValidationError) -> str:
             model = next((a for a in (model, *getattr(model, "__args__", ())) if hasattr(a, "model_fields")), Section)
         names = sorted(f.alias or n for n, f in model.model_fields.items())
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), names)}; valid: {', '.join(names)}"
-    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+        return first["msg"].removeprefix("Value error, ")
+    allowed = [e["msg"] for e in error.errors() if e["loc"][:len(place)] == place]  # one for each of a union's branches
+    return f"{key}: {', or '.join(m[0].lower() + m[1:] for m in allowed)}, got {first['input']!r}"
 
 
 def write_schema(path: Path = CONFIG_DIR / "schema.json") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -182,8 +183,8 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     }
     buffer = io.BytesIO()
     pixels = np.stack([pixels for pixels, _ in loaded])
-    peak = float(pixels.max())
-    kind = np.uint8 if peak < 255.5 else np.uint16  # as deep as the originals
+    peak = float(np.abs(pixels).max())
+    kind = np.int16 if pixels.min() < 0 else np.uint8 if peak < 255.5 else np.uint16  # as deep as the originals
     levels = np.iinfo(kind).max
     np.savez_compressed(buffer, pixels=np.round(pixels * (levels / max(peak, 1e-12))).astype(kind), peak=np.array(peak),
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
@@ -202,13 +203,17 @@ def _describe(record: Record) -> dict:
 def _open_pack(path: Path) -> _Pack:
     if not path.is_file():
         raise UserError(f"dataset.root {path} does not exist")
-    with np.load(path) as file:
-        ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
-        sizes = [tuple(size) for size in file["original_sizes"].tolist()]
-        level = np.float32(peak / np.iinfo(pixels.dtype).max)
-        images = {name: image * level for name, image in zip(ids, pixels, strict=True)}
-        return _Pack(tuple(file["size"].tolist()), images, dict(zip(ids, sizes, strict=True)),
-                     json.loads(str(file["description"])))
+    try:
+        with np.load(path) as file:
+            ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
+            sizes = [tuple(size) for size in file["original_sizes"].tolist()]
+            level = np.float32(peak / np.iinfo(pixels.dtype).max)
+            images = {name: image * level for name, image in zip(ids, pixels, strict=True)}
+            return _Pack(tuple(file["size"].tolist()), images, dict(zip(ids, sizes, strict=True)),
+                         json.loads(str(file["description"])))
+    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
+        raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.dataset --pack "
+                        f"({error})") from None
 
 
 def _read_pack(config: DatasetConfig) -> DataSource:

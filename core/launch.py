@@ -12,7 +12,16 @@ from core.config import Config, add_config_arguments, load_config
 from core.dataset import load_source, select_shots
 from core.errors import run_command
 from core.layouts import DataSource
-from core.study import MEAN_SHAPE, Cell, cell_dir, cells, is_pretrained, is_scored
+from core.study import (
+    MEAN_SHAPE,
+    Cell,
+    cell_dir,
+    cells,
+    check_cell,
+    check_pretraining,
+    is_pretrained,
+    is_scored,
+)
 
 STAGES = ("pretrain", "finetune", "report")
 FUNCTIONS = {  # looked up by name: core imports no stage package
@@ -75,6 +84,24 @@ def check_shots(config: Config, source: DataSource) -> None:
         source.require("validation")
 
 
+def check_done(config: Config, stages: tuple[str, ...]) -> None:
+    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
+    if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config):
+        check_pretraining(config)
+    if "finetune" in stages:
+        for cell in cells(config):
+            check_cell(config, cell)
+
+
+def prepare(config: Config, stages: tuple[str, ...]) -> None:
+    """Check that the study can run from end to end, and print its plan."""
+    source = load_source(config.dataset)
+    if "finetune" in stages:
+        check_shots(config, source)
+    check_done(config, stages)
+    print_plan(config, stages, source)
+
+
 def run_cell(config: Config, cell: Cell) -> None:
     """Train and score one cell, unless it is scored already."""
     if is_scored(config, cell):
@@ -89,10 +116,7 @@ def run_cell(config: Config, cell: Cell) -> None:
 
 def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
     """Run `stages` in order; returns the report's page when there is one."""
-    source = load_source(config.dataset)
-    if "finetune" in stages:
-        check_shots(config, source)
-    print_plan(config, stages, source)
+    prepare(config, stages)
     if "pretrain" in stages and needs_pretraining(config) and not is_pretrained(config):
         function("pretrain")(config)
     if "finetune" in stages:
@@ -118,9 +142,7 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     stages = tuple(stage for stage in STAGES if stage in arguments.stages)
     if arguments.dry_run:
-        source = load_source(config.dataset)
-        check_shots(config, source)
-        print_plan(config, stages, source)
+        prepare(config, stages)
         return
     page = run_study(config, stages)
     if page is not None:

@@ -16,6 +16,14 @@ VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder":
                 "pretraining_iteration": "iter", "checkpoint": "from", "iterations": "steps", "epochs": "epochs",
                 "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}
+DDPM_ONLY = ("timestep", "pretraining_iteration", "checkpoint")  # mean nothing to other backbones
+PLACES = ("dataset.root", "dataset.cache_dir", "dataset.phantom")  # the data may move between machines
+PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every",
+                    "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
+                    "ddpm.checkpoint_iterations")
+CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
+             "finetune.save_every", "finetune.decoder")
+SCORING = ("evaluation.split", "evaluation.sdr_thresholds")
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def variant(config: Config, backbone: str) -> str:
         value, usual = getattr(config.finetune, key), getattr(defaults, key)
         if key == "learning_rate":
             value, usual = value[backbone], usual.get(backbone)
-        if key in ("timestep", "pretraining_iteration", "checkpoint") and backbone != "ddpm":
+        if key in DDPM_ONLY and backbone != "ddpm":
             continue
         if value != usual and value is not None:
             text = Path(value).stem if key == "checkpoint" else str(value)
@@ -74,6 +82,23 @@ def is_pretrained(config: Config) -> bool:
     """Whether every configured EMA checkpoint is there."""
     folder = config.experiment_dir / "ddpm"
     return all((folder / f"ema_iter{i:06d}.safetensors").is_file() for i in config.ddpm.checkpoint_iterations)
+
+
+def check_pretraining(config: Config) -> None:
+    """UserError when the pre-training that is there was made with other settings."""
+    keys = ("experiment.seed", "dataset", "unet", "ddpm")
+    check_unchanged(config.experiment_dir / "ddpm", config, keys, PRETRAINING_FREE)
+
+
+def check_cell(config: Config, cell: Cell) -> None:
+    """UserError when the cell that is there was made, or is scored, with other settings that count for it."""
+    if cell.backbone == MEAN_SHAPE:
+        check_unchanged(cell_dir(config, cell), config, ("dataset", *SCORING), PLACES)
+        return
+    others = [f"finetune.learning_rate.{name}" for name in config.finetune.learning_rate if name != cell.backbone]
+    foreign = [] if cell.backbone == "ddpm" else [f"finetune.{key}" for key in DDPM_ONLY]
+    keys = ("experiment.seed", "dataset", "unet", "finetune", *SCORING)
+    check_unchanged(cell_dir(config, cell), config, keys, (*CELL_FREE, *others, *foreign))
 
 
 def check_unchanged(run_dir: Path, config: Config, keys: Iterable[str], free: Iterable[str] = ()) -> None:

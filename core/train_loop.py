@@ -121,8 +121,11 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f'experiment.device "{name}" is not a device; choose auto, cpu, cuda or cuda:N') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'experiment.device "{name}": no CUDA GPU is visible; choose auto or cpu')
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f'experiment.device "{name}" is not supported; choose auto, cpu, cuda or cuda:N')
+    visible = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= visible:
+        raise UserError(f'experiment.device "{name}": {visible or "no"} CUDA GPU is visible; choose auto or cpu')
     return device
 
 
@@ -299,8 +302,9 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     with RunLog(run_dir, settings.title, training.step, settings.iterations) as log, StopSignal() as stop:
         while not training.finished:
             log.advance(training.optimiser_step())
-            last = stop.received or training.finished
-            validating, saving = training.due(settings.validate_every), training.due(settings.save_every) or last
+            stopping = stop.received  # read once: a signal that comes later waits for the next step
+            validating = training.due(settings.validate_every)
+            saving = training.due(settings.save_every) or stopping or training.finished
             milestone = training.step in settings.milestones
             if training.due(settings.log_every) or validating or saving or milestone:
                 log.write(training.step, {"loss": training.check_losses(), **log.interval(),
@@ -311,6 +315,6 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
                 training.validate(log)
             if saving or training.finished:
                 save_state(run_dir, training.state())
-            if stop.received and not training.finished:
+            if stopping and not training.finished:
                 raise Interrupted(f"saved at step {training.step} of {settings.iterations}; "
                                   f"continue with: {resume_command} --resume")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from core.config import Config, add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.errors import run_command
 from core.runlog import write_run_config
-from core.study import check_unchanged
+from core.study import check_pretraining
 from core.train_loop import (
     BatchPlan,
     LoopSettings,
@@ -32,8 +33,6 @@ from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 
 VALIDATION_SEED = 987654321
-FREE_TO_CHANGE = ("ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every", "ddpm.save_every",
-                  "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count", "ddpm.checkpoint_iterations")
 
 
 class Denoising:
@@ -132,7 +131,7 @@ def pretrain(config: Config, resume: str | None = None) -> Path:
     run_dir = config.experiment_dir / "ddpm"
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
-    check_unchanged(run_dir, config, ("experiment.seed", "dataset", "unet", "ddpm"), FREE_TO_CHANGE)
+    check_pretraining(config)
     source = load_source(config.dataset)
     images = load_images(source.pretraining_records(), config.dataset, "images")
     held = source.splits["validation"]
@@ -144,7 +143,7 @@ def pretrain(config: Config, resume: str | None = None) -> Path:
     training = Training(model, Denoising(config, run_dir, images, validation), plan, settings)
     write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
                                                "precision": settings.precision, "device": str(settings.device)})
-    command = f"python -m ddpm_pretraining.train --config {run_dir / 'config.json'}"
+    command = f"python -m ddpm_pretraining.train --config {shlex.quote(str(run_dir / 'config.json'))}"
     train(training, run_dir, resume, command)
     return run_dir
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,12 @@ from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.errors import UserError, run_command
 from core.layouts import DataSource, Record
 from core.runlog import write_run_config
-from core.study import Cell, cell_dir, check_unchanged
+from core.study import Cell, cell_dir, check_cell
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
 from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
-
-FREE_TO_CHANGE = ("finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
-                  "finetune.save_every", "finetune.decoder", "dataset.root", "dataset.cache_dir", "dataset.phantom")
 
 
 class HeatmapRegression:
@@ -78,8 +76,12 @@ class HeatmapRegression:
 
 def labelled_subset(config: Config, source: DataSource, cell: Cell) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """(training, validation) records of a cell, as finetune.validation says."""
-    chosen = select_shots(source.require("train"), cell.shots, cell.draw, config.finetune.selection)
     validation = config.finetune.validation
+    least = validation + 1 if isinstance(validation, int) else 1
+    if cell.shots < least or min(cell.draw, cell.seed) < 0:
+        raise UserError(f"--shots {cell.shots} --draw {cell.draw} --seed {cell.seed}: at least {least} shots are "
+                        f"needed (finetune.validation is {validation}), draw and seed from 0")
+    chosen = select_shots(source.require("train"), cell.shots, cell.draw, config.finetune.selection)
     if validation == "official":
         return chosen, source.require("validation")
     if validation == "none":
@@ -114,10 +116,13 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
         raise UserError(f'backbone "{cell.backbone}" has no finetune.learning_rate; '
                         f"choose from {', '.join(config.finetune.learning_rate)}")
     run_dir = cell_dir(config, cell)
-    check_unchanged(run_dir, config, ("dataset", "unet", "finetune"), FREE_TO_CHANGE)
+    check_cell(config, cell)
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
     source = load_source(config.dataset)
+    if config.finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
+        raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '
+                        'has one; choose "cross_entropy_pixels"')
     training_records, validation_records = labelled_subset(config, source, cell)
     images = load_images(training_records, config.dataset)
     validation = load_images(validation_records, config.dataset) if validation_records else None
@@ -133,8 +138,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     settings = loop_settings(config, cell, plan)
     task = HeatmapRegression(config, run_dir, header, images, validation)
     write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
-    command = (f"python -m landmarks_finetuning.train --config {run_dir / 'config.json'} --backbone {cell.backbone} "
-               f"--shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
+    command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
+               f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
     train(Training(model, task, plan, settings), run_dir, resume, command)
     return run_dir
 

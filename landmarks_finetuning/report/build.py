@@ -21,6 +21,7 @@ from landmarks_finetuning.report import figures
 from landmarks_finetuning.report.collect import (
     Experiment,
     aggregate,
+    error_matrix,
     main_variants,
     per_landmark,
     read_experiment,
@@ -169,6 +170,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
     thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
     landmarks, paper = per_landmark(runs, shots), paper_comparison(runs, summary)
+    bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     output.add_table("runs", runs.drop(columns="path"))
     output.add_table("summary", summary)
@@ -187,7 +189,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
             "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
             "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(runs, unit, thresholds)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
-            "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(landmarks, unit, shots)),
+            "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
         },
     }
 
@@ -235,9 +237,10 @@ def _overlays(experiment: Experiment, runs: pd.DataFrame, pictures: Pictures) ->
             if group.empty or backbone == UNTRAINED:
                 continue
             run = group.sort_values(["draw", "seed"]).iloc[0]
-            images = [(pictures.embed(path, 640, 78), path.stem.partition("_")[2])
-                      for path in sorted(run["path"].glob("overlays/rank*.png"))[:wanted]]
-            images = [{"source": source, "image": image} for source, image in images if source]
+            files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
+            errors = error_matrix(run["path"])[0].mean(axis=1).rename(lambda image: image.replace("/", "-"))
+            images = [{"source": pictures.embed(path, 640, 78), "image": path.stem.partition("_")[2]} for path in files]
+            images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
             if images:
                 groups.append({"backbone": backbone, "shots": int(shots), "draw": int(run["draw"]), "images": images})
     return groups

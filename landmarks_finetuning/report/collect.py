@@ -211,7 +211,7 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def per_landmark(runs: pd.DataFrame, shots: int) -> pd.DataFrame:
-    """Landmarks x backbones (main variants): the mean error of each landmark over images and draws at `shots`."""
+    """Landmarks x backbones (main variants), the best first: each landmark's mean error over images and draws."""
     columns = {}
     for backbone, variant in main_variants(runs).items():
         group = select(runs, backbone, variant, shots)
@@ -219,7 +219,8 @@ def per_landmark(runs: pd.DataFrame, shots: int) -> pd.DataFrame:
             names = error_matrix(group["path"].iloc[0])[0].columns
             by_draw, _ = errors_by_draw(group)
             columns[backbone] = pd.Series(_column_means(np.concatenate(list(by_draw.values()))), index=names)
-    return pd.DataFrame(columns).rename_axis("landmark")
+    table = pd.DataFrame(columns).rename_axis("landmark")
+    return table[table.mean().sort_values().index]
 
 
 def _column_means(errors: np.ndarray) -> np.ndarray:

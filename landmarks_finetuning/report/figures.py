@@ -21,7 +21,7 @@ from landmarks_finetuning.report.findings import display_name, shots_text
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9"}  # Okabe and Ito
 SPARE_COLOURS = ("#8A6FD1", "#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
-QUARTILE_COLOURS = ("#9ECAE1", "#5BA3D0", "#2171B5", "#08306B")
+QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
@@ -45,9 +45,9 @@ def save_figure(figure: Figure, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight")
+        figure.savefig(path, dpi=160, facecolor="white")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S)
     text = re.sub(r'\sid="(figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_[^"]*"', "", text)
@@ -56,7 +56,9 @@ def save_figure(figure: Figure, path: Path) -> str:
 
 
 def _without_size(tag: re.Match) -> str:
-    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())
+    """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's."""
+    points = float(re.search(r'width="([\d.]+)pt"', tag.group()).group(1))
+    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px">'
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
@@ -119,7 +121,7 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
 def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]) -> Figure:
     """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled."""
     shots, variants = sorted(runs["shots"].unique()), main_variants(runs)
-    columns = min(3, len(shots))
+    columns = 2 if len(shots) == 4 else min(3, len(shots))
     rows = -(-len(shots) // columns)
     figure, axes = _figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
     reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
@@ -182,7 +184,9 @@ def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | 
     left.set_title("Noise-prediction loss", loc="left")
     for axis in axes.flat:
         _loss_axis(axis)
-        axis.legend(fontsize=8.5)
+    left.legend(fontsize=8.5)
+    if validation:
+        axes[0, 1].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -234,10 +238,9 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
 
 @_styled
 def landmark_bars(table: pd.DataFrame, unit: str, shots: int) -> Figure:
-    """Mean error of each landmark (rows of `table`) by backbone (its columns), the hardest on top."""
-    order = table.max(axis=1).sort_values().index if table.empty else table[table.mean().idxmin()].sort_values().index
-    ordered, count = table.loc[order], table.shape[1]
-    figure, axes = _figure(7.2, 0.9 + len(table) * (0.13 * count + 0.12))
+    """Mean error of each landmark (rows of `table`) by backbone (its columns), the best one's hardest on top."""
+    ordered, count = table.sort_values(table.mean().idxmin()), table.shape[1]
+    figure, axes = _figure(6.4, 0.9 + len(table) * (0.13 * count + 0.12))
     axis, height = axes[0, 0], 0.82 / count
     for index, backbone in enumerate(table.columns):
         positions = np.arange(len(ordered)) + ((count - 1) / 2 - index) * height

@@ -64,24 +64,24 @@ def verdict(result: dict) -> str:
     return "better" if result["difference"] > 0 else "worse"
 
 
-def headline(found: pd.DataFrame, unit: str) -> str:
-    """One sentence for the top of the page."""
+def headline(found: pd.DataFrame, unit: str) -> tuple[str, str]:
+    """The page's first sentence, and the numbers behind it."""
     if found.empty:
-        return "There is no second method to compare with yet."
-    method = display_name(found["method"].iloc[0])
-    counts = [f"{shots_text(row.shots)}: {_against(row, unit)}" for row in found.itertuples()]
-    tally = found["verdict"].value_counts()
-    words = [text.format(_times(tally[key], len(found))) for key, text in
-             (("better", "clearly better {}"), ("worse", "clearly worse {}"), ("open", "not distinguishable {}"))
-             if key in tally]
-    single = " (one draw of the labels only)" if found["draws"].max() == 1 else ""
-    return f"{method} against its best rival: {', '.join(words)}{single}. {'; '.join(counts)}."
+        return "There is no second method to compare with yet.", ""
+    parts = []
+    for key, text in (("better", "is clearly better"), ("worse", "is clearly worse"), ("open", "is within the spread")):
+        shots = found.loc[found["verdict"] == key, "shots"].tolist()
+        if shots:
+            parts.append(f"{text} at {_list(shots)} {'label' if shots == [1] else 'labels'}")
+    single = " (with one draw of the labels)" if found["draws"].max() == 1 else ""
+    sentence = f"{display_name(found['method'].iloc[0])} {_list(parts)}, measured against its best rival{single}."
+    return sentence, "; ".join(f"{shots_text(row.shots)}: {_against(row, unit)}" for row in found.itertuples()) + "."
 
 
-def _times(count: int, total: int) -> str:
-    if total == 1:
-        return "at the one number of labels tried"
-    return f"at all {total} numbers of labels" if count == total else f"at {count} of {total} numbers of labels"
+def _list(items: list) -> str:
+    """'1, 5 and 10'."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def shots_text(shots: int) -> str:
@@ -106,7 +106,7 @@ def _sentence(row, unit: str) -> str:
     direction = "better" if row.difference > 0 else "worse"
     judgement = {"better": f"{method} wins by {size}.", "worse": f"{method} does not win: it is {size} worse.",
                  "open": f"It is {size} {direction}, which is within the spread: no winner."}[row.verdict]
-    sure = f"95 % interval of the gain over patients: {row.low:+.2f} to {row.high:+.2f} {unit}"
+    sure = f"95 % interval of the gain over patients: {_signed(row.low)} to {_signed(row.high)} {unit}"
     if row.draws > 1:
         sure += (f"; better in {row.draws_won} of {row.draws} draws of the labels, the gain varying by "
                  f"{row.spread:.2f} {unit} between draws.")
@@ -117,6 +117,10 @@ def _sentence(row, unit: str) -> str:
         floor = (f" Neither beats the mean of the labelled landmarks ({row.mean_shape_mre:.2f} {unit}), "
                  "which does not look at the image.")
     return f"{opening}. {judgement} {sure}{floor}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def paper_method(backbone: str, variant: str) -> str:

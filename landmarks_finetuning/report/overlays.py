@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 PREDICTION = (255, 176, 0)
 TRUTH = (90, 190, 255)
 PAPER = (20, 22, 26)
-INK = (238, 240, 243)
+INK = (240, 240, 240)  # neutral: the marks are the only colours in a grey picture
 TITLE_HEIGHT = 40
 MARGIN = 12
 CROSS_HALF_LENGTH = 5.0
@@ -86,7 +86,8 @@ def _contours(heatmaps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def _draw_marks(canvas: np.ndarray, point: np.ndarray, target: np.ndarray) -> None:
     has_point, has_target = np.isfinite(point).all(), np.isfinite(target).all()
     if has_point and has_target:
-        _segment(canvas, point, target, INK, 0.6)
+        _segment(canvas, point, target, (0, 0, 0), 1.8, 0.45)
+        _segment(canvas, point, target, INK, 0.7)
     if has_target:
         _ring(canvas, target)
     if has_point:
@@ -139,7 +140,7 @@ def _draw_numbers(picture: Image.Image, drawn: np.ndarray, truth: np.ndarray) ->
         if not np.isfinite(anchor).all():
             continue
         leftwards = np.isfinite(target).all() and target[1] > anchor[1] + 2
-        x, y = anchor[1] + (-10 if leftwards else 10), anchor[0] - 10
+        x, y = anchor[1] + (-13 if leftwards else 13), anchor[0] - 13
         x, y = np.clip(x, 14, picture.width - 14), np.clip(y, 8, picture.height - 8)
         draw.text((x, y), str(number), fill=INK, font=font, anchor="rm" if leftwards else "lm", stroke_width=2,
                   stroke_fill=(0, 0, 0))
