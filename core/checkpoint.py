@@ -86,7 +86,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
 

@@ -44,6 +44,16 @@ class Augmentation(Section):
     intensity: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and gamma; 0 = off")
 
 
+class StrongAugmentation(Augmentation):
+    """What few labels want, by measurement (docs/results.md)."""
+
+    probability: float = Field(1.0, ge=0, le=1)
+    rotation_degrees: float = Field(10.0, ge=0)
+    scale: float = Field(0.1, ge=0, lt=1, description="factor drawn from 1 +- scale")
+    translation: float = Field(0.05, ge=0, lt=1, description="fraction of the size, each axis")
+    intensity: float = Field(0.3, ge=0, lt=1, description="strength of brightness, contrast and gamma; 0 = off")
+
+
 class PhantomData(Section):
     """Synthetic radiographs written to dataset.root when it does not exist yet."""
 
@@ -106,6 +116,12 @@ class Clip(Section):
     limit: float = Field(1.0, gt=0)
 
 
+class NormClip(Clip):
+    """Gradient clipping, by norm unless told otherwise: giving the limit alone leaves it on."""
+
+    mode: Literal["none", "value", "norm"] = "norm"
+
+
 class DDPM(Section):
     """Denoising diffusion pre-training."""
 
@@ -126,7 +142,7 @@ class DDPM(Section):
     sampling: Literal["stream", "epoch"] = Field(
         "stream", description="stream: endless permutations; epoch: drop_last and a step for the last partial group"
     )
-    clip: Clip = Clip(mode="norm", limit=1.0)
+    clip: NormClip = NormClip()
     ema_decay: float = Field(0.995, ge=0, lt=1)
     augmentation: Augmentation = Augmentation()
     log_every: int = Field(20, gt=0)
@@ -167,7 +183,7 @@ class Finetune(Section):
     validation: Literal["official", "none"] | int = Field(
         "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"
     )
-    iterations: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
+    iterations: int | None = Field(400, gt=0, description="optimiser steps; null where epochs are given")
     epochs: int | None = Field(None, gt=0)
     learning_rate: dict[str, Rate] = Field({"ddpm": 1e-4, "scratch": 1e-4}, description="for each backbone")
     weight_decay: float = Field(0.01, ge=0)
@@ -183,7 +199,7 @@ class Finetune(Section):
     sampling: Literal["stream", "epoch"] = "stream"
     clip: Clip = Clip()
     ema_decay: float | None = Field(None, ge=0, lt=1, description="null = no moving average")
-    augmentation: Augmentation = Augmentation()
+    augmentation: StrongAugmentation = StrongAugmentation()
     log_every: int = Field(10, gt=0)
     save_every: int = Field(100, gt=0)
 
@@ -231,7 +247,7 @@ class Config(Section):
     dataset: Dataset = Dataset()
     unet: UNet = UNet()
     ddpm: DDPM = DDPM()
-    finetune: Finetune
+    finetune: Finetune = Finetune()
     evaluation: Evaluation = Evaluation()
     report: Report = Report()
     run: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
@@ -311,9 +327,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"config file {path} does not exist; configs/ holds {names}")
     try:
         values = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object")

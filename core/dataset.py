@@ -77,8 +77,8 @@ class ImageSet:
 def load_images(records: Sequence[Record], config: DatasetConfig, progress: str | None = None) -> ImageSet:
     """Decode, resize and normalise `records`, through the cache; a bad file raises UserError with its name."""
     size = tuple(config.image_size)
-    loaded = [_load_one(record, config, size) for record in tqdm(records, desc=progress, disable=progress is None,
-                                                                 leave=False)]
+    hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
+    loaded = [_load_one(record, config, size) for record in tqdm(records, progress, leave=False, disable=hidden)]
     images = torch.stack([torch.from_numpy(normalise(pixels, config)) for pixels, _ in loaded])
     sizes = np.array([original for _, original in loaded], dtype=np.int64)
     points = None

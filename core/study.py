@@ -55,7 +55,7 @@ def variant(config: Config, backbone: str) -> str:
     """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
     if backbone == MEAN_SHAPE:
         return "default"
-    defaults, parts = Finetune(iterations=1), []
+    defaults, parts = Finetune(), []
     for key, short in VARIANT_KEYS.items():
         value, usual = getattr(config.finetune, key), getattr(defaults, key)
         if key == "learning_rate":

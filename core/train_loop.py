@@ -244,7 +244,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if settings.ema_decay is not None:
-            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - settings.ema_decay)
+            with torch.no_grad():  # or autograd's graph would grow by every step
+                torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - settings.ema_decay)
         self.pending.append(total)
         self.step += 1
         return sum(len(indices) for indices in groups)

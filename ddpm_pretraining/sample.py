@@ -42,7 +42,7 @@ def main() -> None:
         images = sample(Diffusion(config.ddpm, device), model, shape, generator,
                         arguments.sampler or config.ddpm.sampler, "sampling")[-1]
     out = arguments.out or config.experiment_dir / "ddpm" / "samples" / f"drawn_iter{iteration:06d}.png"
-    save_picture(out, grid_picture(torch.as_tensor(images), max(1, round(arguments.count**0.5))))
+    save_picture(out, grid_picture(torch.as_tensor(images), columns=4))
     print(f"{arguments.count} samples: {out}")
 
 

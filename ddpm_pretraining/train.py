@@ -90,8 +90,7 @@ class Denoising:
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
         shape = (ddpm.sample_count, model.channels, *self.training.size)
         images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
-        columns = max(1, round(ddpm.sample_count**0.5))
-        save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns))
+        save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
         shown = (self.validation or self.training).images[:2].to(self.device)
         strip = denoising_strip(self.diffusion, model, shown, generator)
         save_picture(self.run_dir / "samples" / f"strip_iter{step:06d}.png", strip)

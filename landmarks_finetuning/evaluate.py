@@ -21,6 +21,7 @@ from core.study import MEAN_SHAPE, Cell, cell_dir, variant
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate, sigma_pixels
 from landmarks_finetuning.heatmaps import contour_centroid, probability_maps
 from landmarks_finetuning.metrics import (
+    SMALLEST_SIGMA_PX,
     bootstrap_interval,
     mean_shape_prediction,
     paper_errors,
@@ -75,16 +76,16 @@ def score(run_dir: Path, config: Config, source: DataSource, held: ImageSet, poi
           confidence: np.ndarray, scorer_points: np.ndarray | None, identity: dict, outputs: Tensor | None) -> dict:
     """Write predictions.csv, metrics.json and overlays/ of predictions `points` (M, N, D) in original pixels.
 
-    `scorer_points` (M, N, 2) are network pixels for the paper's scorer, which wants a square 2D input.
+    `scorer_points` (M, N, 2) are network pixels for the paper's scorer, which wants a square 2D input and a disk with
+    an area; without them its figures are left out.
     """
     truth, spacing = held.original_points(), held.spacings()
     errors = physical_errors(points, truth, spacing)
     thresholds = config.evaluation.sdr_thresholds or source.sdr_thresholds
     size = config.dataset.image_size
-    published = None
-    if source.paper_rule and scorer_points is not None and len(set(size)) == 1:
-        published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0],
-                                 sigma_pixels(config))
+    published, sigma = None, sigma_pixels(config)
+    if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
+        published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [record.patient or record.id for record in held.records]
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,

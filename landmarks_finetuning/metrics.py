@@ -18,6 +18,7 @@ CEPHALO_SIZE = (2400, 1935)  # height, width
 CEPHALO_SPACING_MM = 0.1
 WRIST_MM = 50.0
 WRIST_POINTS = (0, 4)
+SMALLEST_SIGMA_PX = (2 * np.log(2)) ** -0.5  # 0.85: at or below, the half-maximum disk is one pixel, without an area
 ROUNDING_NOISE = 1e-9  # (18, 24) px at 0.1 mm is 3.0000000000000004 mm: it still counts as within 3 mm
 
 
@@ -60,7 +61,7 @@ def paper_errors(rule: str, predictions: np.ndarray, truth_original: np.ndarray,
     if rule not in PAPER_RULES:
         raise UserError(f'paper scorer: unknown rule "{rule}"; choose one of {", ".join(PAPER_RULES)}')
     side = _square_side(input_size)
-    if np.exp(-1 / (2 * sigma**2)) <= 0.5:
+    if sigma <= SMALLEST_SIGMA_PX:
         raise UserError(f"paper scorer: with sigma {sigma:g} px a disk is a single pixel, whose contour has no area; "
                         "use a sigma above 0.85 px (a larger network input)")
     predictions = np.rint(np.asarray(predictions, dtype=np.float64))

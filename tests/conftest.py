@@ -20,16 +20,16 @@ TINY = {
     "ddpm": {"num_train_timesteps": 20, "iterations": 6, "checkpoint_iterations": [3, 6], "batch_size": 2,
              "log_every": 2, "validate_every": 3, "sample_every": 6, "save_every": 2, "sampling_steps": 2,
              "sample_count": 2},
-    "finetune": {"iterations": 4, "shots": [2], "draws": [0], "batch_size": 2, "validate_every": 2, "log_every": 1,
-                 "save_every": 2, "ema_decay": 0.5},
+    "finetune": {"iterations": 4, "sigma": 20.0, "shots": [2], "draws": [0], "batch_size": 2, "validate_every": 2,
+                 "log_every": 1, "save_every": 2, "ema_decay": 0.5, "learning_rate": {"ddpm": 1e-4, "scratch": 1e-4}},
     "evaluation": {"overlays": 2},
 }
 
 
 def merged(base: dict, changes: dict) -> dict:
     """`base` with `changes` laid over it, section by section."""
-    nested = {k: merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **changes, **nested}
+    return {**base, **{key: merged(base.get(key, {}), value) if isinstance(value, dict) else value
+                       for key, value in changes.items()}}
 
 
 @pytest.fixture(scope="session")

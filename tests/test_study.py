@@ -1,0 +1,141 @@
+"""The plan of a study: its cells, their folders, what is done, and what the launcher prints."""
+
+import json
+
+import pytest
+
+from core.config import parse_config
+from core.dataset import load_source
+from core.errors import UserError
+from core.launch import print_plan
+from core.study import MEAN_SHAPE, Cell, cell_dir, cells, check_unchanged, is_pretrained, is_scored, variant
+
+FINETUNE = {"iterations": 20, "shots": [1, 5], "draws": [0, 2], "seeds": [0, 3], "batch_size": 2}
+
+
+def make(tmp_path, ddpm=None, **finetune):
+    """A study of four pre-training steps on phantoms of 48x48 pixels."""
+    return parse_config({
+        "experiment": {"name": "tiny", "output_dir": str(tmp_path / "runs")},
+        "dataset": {"name": "phantom", "layout": "cephalo", "root": str(tmp_path / "phantom"), "image_size": [16, 16],
+                    "cache_dir": str(tmp_path / "cache"), "phantom": {"count": 153, "size": [48, 48]}},
+        "unet": {"base_channels": 8},
+        "ddpm": {"iterations": 4, "checkpoint_iterations": [2, 4], **(ddpm or {})},
+        "finetune": {**FINETUNE, **finetune},
+    }, "tiny")  # fmt: skip
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def test_cells_in_order(tmp_path):
+    assert cells(make(tmp_path, shots=[5], seeds=[0])) == [
+        Cell(MEAN_SHAPE, 5, 0, 0), Cell(MEAN_SHAPE, 5, 2, 0),
+        Cell("ddpm", 5, 0, 0), Cell("scratch", 5, 0, 0), Cell("ddpm", 5, 2, 0), Cell("scratch", 5, 2, 0),
+    ]  # fmt: skip
+    plan = cells(make(tmp_path))
+    assert len(plan) == len(set(plan)) == 2 * 2 + 2 * 2 * 2 * 2  # shots x draws, and that x seeds x backbones
+    assert [cell.backbone for cell in plan[:5]] == [MEAN_SHAPE] * 4 + ["ddpm"]
+    assert [cell.shots for cell in plan[4:]] == [1] * 8 + [5] * 8
+    assert {cell.draw for cell in cells(make(tmp_path, selection="first"))} == {0}  # the first k have no second draw
+
+
+def test_folder_of_a_cell(tmp_path):
+    config = make(tmp_path, iterations=400, batch_size=8)
+    place = cell_dir(config, Cell("ddpm", 10, 2, 1))
+    assert place == tmp_path / "runs/tiny/landmarks/ddpm/default/shots010_draw2_seed1"
+    assert cell_dir(config, Cell(MEAN_SHAPE, 1, 0, 0)).parent.parent.name == "mean_shape"
+
+
+@pytest.mark.parametrize("settings, ddpm, scratch", [
+    ({}, "default", "default"),
+    ({"loss": "cross_entropy_channels", "target": "gaussian", "sigma": 2.5},) + (
+        "loss-cross_entropy_channels_target-gaussian_sigma-2.5",) * 2,
+    ({"timestep": 10, "pretraining_iteration": 2}, "t-10_iter-2", "default"),
+    ({"timestep": 0}, "t-0", "default"),
+    ({"checkpoint": "runs/chest/ddpm/ema_iter000004.safetensors"}, "from-ema_iter000004", "default"),
+    ({"learning_rate": {"ddpm": 1e-5, "scratch": 1e-3}}, "lr-1e-05", "default"),
+    ({"iterations": None, "epochs": 7}, "epochs-7", "epochs-7"),
+    ({"weight_decay": 0.5, "seeds": [4], "shots": [3]}, "default", "default"),
+])  # fmt: skip
+def test_variant(tmp_path, settings, ddpm, scratch):
+    config = make(tmp_path, **{"iterations": 400, "batch_size": 8, **settings})
+    assert (variant(config, "ddpm"), variant(config, "scratch")) == (ddpm, scratch)
+    assert variant(config, MEAN_SHAPE) == "default"
+
+
+def test_what_is_done(tmp_path):
+    config, cell = make(tmp_path), Cell("ddpm", 1, 0, 0)
+    touch(cell_dir(config, cell) / "predictions.csv")
+    assert not is_scored(config, cell)
+    touch(cell_dir(config, cell) / "metrics.json")
+    assert is_scored(config, cell) and not is_scored(config, Cell("ddpm", 1, 0, 3))
+    assert not is_scored(make(tmp_path, target="pixel"), cell)
+    touch(config.experiment_dir / "ddpm/ema_iter000004.safetensors")
+    assert not is_pretrained(config)  # of two
+    touch(config.experiment_dir / "ddpm/ema_iter000002.safetensors")
+    assert is_pretrained(config)
+
+
+def test_changed_settings_are_named(tmp_path):
+    before, keys = make(tmp_path), ("unet", "ddpm", "experiment.seed")
+    check_unchanged(tmp_path, before, keys)  # nothing there yet
+    (tmp_path / "config.json").write_text(json.dumps({**before.plain(), "run": {"command": "x"}}))
+    check_unchanged(tmp_path, before, keys)
+    check_unchanged(tmp_path, make(tmp_path, shots=[7]), keys)  # not watched
+    slower = make(tmp_path, ddpm={"learning_rate": 1e-5, "log_every": 3})
+    with pytest.raises(UserError, match=r"was made with ddpm.learning_rate = 0.0001, now it is 1e-05 and 1 more; "
+                                        r"choose another experiment.name, or delete that folder") as caught:
+        check_unchanged(tmp_path, slower, keys)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(UserError, match=r"ddpm.log_every = 20, now it is 3;"):
+        check_unchanged(tmp_path, slower, keys, free=("ddpm.learning_rate",))
+    check_unchanged(tmp_path, slower, keys, free=("ddpm.learning_rate", "ddpm.log_every"))
+    with pytest.raises(UserError, match="ddpm.clip.limit"):  # sections within sections
+        check_unchanged(tmp_path, make(tmp_path, ddpm={"clip": {"mode": "norm", "limit": 2}}), keys)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, load_source(make(folder).dataset)
+
+
+def test_plan(phantom, tmp_path, capsys):
+    source = phantom[1]
+    everything = ("pretrain", "finetune", "report")
+    config = make(tmp_path)
+    print_plan(config, everything, source)
+    out = capsys.readouterr().out
+    assert "study tiny in" in out and "stages pretrain finetune report" in out
+    assert "130 train, 20 validation, 3 test; 19 landmarks; 150 images for pre-training" in out
+    assert "pretrain  4 steps; checkpoints found: none" in out
+    assert "finetune  20 runs, 0 done, 20 left (320 steps at most)" in out  # 16 trained runs of 20 steps
+    assert out.endswith("optimiser steps to come: 324\n")
+    assert str(cell_dir(config, Cell("scratch", 5, 2, 3))) in out
+
+    for cell in (Cell(MEAN_SHAPE, 1, 0, 0), Cell("ddpm", 1, 0, 0)):
+        touch(cell_dir(config, cell) / "metrics.json")
+    for iteration in (2, 4):
+        touch(config.experiment_dir / f"ddpm/ema_iter{iteration:06d}.safetensors")
+    print_plan(config, everything, source)
+    out = capsys.readouterr().out
+    assert "pretrain  done; checkpoints found: ema_iter000002.safetensors, ema_iter000004.safetensors" in out
+    assert "finetune  20 runs, 2 done, 18 left (300 steps at most)" in out
+    assert out.endswith("optimiser steps to come: 300\n")
+    assert f"{cell_dir(config, Cell('ddpm', 1, 0, 0))}\n" not in out
+
+    print_plan(config, ("report",), source)
+    out = capsys.readouterr().out
+    assert "finetune  " not in out and "pretrain  " not in out and out.endswith("optimiser steps to come: 0\n")
+
+
+def test_plan_in_epochs_and_without_pretraining(phantom, tmp_path, capsys):
+    config = make(tmp_path, iterations=None, epochs=3, batch_size=2, accumulation=2, draws=[0], seeds=[0],
+                  backbones=["scratch"])
+    print_plan(config, ("pretrain", "finetune"), phantom[1])
+    out = capsys.readouterr().out
+    assert "pretrain  " not in out  # no cell starts from it
+    assert "finetune  4 runs, 0 done, 4 left (9 steps at most)" in out  # 3 epochs x (1 + 2) groups of 4 images
