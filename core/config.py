@@ -185,7 +185,7 @@ class Finetune(Section):
     )
     iterations: int | None = Field(400, gt=0, description="optimiser steps; null where epochs are given")
     epochs: int | None = Field(None, gt=0)
-    learning_rate: dict[str, Rate] = Field({"ddpm": 1e-4, "scratch": 1e-4}, description="for each backbone")
+    learning_rate: dict[str, Rate] = Field({"ddpm": 1e-3, "scratch": 1e-3}, description="for each backbone")
     weight_decay: float = Field(0.01, ge=0)
     scheduler: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.5, gt=0, lt=1)

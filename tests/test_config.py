@@ -57,7 +57,7 @@ def test_extends_missing_wrong_or_circular(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b'{"a": 1,}', "not valid JSON"), (b'{"a": "\xff"}', "not valid JSON"), (b"[]", "must hold one JSON object"),
-    (b"{}", "finetune: field required"),
+    (b'{"finetune": []}', "finetune: input should be an object"),
 ])
 def test_unreadable_files(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
