@@ -32,5 +32,5 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"interrupted: {stop}", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
-        print("interrupted: nothing was being trained; run the same command again", file=sys.stderr)
+        print("interrupted: what was saved stays; the same command goes on from there", file=sys.stderr)
         sys.exit(130)

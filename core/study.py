@@ -93,7 +93,8 @@ def check_pretraining(config: Config) -> None:
 def check_cell(config: Config, cell: Cell) -> None:
     """UserError when the cell that is there was made, or is scored, with other settings that count for it."""
     if cell.backbone == MEAN_SHAPE:
-        check_unchanged(cell_dir(config, cell), config, ("dataset", *SCORING), PLACES)
+        keys = ("dataset", "finetune.selection", "finetune.validation", *SCORING)
+        check_unchanged(cell_dir(config, cell), config, keys, PLACES)
         return
     others = [f"finetune.learning_rate.{name}" for name in config.finetune.learning_rate if name != cell.backbone]
     foreign = [] if cell.backbone == "ddpm" else [f"finetune.{key}" for key in DDPM_ONLY]
