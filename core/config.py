@@ -177,8 +177,8 @@ class Finetune(Section):
     checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
     timestep: int | None = Field(None, ge=0, description="null: no timestep embedding (the paper), or a fixed one")
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
-    target: Literal["disk", "gaussian", "pixel"] = "disk"
-    sigma: float = Field(5.0, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
+    target: Literal["disk", "gaussian", "pixel"] = "gaussian"
+    sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation"] = "local_expectation"
     validation: Literal["official", "none"] | int = Field(
         "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"

@@ -18,7 +18,7 @@ from core.images import read_image
 from core.layouts import DataSource
 from core.runlog import read_metrics, write_run_config
 from core.study import MEAN_SHAPE, Cell, cell_dir, variant
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate, sigma_pixels
+from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
 from landmarks_finetuning.heatmaps import contour_centroid, probability_maps
 from landmarks_finetuning.metrics import (
     SMALLEST_SIGMA_PX,
@@ -31,6 +31,8 @@ from landmarks_finetuning.metrics import (
 )
 from landmarks_finetuning.report.overlays import draw_overlay
 from landmarks_finetuning.train import labelled_subset
+
+PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = ()) -> dict:
@@ -83,7 +85,7 @@ def score(run_dir: Path, config: Config, source: DataSource, held: ImageSet, poi
     errors = physical_errors(points, truth, spacing)
     thresholds = config.evaluation.sdr_thresholds or source.sdr_thresholds
     size = config.dataset.image_size
-    published, sigma = None, sigma_pixels(config)
+    published, sigma = None, PAPER_SIGMA * size[0] / 256
     if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [record.patient or record.id for record in held.records]

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is first 
 
 TINY = {
     "experiment": {"name": "tiny", "device": "cpu", "precision": "float32"},
-    "dataset": {"name": "phantom", "layout": "cephalo", "image_size": [16, 16], "spacing_mm": 2.5},
+    "dataset": {"name": "phantom", "layout": "cephalo", "image_size": [48, 48], "spacing_mm": 2.5},
     "unet": {"base_channels": 8, "channel_multipliers": [1, 2], "attention_heads": 1, "attention_head_channels": 8,
              "linear_attention": False},
     "ddpm": {"num_train_timesteps": 20, "iterations": 6, "checkpoint_iterations": [3, 6], "batch_size": 2,

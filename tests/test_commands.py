@@ -351,7 +351,7 @@ def test_sample(tiny_study, run_main, tmp_path):
     for picture, seed in zip(pictures, (0, 0, 1), strict=True):
         assert run_main(*arguments, picture, "--seed", seed)[0] == 0
     first, again, other = (np.asarray(Image.open(picture)) for picture in pictures)
-    assert first.shape == (48, 32) and (first == again).all() and (first != other).any()
+    assert first.shape == (2 * 48, 4 * 48) and (first == again).all() and (first != other).any()
     status, _, error = run_main(SAMPLING, "--config", tiny_study, "--count", 0)
     assert status == 2 and "--count 0: must be 1 or more" in error
 
@@ -389,7 +389,8 @@ def test_scratch_differs_from_pretrained(config_file, run_main, tiny_study, tmp_
 
 def test_disks_too_small_for_the_papers_scorer(make_config, tmp_path):
     """The physical scores do not depend on it; the paper's are left out."""
-    run_study(make_config(tmp_path, finetune={"backbones": ["scratch"], "sigma": 5.0}), ("finetune",))
+    config = make_config(tmp_path, dataset={"image_size": [16, 16]}, finetune={"backbones": ["scratch"]})
+    run_study(config, ("finetune",))
     for path in tmp_path.glob("tiny/landmarks/*/*/*/metrics.json"):
         metrics = json.loads(path.read_text())
         assert metrics["paper"] is None and metrics["physical"]["mre"] > 0
