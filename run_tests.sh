@@ -2,6 +2,6 @@
 # Sets up .venv when it is missing, then runs the linter and the tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./setup_venv.sh requirements-test.txt
+source ./setup_venv.sh requirements.txt requirements-test.txt
 .venv/bin/ruff check .
 exec .venv/bin/python -m pytest "$@"

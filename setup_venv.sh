@@ -1,6 +1,6 @@
-# Sourced by the two commands: makes .venv from the pinned requirements; done again only when one of them changes.
+# Sourced by the two commands with the requirement files they need: makes .venv from the pinned requirements; done again only when one of them changes.
 PYTHON="${PYTHON:-python3}"
-for requirements in requirements.txt "$@"; do
+for requirements in "$@"; do
     stamp=".venv/.installed-$requirements"
     if [ ! -f "$stamp" ] || ! cmp -s "$requirements" "$stamp"; then
         if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
