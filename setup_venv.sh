@@ -1,4 +1,4 @@
-# Sourced by the two commands with the requirement files they need: makes .venv from the pinned requirements; done again only when one of them changes.
+# Sourced with the requirement files that a command needs: installs them into .venv, again only when one changes.
 PYTHON="${PYTHON:-python3}"
 for requirements in "$@"; do
     stamp=".venv/.installed-$requirements"
