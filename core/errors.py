@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,6 +20,14 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """' (did you mean "x"?)' for the closest of `choices`, or an empty string."""
     close = get_close_matches(word, choices, n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def damaged(path: Path, reason: BaseException | str) -> UserError:
+    """The UserError for an image file that cannot be decoded, from what the decoder said."""
+    if isinstance(reason, PermissionError):
+        return UserError(f"image {path} cannot be read: permission denied")
+    said = " ".join(str(reason).split()) or type(reason).__name__
+    return UserError(f"image {path} cannot be read, it may be cut off or damaged: {said}")
 
 
 def run_command(main: Callable[[], None]) -> None:

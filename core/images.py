@@ -1,6 +1,7 @@
-"""One reader of images: PNG, JPEG, TIFF and BMP -> raw intensities, float32, channels first.
+"""One reader of images and volumes -> raw intensities, float32, channels first, and where the pixels lie.
 
-Volumes join by suffix: a new entry of `FORMATS` is all that a further file format needs.
+PNG, JPEG, TIFF and BMP are read here, NIfTI and NumPy by `core.volumes`, DICOM by `core.dicom`. An image is a file
+whose suffix `FORMATS` knows, or the folder of one DICOM series; an entry of `FORMATS` is all that a format needs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from core.errors import UserError
+from core.dicom import dicom_files, dicom_geometry, is_series, read_dicom, read_series, series_geometry
+from core.errors import UserError, damaged
+from core.geometry import Geometry
+from core.volumes import nifti_geometry, npy_geometry, npz_geometry, read_nifti, read_npy, read_npz
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, weights of R, G, B
 EXIF_ORIENTATION = TIFF_ORIENTATION = 274
@@ -26,17 +30,17 @@ DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOF
 
 
 class Format(NamedTuple):
-    """How files of one suffix are read: all pixels (C, *size), and the size alone."""
+    """How files of one suffix, or series folders, are read: all pixels (C, *size), or the header: where they lie."""
 
     read: Callable[[Path], np.ndarray]
-    size: Callable[[Path], tuple[int, ...]]
+    geometry: Callable[[Path], Geometry]
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read one image as float32 (1, H, W), raw intensities: 8- and 16-bit values and floats stay as they are.
+    """Read one image as float32 (1, H, W), a volume as (1, D, H, W), raw intensities: values stay as they are.
 
     Colour and palettes become luminance (BT.601, unrounded), alpha is ignored, fewer than 8 bits are spread over
-    0..255, a "white is zero" TIFF is inverted so that larger is brighter. An EXIF or TIFF orientation tag, where
+    0..255, "white is zero" (TIFF, DICOM) is inverted so that larger is brighter. An EXIF or TIFF orientation tag, where
     present, is applied (in a PNG only one that stands before the pixels), so landmarks count pixels of the upright
     image. UserError: missing, empty, damaged or unsupported file, several pages, non-finite pixels.
     """
@@ -50,23 +54,33 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels
 
 
-def read_size(path: str | Path) -> tuple[int, ...]:
-    """(H, W) of `read_image(path)`, from the header alone. UserError as `read_image`, but for damage in the pixels."""
+def read_geometry(path: str | Path) -> Geometry:
+    """Size, spacing and affine of `read_image(path)`, from the header alone.
+
+    UserError as `read_image`, but for damage in the pixels.
+    """
     path = Path(path)
-    return _format(path).size(path)
+    return _format(path).geometry(path)
 
 
 def image_suffix(path: str | Path) -> str | None:
-    """The image suffix that `path` ends in, as written there (".png", ".JPG"), or None."""
+    """The image suffix that the name of `path` ends in, as written there (".png", ".JPG"), or None: a series folder."""
     name = Path(path).name
     found = [suffix for suffix in FORMATS if name.lower().endswith(suffix) and len(name) > len(suffix)]
     return name[-len(max(found, key=len)) :] if found else None
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """All image files in `folder`, sorted by path; hidden files and folders (also of macOS archives) are skipped."""
-    files = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(file for file in files if image_suffix(file) and not _hidden(file.relative_to(folder)))
+    """All images in `folder`, sorted by path; hidden files and folders (also of macOS archives) are skipped.
+
+    A sub-folder whose first two DICOM files are of one series is one image, and the files in it are none.
+    """
+    entries = [entry for entry in (folder.rglob("*") if recursive else folder.iterdir())
+               if not _hidden(entry.relative_to(folder))]  # fmt: skip
+    folders = {entry for entry in entries if entry.is_dir()}
+    series = {entry for entry in folders if is_series(entry)}
+    files = (entry for entry in entries if entry not in folders and image_suffix(entry))
+    return sorted(series.union(file for file in files if file.parent not in series))
 
 
 def _hidden(relative: Path) -> bool:
@@ -74,23 +88,24 @@ def _hidden(relative: Path) -> bool:
 
 
 def _format(path: Path) -> Format:
-    """The format of an existing, non-empty file; UserError otherwise."""
+    """The format of a series folder or an existing, non-empty file; UserError otherwise."""
+    if path.is_dir() and any(True for _ in dicom_files(path)):
+        return SERIES
     suffix = image_suffix(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"image {path} is not a file, nor a folder with the DICOM slices of one series")
     if suffix is None:
         raise UserError(f"image {path} has no supported suffix; choose from {', '.join(IMAGE_SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if not path.exists():
+        raise UserError(f"image {path} does not exist")
     if path.stat().st_size == 0:
         raise UserError(f"image {path} is empty (0 bytes)")
     return FORMATS[suffix.lower()]
 
 
-def _damaged(path: Path, error: BaseException) -> UserError:
-    if isinstance(error, PermissionError):
-        return UserError(f"image {path} cannot be read: permission denied")
+def _unreadable(path: Path, error: BaseException) -> UserError:
     unknown = isinstance(error, UnidentifiedImageError)
-    reason = "it is not a PNG, JPEG, TIFF or BMP" if unknown else " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"image {path} cannot be read, it may be cut off or damaged: {reason}")
+    return damaged(path, "it is not a PNG, JPEG, TIFF or BMP" if unknown else error)
 
 
 def _open(path: Path, file: BinaryIO) -> Image.Image:
@@ -129,19 +144,19 @@ def _read_raster(path: Path) -> np.ndarray:
             orientation = _orientation(image)
             pixels = _upright(_luminance(path, image), orientation)
     except DAMAGE as error:
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is reported as such
         return np.ascontiguousarray(pixels, dtype=np.float32)[None]
 
 
-def _raster_size(path: Path) -> tuple[int, int]:
+def _raster_geometry(path: Path) -> Geometry:
     try:
         with path.open("rb") as file, _open(path, file) as image:
             width, height = image.size
             turned = _orientation(image) in (5, 6, 7, 8)
     except DAMAGE as error:
-        raise _damaged(path, error) from error
-    return (width, height) if turned else (height, width)
+        raise _unreadable(path, error) from error
+    return Geometry((width, height) if turned else (height, width))
 
 
 def _luminance(path: Path, image: Image.Image) -> np.ndarray:
@@ -170,7 +185,14 @@ def _deep_colour(path: Path, tiff_orientation: int) -> np.ndarray:
     return pixels if pixels.ndim == 2 else pixels[..., 2::-1] @ LUMINANCE
 
 
-FORMATS: dict[str, Format] = dict.fromkeys(
-    (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), Format(_read_raster, _raster_size)
-)
+RASTER = Format(_read_raster, _raster_geometry)
+NIFTI = Format(read_nifti, nifti_geometry)
+SERIES = Format(read_series, series_geometry)
+FORMATS: dict[str, Format] = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), RASTER),
+    **dict.fromkeys((".nii", ".nii.gz"), NIFTI),
+    ".npy": Format(read_npy, npy_geometry),
+    ".npz": Format(read_npz, npz_geometry),
+    ".dcm": Format(read_dicom, dicom_geometry),
+}
 IMAGE_SUFFIXES: tuple[str, ...] = tuple(FORMATS)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from core.errors import UserError
-from core.images import IMAGE_SUFFIXES, find_images, image_suffix, read_image, read_size
+from core.images import IMAGE_SUFFIXES, find_images, image_suffix, read_geometry, read_image
 
 GREY8 = np.random.default_rng(0).integers(0, 256, (31, 20), dtype=np.uint8)
 GREY16 = np.random.default_rng(1).integers(0, 65536, (31, 20), dtype=np.uint16)
@@ -21,7 +21,7 @@ def test_8_bit_values_stay(tmp_path, suffix):
     pixels = read_image(path)
     assert pixels.dtype == np.float32 and pixels.shape == (1, 31, 20)
     assert np.array_equal(pixels[0], GREY8)
-    assert read_size(path) == (31, 20)
+    assert read_geometry(path).size == (31, 20)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -90,7 +90,7 @@ def test_orientation_is_applied(tmp_path, suffix, orientation):
     source.getexif()[274] = orientation
     expected = np.array(ImageOps.exif_transpose(source))
     assert np.array_equal(read_image(path)[0], expected)
-    assert read_size(path) == expected.shape == ((20, 31) if orientation >= 5 else (31, 20))
+    assert read_geometry(path).size == expected.shape == ((20, 31) if orientation >= 5 else (31, 20))
 
 
 def test_orientation_6_by_hand(tmp_path):
@@ -132,7 +132,7 @@ def test_cut_tiff_directory(tmp_path):
         assert np.array_equal(pixels[0], GREY16)
 
 
-@pytest.mark.parametrize("read", [read_image, read_size])
+@pytest.mark.parametrize("read", [read_image, read_geometry])
 def test_files_that_are_no_images(tmp_path, read):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello, this is no picture")
