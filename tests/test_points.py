@@ -107,7 +107,7 @@ def test_folder_csv(tmp_path):
         ("image,tip_x,tip_y,tip_x\n", 'column "tip_x" appears twice'),
         ("image,tip_x,tip_y,spacing_x\n", "spacing_x and spacing_y must be given together"),
         ("image,tip_x,tip_y\na,1\n", "row 2: has 2 cells, but the header has 3 columns"),
-        ("image,tip_x,tip_y\na,1,\n", "row 2: tip has only one of tip_x and tip_y"),
+        ("image,tip_x,tip_y\na,1,\n", "row 2: tip has only one of tip_x and tip_y; give both or leave both empty"),
         ("image,tip_x,tip_y\na,1,2\nb,1,l\n", 'row 3, column tip_y: "l" is not a number'),
         ("image,tip_x,tip_y\n,1,2\n", "row 2: column image is empty"),
         ("image,tip_x,tip_y,spacing_x,spacing_y\na,1,2,0,1\n", "row 2: spacing_x and spacing_y must be above 0"),
@@ -128,6 +128,53 @@ def test_folder_csv_round_trip(tmp_path):
     assert np.array_equal(first.points, points, equal_nan=True) and first.spacing == (0.1, 0.2) and first.patient == "p"
     assert np.array_equal(second.points, points + 1, equal_nan=True) and second.spacing is None
     assert [file.name for file in tmp_path.iterdir()] == ["landmarks.csv"]
+
+
+def test_folder_csv_of_volumes(tmp_path):
+    path = tmp_path / "landmarks.csv"
+    path.write_text(
+        "a_z,image,a_y,a_x,b_x,b_y,b_z,spacing_z,spacing_x,spacing_y\n3,i,2,1,4,5,6,0.9,0.7,0.8\n,j,,,-4,5.5,6e1,,,\n"
+    )
+    first, second = read_folder_csv(path, ["a", "b"], dims=3)
+    assert first.points.tolist() == [[3, 2, 1], [6, 5, 4]] and first.spacing == (0.9, 0.8, 0.7)  # (z, y, x)
+    assert np.isnan(second.points[0]).all() and second.points[1].tolist() == [60, 5.5, -4] and second.spacing is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image,tip_x,tip_y\n", 'column "tip_z" is missing; columns are image, tip_x, tip_y, tip_z, patient, '),
+        ("image,tip_x,tip_y,tip_z,spacing_x,spacing_y\n", "spacing_x, spacing_y and spacing_z must be given together"),
+        ("image,tip_x,tip_y,tip_z\na,1,,3\n", "row 2: tip has only some of tip_x, tip_y and tip_z; give all or"),
+        ("image,tip_x,tip_y,tip_z\na,1,2,c\n", 'row 2, column tip_z: "c" is not a number'),
+        (
+            "image,tip_x,tip_y,tip_z,spacing_x,spacing_y,spacing_z\na,1,2,3,1,1,0\n",
+            "row 2: spacing_x, spacing_y and spacing_z must be above 0 mm",
+        ),
+    ],
+)
+def test_bad_folder_csv_of_volumes(tmp_path, text, message):
+    path = tmp_path / "landmarks.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_folder_csv(path, ["tip"], dims=3)
+
+
+def test_folder_csv_of_volumes_round_trip(tmp_path):
+    path = tmp_path / "landmarks.csv"
+    points = np.array([[1 / 3, 2e-7, -3.5], [math.nan] * 3])
+    rows = [FolderRow("x", points, (0.1, 0.2, 0.3)), FolderRow("y", points + 1)]
+    write_folder_csv(path, ["a", "b"], rows, dims=3)
+    header, line, _ = path.read_text().splitlines()
+    assert header == "image,patient,spacing_x,spacing_y,spacing_z,a_x,a_y,a_z,b_x,b_y,b_z"
+    assert line == "x,,0.3,0.2,0.1,-3.5,2e-07,0.3333333333333333,,,"
+    first, second = read_folder_csv(path, ["a", "b"], dims=3)
+    assert np.array_equal(first.points, points, equal_nan=True) and first.spacing == (0.1, 0.2, 0.3)
+    assert np.array_equal(second.points, points + 1, equal_nan=True) and second.spacing is None
+    with pytest.raises(ValueError, match="not 2-dimensional"):
+        write_folder_csv(path, ["a", "b"], rows[1:])
+    with pytest.raises(ValueError, match="not 3-dimensional"):
+        write_folder_csv(path, ["a", "b"], [FolderRow("x", points, (0.1, 0.2))], dims=3)
 
 
 @real_data
