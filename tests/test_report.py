@@ -15,7 +15,7 @@ from core.errors import UserError
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
 from landmarks_finetuning.report.findings import comparisons, paper_comparison, verdict
-from landmarks_finetuning.report.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_overlay
+from landmarks_finetuning.report.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_numbers, draw_overlay
 
 NAMES = ("Sella", "Nasion")
 THRESHOLDS = (2.0, 2.5)
@@ -252,11 +252,21 @@ def test_contours_follow_the_half_pixel_rule():
     assert mark_centre(picture, 320, PREDICTION) == pytest.approx([109.5, 189.5], abs=0.35)
 
 
-def test_overlay_shows_any_range_missing_marks_and_volumes():
+def test_overlay_shows_any_range_and_missing_marks():
     points = np.array([[1.0, 2.0], [np.nan, np.nan]])
     picture = draw_overlay(np.linspace(-1000, 3000, 3 * 20 * 30).reshape(3, 20, 30), points, points[::-1], NAMES, None,
                            "a very long title " * 20, 300)
     assert picture.width == 300
-    heatmap = np.zeros((1, 4, 5, 5))
-    volume = draw_overlay(np.zeros((1, 4, 20, 30)), np.array([[2.0, 5.0, 6.0]]), None, ["A"], heatmap, "v")
-    assert volume.mode == "RGB"
+
+
+@pytest.mark.parametrize("second", [(60.0, 60.0), (60.0, 72.0)])
+def test_numbers_of_neighbours_do_not_cover_each_other(second):
+    """The ink of two numbers is the sum of each one's alone: none lies on another's."""
+    nowhere = (np.nan, np.nan)
+
+    def ink(*points: tuple[float, float]) -> int:
+        picture = Image.new("RGB", (120, 120))
+        draw_numbers(picture, np.array(points), np.full((len(points), 2), np.nan))
+        return int((np.asarray(picture) > 0).sum())
+
+    assert ink((60.0, 60.0), second) == ink((60.0, 60.0)) + ink(nowhere, second)

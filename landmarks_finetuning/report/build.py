@@ -38,6 +38,7 @@ from landmarks_finetuning.report.findings import (
     shots_text,
 )
 
+OVERLAY_WIDTHS = {False: 640, True: 1200}  # pixels of an embedded overlay, of images and of volumes
 IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
 TEMPLATE = "page.html.j2"
 VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
@@ -178,7 +179,8 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     output.add_table("paper", paper.assign(**identity))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
-        **identity, "unit": unit, "images": int(first["images"]), "phantom": bool(first["phantom"]),
+        **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
+        "phantom": bool(first["phantom"]),
         "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
         "rows": _summary_rows(summary), "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
@@ -239,7 +241,9 @@ def _overlays(experiment: Experiment, runs: pd.DataFrame, pictures: Pictures) ->
             run = group.sort_values(["draw", "seed"]).iloc[0]
             files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
             errors = error_matrix(run["path"])[0].mean(axis=1).rename(lambda image: image.replace("/", "-"))
-            images = [{"source": pictures.embed(path, 640, 78), "image": path.stem.partition("_")[2]} for path in files]
+            width = OVERLAY_WIDTHS[bool(run["volumes"])]
+            images = [{"source": pictures.embed(path, width, 78), "image": path.stem.partition("_")[2]}
+                      for path in files]
             images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
             if images:
                 groups.append({"backbone": backbone, "shots": int(shots), "draw": int(run["draw"]), "images": images})

@@ -74,6 +74,8 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
                                              "unit", "images", "validation_labels")}
         row |= {"layout": metrics.get("layout"), "paper_rule": metrics.get("paper_rule"),
                 "phantom": bool(metrics.get("phantom", False)), "decoder": metrics.get("decoder"),
+                "volumes": len(metrics.get("image_size") or ()) == 3,
+                "stored_mre": metrics.get("stored_pixels", {}).get("mre", np.nan),
                 "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}
         low, high = metrics["physical"].get("interval") or (np.nan, np.nan)
         row |= _figures(metrics["physical"], "") | {"interval_low": low, "interval_high": high}
@@ -110,8 +112,8 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     """
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
-    values = ["mre", "std", "median", "p95", *sdr_columns(runs), *[c for c in runs if c.startswith("paper_")
-                                                                  and c != "paper_rule"]]
+    of_paper = [column for column in runs if column.startswith("paper_") and column != "paper_rule"]
+    values = ["mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper]
     rows = []
     for key, group in runs.groupby(CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
