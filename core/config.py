@@ -15,6 +15,7 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Index = Annotated[int, Field(ge=0)]
+Degrees = Annotated[float, Field(ge=0, le=180)]
 
 
 class Section(BaseModel):
@@ -32,13 +33,16 @@ class Experiment(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
     compile: bool = Field(False, description="torch.compile the network's training step")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory for about a third more time")
 
 
 class Augmentation(Section):
     """Random similarity applied to image and landmarks together, and intensity changes."""
 
     probability: float = Field(0.5, ge=0, le=1)
-    rotation_degrees: float = Field(2.0, ge=0)
+    rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = Field(
+        2.0, description="largest angle, either way; of volumes about each axis, or three: about x, y and z")
     scale: float = Field(0.02, ge=0, lt=1, description="factor drawn from 1 +- scale")
     translation: float = Field(0.02, ge=0, lt=1, description="fraction of the size, each axis")
     intensity: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and gamma; 0 = off")
@@ -48,18 +52,27 @@ class StrongAugmentation(Augmentation):
     """What few labels want, by measurement (docs/results.md)."""
 
     probability: float = Field(1.0, ge=0, le=1)
-    rotation_degrees: float = Field(10.0, ge=0)
+    rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = Field(
+        10.0, description="largest angle, either way; of volumes about each axis, or three: about x, y and z")
     scale: float = Field(0.1, ge=0, lt=1, description="factor drawn from 1 +- scale")
     translation: float = Field(0.05, ge=0, lt=1, description="fraction of the size, each axis")
     intensity: float = Field(0.3, ge=0, lt=1, description="strength of brightness, contrast and gamma; 0 = off")
 
 
 class PhantomData(Section):
-    """Synthetic radiographs written to dataset.root when it does not exist yet."""
+    """Synthetic radiographs or volumes written to dataset.root when it does not exist yet."""
 
-    count: int = Field(210, gt=151, description="150 for training and validation, the rest for testing")
-    size: tuple[int, int] = Field((300, 242), description="height, width in pixels")
+    count: int = Field(210, gt=0, description="radiographs: 150 for training and validation, the rest for testing")
+    size: tuple[Count, ...] = Field((300, 242), min_length=2, max_length=3,
+                                    description="height, width in pixels; depth, height, width for volumes")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _enough(self) -> PhantomData:
+        least = 152 if len(self.size) == 2 else 10
+        if self.count < least:
+            raise ValueError(f"dataset.phantom.count must be at least {least}, so that every split has images")
+        return self
 
 
 class Dataset(Section):
@@ -68,7 +81,12 @@ class Dataset(Section):
     name: str = Field("dataset", pattern=r"^[\w.-]+$")
     layout: Literal["cephalo", "chest", "hand", "folder"] = "folder"
     root: str = "datasets/mine"
-    image_size: tuple[int, ...] = Field((256, 256), description="height, width of the network's input")
+    description: str | None = Field(None, description="folder layout: a dataset.json in another place than root")
+    image_size: tuple[int, ...] = Field((256, 256), description="height, width (3D: depth, height, width) of the "
+                                        "network's input; a crop of this size where resample_mm is given")
+    resample_mm: float | None = Field(None, gt=0, description="null: each image is resized to image_size; a number: "
+                                      "isotropic pixels of so many mm, training on crops, predicting in windows")
+    check_geometry: bool = Field(True, description="compare volumes' spacings and landmarks' orientation")
     unlabelled_dirs: tuple[str, ...] = ()
     exclude: tuple[str, ...] = Field((), description="image ids left out of every split")
     spacing_mm: float | None = Field(None, gt=0, description="overrides the layout's mm per pixel")
@@ -84,6 +102,16 @@ class Dataset(Section):
             raise ValueError('dataset.intensity "window" needs dataset.window = [low, high] with low < high')
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError("dataset.percentiles must be two numbers, 0 <= low < high <= 100")
+        if self.description is not None and self.layout != "folder":
+            raise ValueError(f'dataset.description belongs to layout "folder", not "{self.layout}"')
+        if self.resample_mm is not None and self.layout not in ("folder", "cephalo"):
+            raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
+                             f'"{self.layout}"')
+        dims, made = len(self.image_size), None if self.phantom is None else len(self.phantom.size)
+        if made not in (None, dims) or (made and self.layout != ("cephalo", "folder")[made - 2]):
+            raise ValueError('dataset.phantom writes radiographs of two sizes in layout "cephalo" and volumes of three '
+                             f'in layout "folder"; size {list(self.phantom.size)}, image_size {list(self.image_size)}, '
+                             f'layout "{self.layout}"')
         return self
 
 
@@ -229,6 +257,7 @@ class Evaluation(Section):
     batch_size: int = Field(16, gt=0)
     sdr_thresholds: tuple[float, ...] | None = Field(None, description="null = the data set's own")
     overlays: int = Field(12, ge=0, description="worst cases drawn in full")
+    window_overlap: float = Field(0.5, ge=0, lt=1, description="share of a window that the next one covers again")
 
 
 class Report(Section):
@@ -258,8 +287,15 @@ class Config(Section):
         dims = 3 if self.is_3d else 2
         if len(self.dataset.image_size) != dims:
             raise ValueError(f"dataset.image_size needs {dims} numbers when is_3d is {str(self.is_3d).lower()}")
-        if self.is_3d:
-            raise ValueError("is_3d: volumes are not supported yet; set it to false")
+        for stage in ("ddpm", "finetune"):
+            angles = getattr(self, stage).augmentation.rotation_degrees
+            if not self.is_3d and not isinstance(angles, float):
+                raise ValueError(f"{stage}.augmentation.rotation_degrees must be one number when is_3d is false")
+        if self.is_3d and self.dataset.layout != "folder":
+            raise ValueError(f'dataset.layout "{self.dataset.layout}" holds radiographs; is_3d needs layout "folder"')
+        if self.is_3d and self.finetune.decoder == "contour_centroid":
+            raise ValueError('finetune.decoder "contour_centroid" is 2D only; choose component_centroid, argmax or '
+                             "local_expectation")
         levels = len(self.unet.channel_multipliers)
         check_divisible(self.dataset.image_size, levels)
         sizes = [self.dataset.image_size[0] // 2**level for level in range(levels)]

@@ -6,10 +6,12 @@ import argparse
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,11 +23,14 @@ from core.checkpoint import write_atomically
 from core.config import Dataset as DatasetConfig
 from core.config import add_config_arguments, load_config
 from core.errors import UserError, run_command
-from core.images import read_image
-from core.layouts import SPLITS, DataSource, Record, read_layout
+from core.geometry import Geometry, apply_maps, compose, resampling_map, upright, upright_axes, upright_map
+from core.images import read_geometry, read_image
+from core.layouts import read_layout
 from core.phantom import write_phantom_radiographs
+from core.phantom_volume import write_phantom_volumes
+from core.records import SPLITS, DataSource, Record
 
-CACHE_VERSION = "1"  # of decoding and resizing together
+CACHE_VERSION = "2"  # of decoding and resizing together
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
 
 
@@ -34,63 +39,90 @@ def load_source(config: DatasetConfig) -> DataSource:
     if Path(config.root).suffix == ".npz":
         return _read_pack(config)
     if config.phantom is not None:
-        write_phantom_radiographs(Path(config.root), config.phantom.count, config.phantom.size, config.phantom.seed)
+        phantom = config.phantom
+        write = {2: write_phantom_radiographs, 3: write_phantom_volumes}[len(phantom.size)]
+        write(Path(config.root), phantom.count, phantom.size, phantom.seed)
     return read_layout(config.layout, config.root, unlabelled_dirs=config.unlabelled_dirs,
-                       spacing_mm=config.spacing_mm, exclude=config.exclude)
+                       spacing_mm=config.spacing_mm, exclude=config.exclude, description=config.description,
+                       dims=len(config.image_size), check_geometry=config.check_geometry)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Records as tensors of one size.
+    """Records as tensors on one canvas.
 
-    images: (M, C, *size) float32, intensities as the config asks; points: (M, N, D) float64 in network pixels, NaN =
-    not annotated (None for unlabelled sets); original_sizes: (M, D) int64.
+    images: (M, C, *canvas) float32, intensities as the config asks; points: (M, N, D) float64 in network pixels, NaN =
+    not annotated (None for unlabelled sets); maps: (M, D, D + 1) from stored to network pixels; sizes: (M, D) int64,
+    what of the canvas each image fills, from `firsts` (M, D) on, the rest being 0; original_sizes: (M, D) int64.
+    network_size is what the network takes: the canvas itself, unless images are resampled to a common spacing.
     """
 
     records: tuple[Record, ...]
     images: Tensor
     points: Tensor | None
+    maps: np.ndarray
+    firsts: Tensor
+    sizes: Tensor
     original_sizes: np.ndarray
+    network_size: tuple[int, ...]
 
     @property
-    def size(self) -> tuple[int, ...]:
-        """Spatial size of the network's input."""
-        return tuple(self.images.shape[2:])
+    def fits(self) -> bool:
+        """Whether every image has the network's size, so that neither crops nor windows are needed."""
+        return tuple(self.images.shape[2:]) == self.network_size
+
+    def seen(self, index: int) -> tuple[slice, ...]:
+        """The part of the canvas that image `index` fills, with what it takes about it to reach the network's size."""
+        first, size = self.firsts[index].cpu().numpy(), self.sizes[index].cpu().numpy()
+        missing = np.maximum(self.network_size - size, 0)
+        first = np.minimum(first - missing // 2, self.images.shape[2:] - size - missing).clip(min=0)
+        return tuple(map(slice, first.tolist(), (first + size + missing).tolist()))
+
+    def crops(self, chosen: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+        """What `augment` needs to cut the network's size out of the `chosen` images, None where they have it."""
+        return None if self.fits else (self.network_size, self.firsts[chosen], self.sizes[chosen])
 
     def to(self, device: torch.device) -> ImageSet:
         """The set on `device`; images stay where they are when they are too many for a GPU."""
         small = self.images.numel() * self.images.element_size() <= ON_DEVICE_BYTES
-        points = None if self.points is None else self.points.to(device)
-        return ImageSet(self.records, self.images.to(device) if small else self.images, points, self.original_sizes)
+        return replace(self, images=self.images.to(device) if small else self.images,
+                       points=None if self.points is None else self.points.to(device), sizes=self.sizes.to(device),
+                       firsts=self.firsts.to(device))
 
     def original_points(self) -> np.ndarray:
-        """Annotations (M, N, D) in original pixels."""
+        """Annotations (M, N, D) in stored pixels."""
         return np.stack([record.landmarks for record in self.records])
 
     def spacings(self) -> np.ndarray | None:
-        """(M, D) reporting units per original pixel, or None where unknown."""
+        """(M, D) reporting units per stored pixel, or None where unknown."""
         if any(record.spacing is None for record in self.records):
             return None
         return np.array([record.spacing for record in self.records])
 
 
 def load_images(records: Sequence[Record], config: DatasetConfig, progress: str | None = None) -> ImageSet:
-    """Decode, resize and normalise `records`, through the cache; a bad file raises UserError with its name."""
-    size = tuple(config.image_size)
+    """Decode, resample and normalise `records`, through the cache; a bad file raises UserError with its name.
+
+    Without dataset.resample_mm every image gets exactly dataset.image_size; with it the canvas is the smallest that
+    holds all of them and image_size, and each lies in its middle.
+    """
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
-    loaded = [_load_one(record, config, size) for record in tqdm(records, progress, leave=False, disable=hidden)]
-    images = torch.stack([torch.from_numpy(normalise(pixels, config)) for pixels, _ in loaded])
-    sizes = np.array([original for _, original in loaded], dtype=np.int64)
+    loaded = [_load_one(record, config) for record in tqdm(records, progress, leave=False, disable=hidden)]
+    sizes = np.array([image.pixels.shape[1:] for image in loaded])
+    canvas = np.maximum(sizes.max(axis=0), config.image_size)
+    firsts = (canvas - sizes) // 2
+    images = torch.zeros((len(loaded), loaded[0].pixels.shape[0], *canvas.tolist()))
+    for place, image, first, size in zip(images, loaded, firsts, sizes, strict=True):
+        part = (slice(None), *map(slice, first, first + size))
+        place[part] = torch.from_numpy(normalise(image.pixels, config))
+    maps = np.stack([image.map for image in loaded])
+    maps[:, :, -1] += firsts
     points = None
     if all(record.landmarks is not None for record in records):
-        originals = np.stack([record.landmarks for record in records])
-        points = torch.from_numpy(map_points(originals, sizes[:, None], np.array(size)))
-    return ImageSet(tuple(records), images, points, sizes)
-
-
-def map_points(points: np.ndarray, old_size: np.ndarray, new_size: np.ndarray) -> np.ndarray:
-    """Pixel coordinates after a resize: i -> (i + 0.5) * new / old - 0.5 on each axis; broadcasts."""
-    return (points + 0.5) * np.asarray(new_size) / np.asarray(old_size) - 0.5
+        points = torch.from_numpy(apply_maps(np.stack([record.landmarks for record in records]), maps))
+    return ImageSet(tuple(records), images, points, maps, torch.from_numpy(firsts),
+                    torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
+                    tuple(config.image_size))
 
 
 def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
@@ -104,46 +136,83 @@ def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
     return ((pixels - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
 
 
-def resize(pixels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Antialiased linear resize of (C, *old) to (C, *size), one triangle filter per axis; half-pixel exact."""
+def resize(pixels: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...] | None = None) -> np.ndarray:
+    """Antialiased linear resampling of (C, *old) to (C, *size), one triangle filter per axis; half-pixel exact.
+
+    `ratio` is old pixels per new one on each axis, about the centre; without it the whole image fills `size`.
+    """
     for axis, new in enumerate(size, start=1):
         old = pixels.shape[axis]
-        if old != new:
-            moved = np.moveaxis(pixels, axis, -1) @ _resize_weights(old, new).T
+        step = old / new if ratio is None else ratio[axis - 1]
+        if (old, step) != (new, 1.0):
+            moved = np.moveaxis(pixels, axis, -1) @ _resize_weights(old, new, step).T
             pixels = np.moveaxis(moved, -1, axis)
     return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
 @lru_cache(maxsize=64)
-def _resize_weights(old: int, new: int) -> np.ndarray:
+def _resize_weights(old: int, new: int, ratio: float) -> np.ndarray:
     """(new, old) rows of a triangle filter whose support widens when shrinking; each row sums to 1."""
-    ratio = old / new
-    centres = (np.arange(new) + 0.5) * ratio - 0.5
+    centres = (np.arange(new) + 0.5 - new / 2) * ratio + old / 2 - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(old) - centres[:, None]) / max(ratio, 1.0))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _load_one(record: Record, config: DatasetConfig, size: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Resized raw pixels (C, *size) and the original size, from pack, cache or the file itself."""
-    if Path(config.root).suffix == ".npz" and record.image.suffix == ".npz":
+class _Loaded(NamedTuple):
+    pixels: np.ndarray  # (C, *size), raw intensities
+    original_size: tuple[int, ...]
+    map: np.ndarray  # (D, D + 1), stored -> network pixels
+
+
+def _load_one(record: Record, config: DatasetConfig) -> _Loaded:
+    """One image upright and resampled, from pack, cache or the file itself."""
+    if Path(config.root).suffix == ".npz" and record.image == Path(config.root):
         pack = _open_pack(Path(config.root))
-        if pack.size != size:
-            raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks {list(size)}")
-        return pack.images[record.id], pack.original_sizes[record.id]
-    if not record.image.is_file():
-        raise UserError(f"image {record.image} does not exist")
-    digest = hashlib.sha256(record.image.read_bytes()).hexdigest()[:32]
-    cached = Path(config.cache_dir) / f"{digest}_{'x'.join(map(str, size))}_v{CACHE_VERSION}.npz"
+        if pack.size != config.image_size:
+            raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
+                            f"{list(config.image_size)}")
+        return pack.images[record.id]
+    geometry = record.geometry or read_geometry(record.image)
+    if len(geometry.size) != len(config.image_size):
+        raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has "
+                        f"{len(config.image_size)} numbers")
+    order, _ = upright_axes(geometry)
+    turned = tuple(geometry.size[axis] for axis in order)
+    size, ratio = _grid(turned, order, record, geometry, config)
+    shape = "_".join("x".join(f"{value:g}" for value in values) for values in (size, ratio))
+    cached = Path(config.cache_dir) / f"{_digest(record.image)}_{shape}_v{CACHE_VERSION}.npy"
     if cached.is_file():
-        with np.load(cached) as file:
-            return file["pixels"], tuple(file["original_size"].tolist())
-    pixels = read_image(record.image)
-    original = pixels.shape[1:]
-    pixels = resize(pixels, size)
-    buffer = io.BytesIO()
-    np.savez(buffer, pixels=pixels, original_size=np.array(original))
-    write_atomically(cached, buffer.getvalue())
-    return pixels, original
+        pixels = np.load(cached)
+    else:
+        pixels = resize(upright(read_image(record.image), geometry), size, ratio)
+        buffer = io.BytesIO()
+        np.save(buffer, pixels)
+        write_atomically(cached, buffer.getvalue())
+    return _Loaded(pixels, geometry.size, compose(resampling_map(turned, size, ratio), upright_map(geometry)))
+
+
+def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geometry: Geometry,
+          config: DatasetConfig) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Size in network pixels and stored pixels per network pixel, along the upright axes."""
+    if config.resample_mm is None:
+        return config.image_size, tuple(old / new for old, new in zip(turned, config.image_size, strict=True))
+    known = record.spacing or geometry.spacing_mm
+    if known is None and config.spacing_mm is None:
+        raise UserError(f"{record.image} has no spacing, so dataset.resample_mm cannot be applied: give spacing_mm, or "
+                        "set dataset.resample_mm to null")
+    spacing = known or (config.spacing_mm,) * len(turned)
+    ratio = tuple(config.resample_mm / spacing[axis] for axis in order)
+    return tuple(max(1, math.ceil(old / step - 1e-6)) for old, step in zip(turned, ratio, strict=True)), ratio
+
+
+def _digest(path: Path) -> str:
+    """Of the file's content, or of all files of a series."""
+    if not path.exists():
+        raise UserError(f"image {path} does not exist")
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def select_shots(records: Sequence[Record], shots: int, draw: int, selection: str) -> tuple[Record, ...]:
@@ -162,8 +231,7 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
 @dataclass(frozen=True, eq=False)
 class _Pack:
     size: tuple[int, ...]
-    images: dict[str, np.ndarray]
-    original_sizes: dict[str, tuple[int, ...]]
+    images: dict[str, _Loaded]
     description: dict
 
 
@@ -172,23 +240,26 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
 
     For a GPU machine that should not hold the full-size images. Returns the number of images.
     """
+    if config.resample_mm is not None:
+        raise UserError("--pack holds images of one size: set dataset.resample_mm to null")
     source = load_source(config)
     groups = {**source.splits, "unlabelled": source.unlabelled}
     records = [record for group in groups.values() for record in group]
-    loaded = [_load_one(record, config, tuple(config.image_size)) for record in tqdm(records, desc="packing")]
+    loaded = [_load_one(record, config) for record in tqdm(records, desc="packing")]
     description = {
         "layout": source.layout, "landmark_names": source.landmark_names, "unit": source.unit,
         "sdr_thresholds": source.sdr_thresholds, "paper_rule": source.paper_rule,
         "groups": {name: [_describe(record) for record in group] for name, group in groups.items()},
     }
     buffer = io.BytesIO()
-    pixels = np.stack([pixels for pixels, _ in loaded])
+    pixels = np.stack([image.pixels for image in loaded])
     peak = float(np.abs(pixels).max())
     kind = np.int16 if pixels.min() < 0 else np.uint8 if peak < 255.5 else np.uint16  # as deep as the originals
     levels = np.iinfo(kind).max
     np.savez_compressed(buffer, pixels=np.round(pixels * (levels / max(peak, 1e-12))).astype(kind), peak=np.array(peak),
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
-                        original_sizes=np.array([size for _, size in loaded]),
+                        original_sizes=np.array([image.original_size for image in loaded]),
+                        maps=np.stack([image.map for image in loaded]),
                         description=np.array(json.dumps(description)))
     write_atomically(path, buffer.getvalue())
     return len(records)
@@ -208,9 +279,9 @@ def _open_pack(path: Path) -> _Pack:
             ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
             sizes = [tuple(size) for size in file["original_sizes"].tolist()]
             level = np.float32(peak / np.iinfo(pixels.dtype).max)
-            images = {name: image * level for name, image in zip(ids, pixels, strict=True)}
-            return _Pack(tuple(file["size"].tolist()), images, dict(zip(ids, sizes, strict=True)),
-                         json.loads(str(file["description"])))
+            images = {name: _Loaded(image * level, size, map_) for name, image, size, map_
+                      in zip(ids, pixels, sizes, file["maps"], strict=True)}
+            return _Pack(tuple(file["size"].tolist()), images, json.loads(str(file["description"])))
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.dataset --pack "
                         f"({error})") from None

@@ -11,7 +11,7 @@ from typing import Any
 from core.config import Config, add_config_arguments, load_config
 from core.dataset import load_source, select_shots
 from core.errors import run_command
-from core.layouts import DataSource
+from core.records import DataSource
 from core.study import (
     MEAN_SHAPE,
     Cell,

@@ -151,6 +151,13 @@ def step_generator(seed: int, step: int, micro: int, device: torch.device) -> to
     return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 
 
+def memory_format(ndim: int, device: torch.device) -> torch.memory_format:
+    """How weights of `ndim` axes lie in memory: channels last, but for 3D convolutions on a CPU, faster contiguous."""
+    if ndim == 5:
+        return torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.contiguous_format
+
+
 class StopSignal:
     """SIGINT and SIGTERM ask the loop to save and stop after the step in hand; a second one stops at once."""
 
@@ -179,8 +186,8 @@ class Training:
 
     def __init__(self, model: nn.Module, task: Task, plan: BatchPlan, settings: LoopSettings) -> None:
         self.task, self.plan, self.settings = task, plan, settings
-        layout = {4: torch.channels_last, 5: torch.channels_last_3d}
-        self.model = model.to(settings.device, memory_format=layout.get(next(model.parameters()).ndim))
+        layout = memory_format(next(model.parameters()).ndim, settings.device)
+        self.model = model.to(settings.device, memory_format=layout)
         self.forward = torch.compile(self.model) if settings.compile else self.model
         decayed = settings.ema_decay is not None
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if decayed else self.model

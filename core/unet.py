@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.config import UNet as UNetConfig
 
@@ -187,6 +188,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, out_channels: int, size: tuple[int, ...]) -> None:
         super().__init__()
+        self.activation_checkpointing = False  # recompute blocks in the backward pass instead of keeping them
         dims = len(size)
         base = config.base_channels
         widths = [base, *(base * m for m in config.channel_multipliers)]
@@ -232,6 +234,12 @@ class UNet(nn.Module):
         weight = self.init_conv.weight[:, -self.channels:]
         return self.init_conv._conv_forward(x, weight, self.init_conv.bias)
 
+    def run(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """part(*inputs); under activation checkpointing its intermediate results are computed again, not kept."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
+
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """(B, channels, *size) -> (B, out_channels, *size)."""
         time = None if timesteps is None else self.time_mlp(timesteps)
@@ -239,15 +247,15 @@ class UNet(nn.Module):
         kept = []
         for *blocks, attend, down in self.downs:
             for block in blocks[:-1]:
-                x = block(x, time)
+                x = self.run(block, x, time)
                 kept.append(x)
-            x = attend(blocks[-1](x, time))
+            x = self.run(attend, self.run(blocks[-1], x, time))
             kept.append(x)
             x = down(x)
-        x = self.mid_block2(self.mid_attn(self.mid_block1(x, time)), time)
+        x = self.run(self.mid_block2, self.run(self.mid_attn, self.run(self.mid_block1, x, time)), time)
         for *blocks, attend, up in self.ups:
             for block in blocks:
-                x = block(torch.cat((x, kept.pop()), dim=1), time)
-            x = up(attend(x))
-        x = self.final_res_block(torch.cat((x, first), dim=1), time)
+                x = self.run(block, torch.cat((x, kept.pop()), dim=1), time)
+            x = up(self.run(attend, x))
+        x = self.run(self.final_res_block, torch.cat((x, first), dim=1), time)
         return self.final_conv(x)

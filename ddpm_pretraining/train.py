@@ -47,8 +47,10 @@ class Denoising:
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Mean noise-prediction loss of one micro-batch."""
-        images = self.training.images[torch.from_numpy(indices)].to(self.device)
-        images, _ = augment(images, None, self.config.ddpm.augmentation, generator)
+        chosen = torch.from_numpy(indices)
+        images = self.training.images[chosen].to(self.device)
+        images, _ = augment(images, None, self.config.ddpm.augmentation, generator,
+                            self.training.crops(chosen.to(self.device)))
         timesteps = self.diffusion.draw_timesteps(len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
         return self.diffusion.losses(model, images, noise, timesteps).mean()
@@ -66,7 +68,7 @@ class Denoising:
         quartiles = []
         for quartile in range(4):
             losses = []
-            for images in self.validation.images.split(self.config.evaluation.batch_size):
+            for images in self._centres(self.validation).split(self.config.evaluation.batch_size):
                 images = images.to(self.device)
                 low, high = quartile * total // 4, (quartile + 1) * total // 4
                 timesteps = torch.randint(low, high, (len(images),), generator=generator, device=self.device)
@@ -75,6 +77,11 @@ class Denoising:
             quartiles.append(torch.cat(losses).mean().item())
         figures = {f"validation_loss_q{i + 1}": loss for i, loss in enumerate(quartiles)}
         return {"validation_loss": sum(quartiles) / 4, **figures}
+
+    def _centres(self, images: ImageSet) -> Tensor:
+        """(M, C, *network_size): the middle of every image."""
+        spare = (np.array(images.images.shape[2:]) - images.network_size) // 2
+        return images.images[(..., *map(slice, spare.tolist(), (spare + images.network_size).tolist()))]
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """Keep the EMA weights and draw pictures at the configured steps."""
@@ -88,10 +95,10 @@ class Denoising:
     def _save_pictures(self, model: nn.Module, step: int) -> None:
         ddpm = self.config.ddpm
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
-        shape = (ddpm.sample_count, model.channels, *self.training.size)
+        shape = (ddpm.sample_count, model.channels, *self.training.network_size)
         images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
         save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
-        shown = (self.validation or self.training).images[:2].to(self.device)
+        shown = self._centres(self.validation or self.training)[:2].to(self.device)
         strip = denoising_strip(self.diffusion, model, shown, generator)
         save_picture(self.run_dir / "samples" / f"strip_iter{step:06d}.png", strip)
 
@@ -136,7 +143,9 @@ def pretrain(config: Config, resume: str | None = None) -> Path:
     held = source.splits["validation"]
     validation = load_images(held, config.dataset) if held else None
     torch.manual_seed(config.experiment.seed)
-    model = UNet(config.unet, images.images.shape[1], images.images.shape[1], images.size)
+    channels = images.images.shape[1]
+    model = UNet(config.unet, channels, channels, config.dataset.image_size)
+    model.activation_checkpointing = config.experiment.activation_checkpointing
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
     training = Training(model, Denoising(config, run_dir, images, validation), plan, settings)

@@ -20,24 +20,38 @@ def log_softmax_channels(outputs: Tensor) -> Tensor:
     return outputs.float().log_softmax(dim=1)
 
 
-def cross_entropy_pixels(outputs: Tensor, target: Tensor) -> Tensor:
+def cross_entropy_pixels(outputs: Tensor, target: Tensor, absent: Tensor | None = None) -> Tensor:
     """Cross-entropy of the distribution over all pixels of each heatmap, averaged over the present landmarks.
 
     The target is normalised to sum 1 over its pixels. With a one-pixel target this is the negative log-likelihood
     of contour-hugging heatmaps (McCouat & Voiculescu, CVPR 2022). Zero, with zero gradient, if nothing is present.
+
+    `absent` (B, N) marks landmarks known to lie outside a crop. With it the distribution has one more outcome, "not
+    here", whose output is fixed at 0: such a landmark costs -log p(not here), and outputs of different crops of an
+    image are on one scale, as overlapping windows need.
     """
     target = target.float()
     mass = target.flatten(2).sum(dim=2)
     present = mass > 0
-    cost = -(target * log_softmax_pixels(outputs)).flatten(2).sum(dim=2) / torch.where(present, mass, 1.0)
+    if absent is None:
+        log_probability = log_softmax_pixels(outputs)
+    else:
+        nowhere = torch.zeros((*outputs.shape[:2], 1), device=outputs.device)
+        partition = torch.cat((outputs.float().flatten(2), nowhere), dim=2).logsumexp(dim=2)
+        log_probability = outputs.float() - partition[(..., *(None,) * (outputs.ndim - 2))]
+    cost = -(target * log_probability).flatten(2).sum(dim=2) / torch.where(present, mass, 1.0)
+    if absent is not None:
+        cost = torch.where(absent & ~present, partition, cost)
+        present = present | absent
     return cost.sum() / present.sum().clamp(min=1)
 
 
-def cross_entropy_channels(outputs: Tensor, target: Tensor) -> Tensor:
+def cross_entropy_channels(outputs: Tensor, target: Tensor, absent: Tensor | None = None) -> Tensor:
     """Cross-entropy of the distribution over landmarks at each pixel: -sum_n target_n log p_n, as published.
 
     Averaged over images and pixels. Background pixels (no target) cost nothing; where targets overlap, each counts.
-    A missing landmark adds no term, but stays one of the N classes of the softmax. With N = 1 it is always zero.
+    A missing landmark adds no term, but stays one of the N classes of the softmax, whether it is `absent` from a crop
+    or not annotated. With N = 1 it is always zero.
     """
     pixels = outputs.shape[0] * outputs[0, 0].numel()
     return -(target.float() * log_softmax_channels(outputs)).sum() / pixels

@@ -169,19 +169,20 @@ def bootstrap_interval(errors: np.ndarray, groups: Sequence, seed: int, samples:
 # ---- the baseline without an image
 
 
-def mean_shape_prediction(train_points_relative: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def mean_shape_prediction(train_points: np.ndarray, train_sizes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The mean of the labelled shapes as a prediction for every image: the floor any detector has to beat.
 
-    `train_points_relative` (K, N, D) are fractions of the image size, (i + 0.5) / size; `sizes` (M, D) are the
-    images to predict. Returns (M, N, D) pixels. Each landmark is averaged over the labels that have it; one that no
-    label has is put at the mean of the others. Raises UserError if no label has any landmark.
+    `train_points` (K, N, D) in network pixels of images of `train_sizes` (K, D); `sizes` (M, D) are those of the
+    images to predict. Shapes are averaged about the images' centres. Returns (M, N, D) network pixels. Each landmark
+    is averaged over the labels that have it; one that no label has is put at the mean of the others. Raises UserError
+    if no label has any landmark.
     """
-    relative = np.asarray(train_points_relative, dtype=np.float64)
-    present = ~np.isnan(relative).any(axis=-1)
+    centred = np.asarray(train_points, dtype=np.float64) - (np.asarray(train_sizes)[:, None] - 1) / 2
+    present = ~np.isnan(centred).any(axis=-1)
     counts = present.sum(axis=0)
     if not counts.any():
         raise UserError("the mean shape needs at least one labelled landmark in the training subset")
-    sums = np.where(present[..., None], relative, 0.0).sum(axis=0)
+    sums = np.where(present[..., None], centred, 0.0).sum(axis=0)
     mean = sums / np.maximum(counts, 1)[:, None]
     mean[counts == 0] = mean[counts > 0].mean(axis=0)
-    return mean[None] * np.asarray(sizes, dtype=np.float64)[:, None, :] - 0.5
+    return mean[None] + (np.asarray(sizes)[:, None] - 1) / 2

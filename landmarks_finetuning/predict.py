@@ -7,49 +7,51 @@ from pathlib import Path
 
 from core.config import load_config
 from core.dataset import load_images
+from core.dicom import is_series
 from core.errors import UserError, run_command
-from core.images import IMAGE_SUFFIXES, find_images
-from core.layouts import Record
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
-from landmarks_finetuning.evaluate import picture_of, write_predictions
-from landmarks_finetuning.heatmaps import probability_maps
-from landmarks_finetuning.report.overlays import draw_overlay
+from core.images import IMAGE_SUFFIXES, find_images, read_geometry
+from core.records import Record
+from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
+from landmarks_finetuning.predictions import draw_predictions, find_landmarks, write_slicer_files, write_table
 
 
 def collect_images(paths: list[Path]) -> list[Record]:
-    """Every image named or below a named folder; UserError when there is none, or two share a name."""
+    """Every image or volume named or below a named folder; UserError when there is none, or two share a name."""
     found: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist")
-        for image in find_images(path, recursive=True) if path.is_dir() else [path]:
-            name = image.relative_to(path).as_posix() if path.is_dir() else image.name
+        inside = path.is_dir() and not is_series(path)
+        for image in find_images(path, recursive=True) if inside else [path]:
+            name = image.relative_to(path).as_posix() if inside else image.name
             if name in found:
                 raise UserError(f"{image} and {found[name]} would both be called {name}; predict them separately")
             found[name] = image
     if not found:
         raise UserError(f"no image in {', '.join(map(str, paths))}; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return [Record(name, image, None, None) for name, image in found.items()]
+    geometries = {name: read_geometry(image) for name, image in found.items()}
+    return [Record(name, image, None, geometries[name].spacing_mm, geometry=geometries[name])
+            for name, image in found.items()]
 
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
             overrides: tuple[str, ...] = ()) -> Path:
-    """Write out/predictions.csv (image, landmark, x, y, confidence) and out/overlays/; returns the CSV's path."""
+    """Write out/predictions.csv (image, landmark, x, y[, z], confidence), out/overlays/ and, of volumes, out/markups/.
+
+    Returns the table's path.
+    """
     detector = TrainedDetector(run_dir / "best.safetensors")
-    config = load_config(run_dir / "config.json", overrides) if overrides else detector.config
-    images = load_images(collect_images(paths), config.dataset, "images")
-    outputs = detector.heatmaps(images.images)
-    points, confidence = locate(outputs, images.original_sizes, config)
+    if overrides:
+        detector.config = load_config(run_dir / "config.json", overrides)
+    images = load_images(collect_images(paths), detector.config.dataset, "images")
+    predictions = find_landmarks(detector, images)
     table = out / "predictions.csv"
-    write_predictions(table, images, tuple(detector.landmark_names), points, confidence)
+    write_table(table, predictions)
+    write_slicer_files(out / "markups", predictions)
     if overlays:
-        (out / "overlays").mkdir(parents=True, exist_ok=True)
         for index, record in enumerate(images.records):
-            maps = probability_maps(outputs[index : index + 1], config.finetune.loss)[0].numpy()
-            pixels, _ = picture_of(images, index)
-            title = f"{record.id}: lowest confidence {confidence[index].min():.2f}"
-            picture = draw_overlay(pixels, points[index], None, detector.landmark_names, maps, title)
-            picture.save(out / "overlays" / f"{record.id.replace('/', '-')}.png")
+            title = f"{record.id}: lowest confidence {predictions.confidence[index].min():.2f}"
+            draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index, title)
     return table
 
 

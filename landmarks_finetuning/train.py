@@ -15,7 +15,8 @@ from core.checkpoint import save_weights
 from core.config import Config, add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.errors import UserError, run_command
-from core.layouts import DataSource, Record
+from core.geometry import apply_maps
+from core.records import DataSource, Record
 from core.runlog import write_run_config
 from core.study import Cell, cell_dir, check_cell
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
@@ -35,17 +36,20 @@ class HeatmapRegression:
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
 
-    def _loss(self, outputs: Tensor, points: Tensor) -> Tensor:
+    def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
         finetune = self.config.finetune
         target = draw_target(points, outputs.shape[2:], finetune.target, sigma_pixels(self.config))
-        return LOSSES[finetune.loss](outputs.float(), target)
+        absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
+        return LOSSES[finetune.loss](outputs.float(), target, absent)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Heatmap loss of one augmented micro-batch; heatmaps are drawn on the device."""
+        """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
         chosen = torch.from_numpy(indices)
-        images, points = self.training.images[chosen].to(self.device), self.training.points[chosen.to(self.device)]
-        images, points = augment(images, points, self.config.finetune.augmentation, generator)
-        return self._loss(model(images), points)
+        there = chosen.to(self.device)
+        images, points = self.training.images[chosen].to(self.device), self.training.points[there]
+        images, points = augment(images, points, self.config.finetune.augmentation, generator,
+                                 self.training.crops(there))
+        return self._loss(model(images), points, not self.training.fits)
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -56,11 +60,14 @@ class HeatmapRegression:
         held = self.validation
         if held is None:
             return {}
-        outputs = run_batched(model, held.images, self.config, self.device)
-        loss = self._loss(outputs.to(self.device), held.points).item()
-        points, _ = locate(outputs, held.original_sizes, self.config)
-        errors = physical_errors(points, held.original_points(), held.spacings())
-        return {"validation_loss": loss, "validation_mre": float(np.nanmean(errors))}
+        losses, errors = [], []
+        truth, spacings = held.original_points(), held.spacings()
+        for chosen, outputs, maps in run_batched(model, held, self.config, self.device):
+            seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
+            losses += [self._loss(outputs.to(self.device), seen).item()] * len(chosen)
+            points, _ = locate(outputs, maps, self.config)
+            errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
+        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """The last step of a fixed schedule without validation: these weights are the result."""

@@ -106,7 +106,6 @@ def test_value_may_hold_an_equals_sign(minimal):
     ("finetune.draws=[-1]", "finetune.draws.0: input should be greater than or equal to 0"),
     ("finetune.learning_rate.ddpm=-1", "finetune.learning_rate.ddpm: input should be greater than 0"),
     ("unet.channel_multipliers=[]", "unet.channel_multipliers: tuple should have at least 1 item"),
-    ("dataset.phantom.count=151", "dataset.phantom.count: input should be greater than 151"),
 ])  # fmt: skip
 def test_wrong_override(minimal, override, message):
     assert message in error_of(minimal, override)
@@ -115,7 +114,14 @@ def test_wrong_override(minimal, override, message):
 @pytest.mark.parametrize("overrides, message", [
     (["is_3d=true"], "dataset.image_size needs 3 numbers when is_3d is true"),
     (["dataset.image_size=[64,64,64]"], "dataset.image_size needs 2 numbers when is_3d is false"),
-    (["is_3d=true", "dataset.image_size=[64,64,64]"], "volumes are not supported yet"),
+    (["is_3d=true", "dataset.image_size=[64,64,64]", "dataset.layout=cephalo"], "holds radiographs"),
+    (["is_3d=true", "dataset.image_size=[64,64,60]"], "4 levels need multiples of 8; nearest to 60: 56 or 64"),
+    (["is_3d=true", "dataset.image_size=[64,64,64]", "finetune.decoder=contour_centroid"], "is 2D only"),
+    (["dataset.layout=hand", "dataset.resample_mm=0.2"], 'needs images in mm: layout "folder" or "cephalo"'),
+    (["dataset.layout=hand", "dataset.description=a.json"], 'belongs to layout "folder"'),
+    (['dataset.phantom={"count": 12, "size": [64, 64, 64]}'], "writes radiographs of two sizes"),
+    (['dataset.phantom={"count": 200}'], "writes radiographs of two sizes"),
+    (['dataset.phantom={"count": 151}'], "dataset.phantom.count must be at least 152"),
     (["dataset.image_size=[64,50]"], "4 levels need multiples of 8; nearest to 50: 48 or 56"),
     (["unet.norm_groups=3"], "unet.norm_groups 3 must divide base_channels 64"),
     (["unet.full_attention_sizes=[30]"], "unet.full_attention_sizes [30] are no sizes of a level; those are [256, 128"),

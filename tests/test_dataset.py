@@ -11,9 +11,10 @@ from PIL import Image
 
 import core.dataset
 from core.config import Dataset as DatasetConfig
-from core.dataset import load_images, load_source, map_points, normalise, resize, select_shots, write_pack
+from core.dataset import load_images, load_source, normalise, resize, select_shots, write_pack
 from core.errors import UserError
-from core.layouts import SPLITS, Record
+from core.geometry import apply_maps, inverse, resampling_map
+from core.records import SPLITS, Record
 
 RNG_SEED = 0
 
@@ -59,12 +60,16 @@ def test_resize_of_a_volume_treats_every_axis_alike():
     np.testing.assert_allclose(resize(volume.mean(axis=2), (6, 5)), out.mean(axis=2), atol=1e-6)
 
 
-def test_map_points_by_hand():
-    moved = map_points(np.array([[-0.5, 99.5], [0.0, 0.0], [49.5, 9.5], [np.nan, 1.0]]), np.array([200, 100]),
-                       np.array([50, 200]))
-    np.testing.assert_allclose(moved, [[-0.5, 199.5], [-0.375, 0.5], [12.0, 19.5], [np.nan, 2.5]])
-    back = map_points(moved, np.array([50, 200]), np.array([200, 100]))
-    np.testing.assert_allclose(back, [[-0.5, 99.5], [0, 0], [49.5, 9.5], [np.nan, 1]], atol=1e-12)
+def resized(old, new):
+    return resampling_map(old, new, tuple(a / b for a, b in zip(old, new, strict=True)))[None]
+
+
+def test_resampling_map_by_hand():
+    maps = resized((200, 100), (50, 200))
+    moved = apply_maps(np.array([[[-0.5, 99.5], [0.0, 0.0], [49.5, 9.5], [np.nan, np.nan]]]), maps)
+    np.testing.assert_allclose(moved, [[[-0.5, 199.5], [-0.375, 0.5], [12.0, 19.5], [np.nan, np.nan]]])
+    back = apply_maps(moved, inverse(maps))
+    np.testing.assert_allclose(back, [[[-0.5, 99.5], [0, 0], [49.5, 9.5], [np.nan, np.nan]]], atol=1e-12)
 
 
 @pytest.mark.parametrize("old, new", [((120, 90), (32, 48)), ((50, 90), (64, 48)), ((40, 60, 30), (20, 16, 24))])
@@ -78,7 +83,7 @@ def test_blob_lies_where_its_point_is_mapped(old, new):
         small = resize(blob[None].astype(np.float32), new)[0].astype(np.float64)
         centroid = [(small.sum(tuple(set(range(len(new))) - {a})) * np.arange(n)).sum() / small.sum()
                     for a, n in enumerate(new)]
-        np.testing.assert_allclose(centroid, map_points(point, np.array(old), np.array(new)), atol=0.02)
+        np.testing.assert_allclose(centroid, apply_maps(point[None], resized(old, new))[0, 0], atol=0.02)
 
 
 def test_load_images(tmp_path):
@@ -88,7 +93,7 @@ def test_load_images(tmp_path):
     records = [record_of(picture(tmp_path / "wide.png", wide), [[9.5, 19.5], [np.nan] * 2]),
                record_of(picture(tmp_path / "tall.png", tall), [[0, 0], [47, 31]])]
     loaded = load_images(records, configure(tmp_path, image_size=(16, 24)))
-    assert loaded.images.shape == (2, 1, 16, 24) and loaded.images.dtype == torch.float32 and loaded.size == (16, 24)
+    assert loaded.images.shape == (2, 1, 16, 24) and loaded.images.dtype == torch.float32 and loaded.fits
     assert loaded.original_sizes.tolist() == [[20, 40], [48, 32]]
     assert loaded.images.amin(dim=(1, 2, 3)).tolist() == [0, 0] and loaded.images.amax(dim=(1, 2, 3)).tolist() == [1, 1]
     expected = resize(wide[None].astype(np.float32), (16, 24))

@@ -197,22 +197,22 @@ def test_bootstrap_weighs_every_scored_landmark_alike():
 
 
 @dims
-def test_mean_shape_is_mapped_to_each_image_with_pixel_centres_at_integers(dimension):
-    sizes = np.array([[10, 20, 40], [30, 10, 5]])[:, :dimension]
-    pixels = np.array([[[2.0, 3.0, 5.0]], [[4.0, 7.0, 9.0]]])[..., :dimension]
-    relative = (pixels + 0.5) / sizes[:1]
-    predicted = mean_shape_prediction(relative, sizes)
-    np.testing.assert_allclose(predicted[0, 0], [3.0, 5.0, 7.0][:dimension])
-    np.testing.assert_allclose(predicted[1, 0], [10.0, 2.25, 0.4375][:dimension])  # 3.5 * 3, 5.5 / 2, 7.5 / 8, - 0.5
+def test_mean_shape_is_the_mean_about_the_centres(dimension):
+    train_sizes = np.array([[10, 20, 40], [10, 22, 40]])[:, :dimension]
+    points = np.array([[[2.0, 3.0, 5.0]], [[4.0, 9.0, 9.0]]])[..., :dimension]
+    predicted = mean_shape_prediction(points, train_sizes, np.array([[10, 20, 40], [12, 20, 40]])[:, :dimension])
+    np.testing.assert_allclose(predicted[0, 0], [3.0, 5.5, 7.0][:dimension])  # the second lies 1 less off its centre
+    np.testing.assert_allclose(predicted[1, 0], [4.0, 5.5, 7.0][:dimension])
 
 
 @dims
 def test_mean_shape_averages_each_landmark_over_the_labels_that_have_it(dimension):
-    relative = np.full((2, 3, dimension), 0.2)
-    relative[1, 0] = 0.4
-    relative[0, 1] = np.nan
-    relative[:, 2] = np.nan
-    predicted = mean_shape_prediction(relative, np.full((1, dimension), 100))
-    np.testing.assert_allclose(predicted[0], [[29.5] * dimension, [19.5] * dimension, [24.5] * dimension])
+    points = np.full((2, 3, dimension), 20.0)
+    points[1, 0] = 40
+    points[0, 1] = np.nan
+    points[:, 2] = np.nan
+    sizes = np.full((2, dimension), 100)
+    predicted = mean_shape_prediction(points, sizes, sizes[:1])
+    np.testing.assert_allclose(predicted[0], [[30] * dimension, [20] * dimension, [25] * dimension])
     with pytest.raises(UserError, match="mean shape"):
-        mean_shape_prediction(np.full((2, 3, dimension), np.nan), np.full((1, dimension), 100))
+        mean_shape_prediction(np.full((2, 3, dimension), np.nan), sizes, sizes[:1])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 
 from core.checkpoint import Weights, load_weights
 from core.config import Config, parse_config
-from core.dataset import map_points
+from core.dataset import ImageSet
 from core.errors import UserError
+from core.geometry import apply_maps, inverse
 from core.train_loop import autocast, resolve_device, resolve_precision
 from core.unet import UNet
 from landmarks_finetuning.heatmaps import decode
@@ -40,6 +44,7 @@ def build_detector(config: Config, backbone: str, channels: int, landmarks: int)
         kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("final_conv.")}
         model.load_state_dict({**model.state_dict(), **kept})
         model.timestep = config.finetune.timestep
+    model.activation_checkpointing = config.experiment.activation_checkpointing
     return model
 
 
@@ -63,15 +68,23 @@ def check_same_network(path: Path, weights: Weights, config: Config, channels: i
         raise UserError(f"{path} was trained on {weights.channels} channels, the images have {channels}")
 
 
+class Heatmaps(NamedTuple):
+    """Raw float32 outputs (B, N, *size) on the CPU of images `chosen`; maps (B, D, D + 1): stored -> their pixels."""
+
+    chosen: list[int]
+    outputs: Tensor
+    maps: np.ndarray
+
+
 class TrainedDetector:
     """A detector read from best.safetensors: everything it needs stands in the file's header."""
 
-    def __init__(self, path: Path, overrides: dict | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         weights = load_weights(path)
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.config = parse_config({**weights.header["config"], **(overrides or {})}, str(path))
+        self.config = parse_config(weights.header["config"], str(path))
         self.landmark_names: list[str] = weights.header["landmark_names"]
         self.device = resolve_device(self.config.experiment.device)
         size = self.config.dataset.image_size
@@ -80,20 +93,72 @@ class TrainedDetector:
         model.timestep = weights.header["timestep"]
         self.model = model.to(self.device).eval()
 
-    def heatmaps(self, images: Tensor) -> Tensor:
-        """(M, C, *size) -> (M, N, *size) raw float32 outputs, in batches, on the CPU."""
-        return run_batched(self.model, images, self.config, self.device)
+    def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
+        """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
+        return run_batched(self.model, images, self.config, self.device, chosen)
 
 
 @torch.no_grad()
-def run_batched(model: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
-    """Raw float32 outputs of `model` for `images` on the CPU, in batches of evaluation.batch_size."""
+def run_batched(model: nn.Module, images: ImageSet, config: Config, device: torch.device,
+                chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
+    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
+
+    Images of the network's size go through in batches of evaluation.batch_size. Larger ones go one by one, in windows
+    that overlap by evaluation.window_overlap; outputs are averaged, weighted by the distance from a window's border.
+    """
+    size, batch = images.network_size, config.evaluation.batch_size
+    indices = list(range(len(images.records))) if chosen is None else list(chosen)
     precision = resolve_precision(config.experiment.precision, device)
-    outputs = []
-    for batch in images.split(config.evaluation.batch_size):
+
+    def outputs_of(inputs: Tensor) -> Tensor:
         with autocast(device, precision):
-            outputs.append(model(batch.to(device)).float().cpu())
-    return torch.cat(outputs)
+            return model(inputs.to(device)).float()
+
+    if images.fits:
+        for first in range(0, len(indices), batch):
+            some = indices[first : first + batch]
+            yield Heatmaps(some, outputs_of(images.images[some]).cpu(), images.maps[some])
+        return
+    for index in indices:
+        part, maps = images.seen(index), images.maps[[index]]
+        maps[:, :, -1] -= [place.start for place in part]
+        image = images.images[(slice(index, index + 1), slice(None), *part)]
+        outputs = _over_windows(outputs_of, image, size, config.evaluation.window_overlap, batch)
+        yield Heatmaps([index], outputs.cpu(), maps)
+
+
+def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,
+                  batch: int) -> Tensor:
+    """(1, C, *large) -> (1, N, *large): outputs of overlapping windows of `size`, averaged."""
+    starts = [window_starts(length, window, overlap) for length, window in zip(image.shape[2:], size, strict=True)]
+    places = [tuple(slice(first, first + window) for first, window in zip(corner, size, strict=True))
+              for corner in product(*starts)]
+    weight = window_weight(size)
+    total, weights = None, torch.zeros(image.shape[2:])
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        outputs = outputs_of(torch.cat([image[(..., *place)] for place in some]))
+        total = outputs.new_zeros((outputs.shape[1], *image.shape[2:])) if total is None else total
+        for place, output in zip(some, outputs, strict=True):
+            total[(..., *place)] += output * weight.to(output.device)
+            weights[place] += weight
+    return (total / weights.to(total.device))[None]
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """First pixels of evenly spaced windows that cover `length` pixels and overlap by at least `overlap`."""
+    step = max(1, math.floor(window * (1 - overlap) + 1e-9))
+    count = 1 + math.ceil((length - window) / step)
+    return np.linspace(0, length - window, count).round().astype(int).tolist()
+
+
+def window_weight(size: tuple[int, ...]) -> Tensor:
+    """(*size) weights above 0, the product of a triangle along each axis."""
+    weight = torch.ones(())
+    for length in size:
+        rise = torch.minimum(torch.arange(length) + 1, length - torch.arange(length)).float()
+        weight = weight[..., None] * (rise / rise.max())
+    return weight
 
 
 def sigma_pixels(config: Config) -> float:
@@ -101,10 +166,12 @@ def sigma_pixels(config: Config) -> float:
     return config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
 
 
-def locate(outputs: Tensor, original_sizes: np.ndarray, config: Config,
+def locate(outputs: Tensor, maps: np.ndarray, config: Config,
            decoder: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Raw outputs (M, N, *size) -> points (M, N, D) in original pixels and confidences (M, N)."""
+    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
+
+    `maps` (B, D, D + 1) lead from stored to network pixels.
+    """
     finetune = config.finetune
     points, confidence = decode(outputs, decoder or finetune.decoder, finetune.loss, sigma_pixels(config))
-    size: Sequence[int] = config.dataset.image_size
-    return map_points(points.numpy(), np.array(size), original_sizes[:, None]), confidence.numpy()
+    return apply_maps(points.numpy(), inverse(maps)), confidence.numpy()

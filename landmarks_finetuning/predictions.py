@@ -1,0 +1,107 @@
+"""Where a detector sees the landmarks of a set of images, as files: a table, markups for 3D Slicer, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from core.checkpoint import write_atomically
+from core.dataset import ImageSet
+from core.geometry import apply_maps, index_to_world, inverse, upright, upright_map
+from core.images import read_image
+from core.markups import write_markups
+from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
+from landmarks_finetuning.heatmaps import contour_centroid, probability_maps
+from landmarks_finetuning.report.volume_overlays import draw_case
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """points (M, N, D) in stored pixels and confidence (M, N), NaN = none, of the landmarks `names` in `images`.
+
+    `scorer_points` (M, N, 2) are network pixels for the paper's scorer, None for volumes. `detector` draws heatmaps
+    for pictures; the guess without an image has none.
+    """
+
+    images: ImageSet
+    names: Sequence[str]
+    points: np.ndarray
+    confidence: np.ndarray
+    scorer_points: np.ndarray | None = None
+    detector: TrainedDetector | None = None
+
+
+def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None) -> Predictions:
+    """Run `detector` on `images`; heatmaps are decoded batch by batch and not kept."""
+    points, confidence, scorer_points = [], [], []
+    flat = images.images.ndim == 4
+    for _, outputs, maps in detector.heatmaps(images):
+        found, sure = locate(outputs, maps, detector.config, decoder)
+        points.append(found)
+        confidence.append(sure)
+        if flat:
+            scorer_points.append(contour_centroid(outputs).numpy())
+    return Predictions(images, detector.landmark_names, np.concatenate(points), np.concatenate(confidence),
+                       np.concatenate(scorer_points) if flat else None, detector)
+
+
+def write_table(path: Path, predictions: Predictions, errors: np.ndarray | None = None,
+                published: np.ndarray | None = None) -> None:
+    """predictions.csv: a row per image and landmark, (x, y[, z]) in stored pixels; empty = no value.
+
+    `errors` (M, N) adds truth and error columns; `published` (M, N) are the paper's scorer's.
+    """
+    axes = "xyz"[: predictions.points.shape[2]]
+    rows = []
+    for m, record in enumerate(predictions.images.records):
+        for n, name in enumerate(predictions.names):
+            row = {"image": record.id, "patient": record.patient, "landmark": name}
+            row |= dict(zip(axes, predictions.points[m, n, ::-1], strict=True))
+            if errors is not None:
+                row |= {f"truth_{a}": v for a, v in zip(axes, record.landmarks[n, ::-1], strict=True)}
+                row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
+            rows.append({**row, "confidence": predictions.confidence[m, n]})
+    write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.4f").encode())
+
+
+def write_slicer_files(folder: Path, predictions: Predictions) -> None:
+    """folder/<image>.mrk.json (LPS mm) for every volume that says where its voxels lie; opens in 3D Slicer on it."""
+    for record, points, sure in zip(predictions.images.records, predictions.points, predictions.confidence,
+                                    strict=True):
+        if record.geometry is not None and record.geometry.affine is not None:
+            told = ["" if np.isnan(value) else f"confidence {value:.3f}" for value in sure]
+            write_markups(folder / f"{record.id}.mrk.json", predictions.names,
+                          index_to_world(points, record.geometry.affine), told)
+
+
+def draw_predictions(path: Path, predictions: Predictions, index: int, title: str,
+                     errors: np.ndarray | None = None) -> None:
+    """A PNG of one image with its predictions, heatmap contours and, with `errors` (N,), the truth.
+
+    Drawn on the stored image, upright; on the network's image where that is all a pack has.
+    """
+    images, record = predictions.images, predictions.images.records[index]
+    maps = None
+    if predictions.detector is not None:
+        [(_, outputs, _)] = predictions.detector.heatmaps(images, [index])
+        skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
+        first = images.firsts[index].numpy() - skipped
+        own = map(slice, first.tolist(), (first + images.sizes[index].numpy()).tolist())
+        maps = probability_maps(outputs, predictions.detector.config.finetune.loss)[(0, slice(None), *own)].numpy()
+    if record.geometry is None:
+        pixels, to_picture = images.images[index].numpy(), images.maps[index]
+    else:
+        pixels, to_picture = upright(read_image(record.image), record.geometry), upright_map(record.geometry)
+    # a picture's axis is one stored axis, resampled or not
+    steps = np.abs(inverse(to_picture)[:, :-1])
+    spacing = None if record.spacing is None else tuple(np.array(record.spacing) @ steps)
+    truth = None if errors is None else apply_maps(record.landmarks, to_picture)
+    found = apply_maps(predictions.points[index], to_picture)
+    sides = record.geometry is not None and record.geometry.affine is not None
+    picture = draw_case(pixels, found, truth, predictions.names, maps, title, spacing, errors, sides)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
