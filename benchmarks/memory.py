@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from core.checkpoint import write_json
-from core.config import DDPM
-from core.config import UNet as UNetConfig
 from core.errors import UserError, run_command
 from core.runlog import environment
+from core.settings import DDPM
+from core.settings import UNet as UNetConfig
 from core.train_loop import autocast, memory_format, resolve_device, resolve_precision, step_generator
 from core.unet import UNet
 from ddpm_pretraining.diffusion import Diffusion

@@ -17,12 +17,13 @@ import torch
 from denoising_diffusion_pytorch import Unet as PeerUNet
 from torch import Tensor, nn
 
-from core.config import DDPM, Config, add_config_arguments, load_config
-from core.config import UNet as UNetConfig
+from core.config import add_config_arguments, load_config
 from core.dataset import load_images, load_source, resize
 from core.errors import run_command
 from core.images import read_image
 from core.runlog import environment
+from core.settings import DDPM, Config
+from core.settings import UNet as UNetConfig
 from core.train_loop import BatchPlan, autocast, resolve_device, resolve_precision, step_generator
 from core.unet import UNet
 from ddpm_pretraining.diffusion import Diffusion

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from core.config import UNet as UNetConfig
 from core.errors import UserError
+from core.settings import UNet as UNetConfig
 from core.unet import UNet
 
 FORMAT = "landmark-unet-1"

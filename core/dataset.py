@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import write_atomically
-from core.config import Dataset as DatasetConfig
 from core.config import add_config_arguments, load_config
 from core.errors import UserError, run_command
 from core.geometry import Geometry, apply_maps, compose, resampling_map, upright, upright_axes, upright_map
@@ -29,6 +28,7 @@ from core.layouts import read_layout
 from core.phantom import write_phantom_radiographs
 from core.phantom_volume import write_phantom_volumes
 from core.records import SPLITS, DataSource, Record
+from core.settings import Dataset as DatasetConfig
 
 CACHE_VERSION = "2"  # of decoding and resizing together
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU

@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, add_config_arguments, load_config
+from core.config import add_config_arguments, load_config
 from core.dataset import load_source, select_shots
 from core.errors import run_command
 from core.records import DataSource
+from core.settings import Config
 from core.study import (
     MEAN_SHAPE,
     Cell,

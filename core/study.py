@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, Finetune
 from core.errors import UserError
+from core.settings import Config, Finetune
 
 MEAN_SHAPE = "mean_shape"  # the guess without an image; not a backbone to train
 VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "timestep": "t",

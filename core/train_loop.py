@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import load_state, save_state
-from core.config import Clip
 from core.errors import Interrupted, UserError
 from core.runlog import RunLog
+from core.settings import Clip
 
 
 class Task(Protocol):

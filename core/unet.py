@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.config import UNet as UNetConfig
+from core.settings import UNet as UNetConfig
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from core.augment import augment
 from core.checkpoint import save_weights, write_atomically
-from core.config import Config, add_config_arguments, load_config
+from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.errors import run_command
 from core.runlog import write_run_config
+from core.settings import Config
 from core.study import check_pretraining
 from core.train_loop import (
     BatchPlan,

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from core.checkpoint import write_json
-from core.config import Config, load_config
+from core.config import load_config
 from core.dataset import load_images, load_source
 from core.errors import UserError, run_command
 from core.geometry import apply_maps, inverse
 from core.records import DataSource
 from core.runlog import read_metrics, write_run_config
+from core.settings import Config
 from core.study import MEAN_SHAPE, Cell, cell_dir, variant
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
 from landmarks_finetuning.metrics import (

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from core.augment import augment
 from core.checkpoint import save_weights
-from core.config import Config, add_config_arguments, load_config
+from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.errors import UserError, run_command
 from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
+from core.settings import Config
 from core.study import Cell, cell_dir, check_cell
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels

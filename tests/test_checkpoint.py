@@ -20,9 +20,9 @@ from core.checkpoint import (
     write_atomically,
     write_json,
 )
-from core.config import UNet as UNetConfig
 from core.config import parse_config
 from core.errors import UserError
+from core.settings import UNet as UNetConfig
 from core.unet import UNet
 
 TINY = UNetConfig(base_channels=4, channel_multipliers=(1, 2), attention_heads=1, attention_head_channels=4)

@@ -330,8 +330,9 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
     doubled = table.query("image == 'more/two.png'")[["x", "y"]].to_numpy()
     assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 3  # the same place, found in twice as many pixels
     assert table["confidence"].between(0, 1).all() and "truth_x" not in table
-    overlays = sorted(path.name for path in (tmp_path / "out/overlays").iterdir())
-    assert overlays == ["more-two.png.png", "one.jpg.png"]
+    pictures = tmp_path / "out/overlays"
+    overlays = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
+    assert overlays == ["more/two.png.png", "one.jpg.png"]
     status, _, _ = run_main(PREDICTING, tiny_cell, images / "one.jpg", "--out", tmp_path / "bare", "--no-overlays")
     assert status == 0 and [path.name for path in (tmp_path / "bare").iterdir()] == ["predictions.csv"]
 

@@ -6,8 +6,9 @@ import json
 import jsonschema
 import pytest
 
-from core.config import CONFIG_DIR, add_config_arguments, check_divisible, load_config, parse_config, write_schema
+from core.config import CONFIG_DIR, add_config_arguments, load_config, parse_config, write_schema
 from core.errors import UserError
+from core.settings import check_divisible
 
 SHIPPED = sorted([path for path in CONFIG_DIR.glob("*.json") if path.name != "schema.json"]
                  + list((CONFIG_DIR.parent / "benchmarks/studies").glob("*.json")))

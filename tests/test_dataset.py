@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import core.dataset
-from core.config import Dataset as DatasetConfig
 from core.dataset import load_images, load_source, normalise, resize, select_shots, write_pack
 from core.errors import UserError
 from core.geometry import apply_maps, inverse, resampling_map
 from core.records import SPLITS, Record
+from core.settings import Dataset as DatasetConfig
 
 RNG_SEED = 0
 

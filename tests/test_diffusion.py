@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from core.config import DDPM
+from core.settings import DDPM
 from ddpm_pretraining.diffusion import LOSSES, SCHEDULES, Diffusion
 from ddpm_pretraining.sampling import ddim_steps, ddpm_steps, denoising_strip, grid_picture, sample
 

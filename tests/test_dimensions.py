@@ -19,14 +19,15 @@ from PIL import Image
 from torch import nn
 
 from core.augment import augment, draw_crops
-from core.config import Augmentation, parse_config
-from core.config import Dataset as DatasetConfig
-from core.config import UNet as UNetConfig
+from core.config import parse_config
 from core.dataset import ImageSet, load_images, resize
 from core.errors import UserError
 from core.geometry import apply_maps, compose, inverse, resampling_map, upright, upright_map
 from core.images import read_geometry, read_image
 from core.records import Record
+from core.settings import Augmentation
+from core.settings import Dataset as DatasetConfig
+from core.settings import UNet as UNetConfig
 from core.unet import UNet, Unshuffle
 from landmarks_finetuning.detectors.heatmap_unet import _over_windows, run_batched, window_starts, window_weight
 from landmarks_finetuning.heatmaps import decode, draw_target

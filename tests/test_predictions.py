@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import landmarks_finetuning.predictions as predictions_module
-from core.config import Dataset, parse_config
+from core.config import parse_config
 from core.dataset import load_images, load_source, write_pack
 from core.images import read_geometry
 from core.launch import STAGES, run_study
 from core.records import Record
 from core.runlog import read_metrics
+from core.settings import Dataset
 from landmarks_finetuning.detectors.heatmap_unet import run_batched
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import (

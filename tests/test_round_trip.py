@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from core.augment import augment
-from core.config import Augmentation
-from core.config import Dataset as DatasetConfig
 from core.dataset import load_images
 from core.geometry import apply_maps, inverse
 from core.layouts import read_layout
 from core.markups import read_markups
+from core.settings import Augmentation
+from core.settings import Dataset as DatasetConfig
 from landmarks_finetuning.predictions import Predictions, write_slicer_files
 
 ROOT = Path(__file__).parents[1]

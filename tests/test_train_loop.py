@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from core.checkpoint import read_pickle
-from core.config import Clip
 from core.errors import Interrupted, UserError
 from core.runlog import read_metrics
+from core.settings import Clip
 from core.train_loop import (
     BatchPlan,
     LoopSettings,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from core.checkpoint import load_weights, save_weights
-from core.config import UNet as UNetConfig
+from core.settings import UNet as UNetConfig
 from core.unet import Attention, LinearAttention, SinusoidalEmbedding, StandardizedConv, UNet, Unshuffle
 
 OFFICIAL = Path(__file__).parent / "fixtures/official_ddpm_base8"

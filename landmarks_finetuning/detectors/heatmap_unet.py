@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import Weights, load_weights
-from core.config import Config, parse_config
+from core.config import parse_config
 from core.dataset import ImageSet
 from core.errors import UserError
 from core.geometry import apply_maps, inverse
+from core.settings import Config
 from core.train_loop import autocast, resolve_device, resolve_precision
 from core.unet import UNet
 from landmarks_finetuning.heatmaps import decode
