@@ -31,6 +31,7 @@ from landmarks_finetuning.predictions import (
     Predictions,
     draw_predictions,
     find_landmarks,
+    table_rows,
     write_slicer_files,
     write_table,
 )
@@ -100,7 +101,7 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
         "paper": None if published is None else summarise(published, thresholds),
         "stored_pixels": _in_stored_pixels(points, truth),
     }
-    write_table(run_dir / "predictions.csv", predictions, errors, published)
+    write_table(run_dir / "predictions.csv", table_rows(predictions, errors, published))
     write_slicer_files(run_dir / "markups", predictions)
     _write_overlays(run_dir / "overlays", config, predictions, source.unit, errors)
     write_json(run_dir / "metrics.json", metrics)

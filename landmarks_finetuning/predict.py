@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tqdm import tqdm
+
 from core.config import load_config
 from core.dataset import load_images
 from core.dicom import is_series
@@ -12,7 +14,13 @@ from core.errors import UserError, run_command
 from core.images import IMAGE_SUFFIXES, find_images, read_geometry
 from core.records import Record
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
-from landmarks_finetuning.predictions import draw_predictions, find_landmarks, write_slicer_files, write_table
+from landmarks_finetuning.predictions import (
+    draw_predictions,
+    find_landmarks,
+    table_rows,
+    write_slicer_files,
+    write_table,
+)
 
 
 def collect_images(paths: list[Path]) -> list[Record]:
@@ -38,18 +46,20 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
             overrides: tuple[str, ...] = ()) -> Path:
     """Write out/predictions.csv (image, landmark, x, y[, z], confidence), out/overlays/ and, of volumes, out/markups/.
 
-    Returns the table's path.
+    Images are read and written batch by batch, so that any number of them fits. Returns the table's path.
     """
     detector = TrainedDetector(run_dir / "best.safetensors")
     if overrides:
         detector.config = load_config(run_dir / "config.json", overrides)
-    images = load_images(collect_images(paths), detector.config.dataset, "images")
-    predictions = find_landmarks(detector, images)
-    table = out / "predictions.csv"
-    write_table(table, predictions)
-    write_slicer_files(out / "markups", predictions)
-    if overlays:
-        for index, record in enumerate(images.records):
+    records, some = collect_images(paths), detector.config.evaluation.batch_size
+    table, rows = out / "predictions.csv", []
+    for first in tqdm(range(0, len(records), some), "batches"):
+        images = load_images(records[first : first + some], detector.config.dataset)
+        predictions = find_landmarks(detector, images)
+        rows += table_rows(predictions)
+        write_table(table, rows)
+        write_slicer_files(out / "markups", predictions)
+        for index, record in enumerate(images.records if overlays else ()):
             title = f"{record.id}: lowest confidence {predictions.confidence[index].min():.2f}"
             draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index, title)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,9 +50,9 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
                        np.concatenate(scorer_points) if flat else None, detector)
 
 
-def write_table(path: Path, predictions: Predictions, errors: np.ndarray | None = None,
-                published: np.ndarray | None = None) -> None:
-    """predictions.csv: a row per image and landmark, (x, y[, z]) in stored pixels; empty = no value.
+def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
+               published: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Rows of predictions.csv: one per image and landmark, (x, y[, z]) in stored pixels; NaN = no value.
 
     `errors` (M, N) adds truth and error columns; `published` (M, N) are the paper's scorer's.
     """
@@ -65,6 +66,11 @@ def write_table(path: Path, predictions: Predictions, errors: np.ndarray | None 
                 row |= {f"truth_{a}": v for a, v in zip(axes, record.landmarks[n, ::-1], strict=True)}
                 row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
             rows.append({**row, "confidence": predictions.confidence[m, n]})
+    return rows
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` as a CSV with empty cells for NaN."""
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.4f").encode())
 
 

@@ -24,6 +24,7 @@ from landmarks_finetuning.predictions import (
     Predictions,
     draw_predictions,
     find_landmarks,
+    table_rows,
     write_slicer_files,
     write_table,
 )
@@ -58,13 +59,13 @@ def test_table_of_volumes(tmp_path):
     images = loaded(tmp_path, write_nifti(tmp_path / "a.nii"), landmarks=truth, patient="p", image_size=(4, 4, 4))
     points = np.array([[[1.5, 2.25, 3.00004], [4, 5, 6]]])
     found = Predictions(images, ["tip", "base"], points, np.array([[0.5, 1]]))
-    write_table(tmp_path / "t/errors.csv", found, np.array([[0.75, NAN]]))
+    write_table(tmp_path / "t/errors.csv", table_rows(found, np.array([[0.75, NAN]])))
     assert (tmp_path / "t/errors.csv").read_text().splitlines() == [
         "image,patient,landmark,x,y,z,truth_x,truth_y,truth_z,error,paper_error,confidence",
         "a.nii,p,tip,3.0000,2.2500,1.5000,3.0000,2.0000,1.0000,0.7500,,0.5000",
         "a.nii,p,base,6.0000,5.0000,4.0000,,,,,,1.0000",
     ]
-    write_table(tmp_path / "plain.csv", found)
+    write_table(tmp_path / "plain.csv", table_rows(found))
     assert (tmp_path / "plain.csv").read_text().splitlines()[:2] == [
         "image,patient,landmark,x,y,z,confidence", "a.nii,p,tip,3.0000,2.2500,1.5000,0.5000"]
 
@@ -73,7 +74,7 @@ def test_table_of_images(tmp_path):
     Image.new("L", (9, 7)).save(tmp_path / "a.png")
     images = loaded(tmp_path, tmp_path / "a.png", landmarks=np.array([[1.0, 2]]), image_size=(4, 4))
     found = Predictions(images, ["tip"], np.array([[[3.0, 4]]]), np.array([[NAN]]))
-    write_table(tmp_path / "t.csv", found, np.array([[2.5]]), np.array([[2.0]]))
+    write_table(tmp_path / "t.csv", table_rows(found, np.array([[2.5]]), np.array([[2.0]])))
     assert (tmp_path / "t.csv").read_text().splitlines() == [
         "image,patient,landmark,x,y,truth_x,truth_y,error,paper_error,confidence",
         "a.png,,tip,4.0000,3.0000,2.0000,1.0000,2.5000,2.0000,"]
