@@ -11,6 +11,8 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 from core.config import add_config_arguments, load_config
 from core.dataset import load_images, load_source
 from core.errors import UserError, run_command
@@ -26,11 +28,18 @@ def score_decoders(run_dir: Path, split: str) -> dict[str, dict[str, float]]:
     detector = TrainedDetector(run_dir / "best.safetensors")
     source = load_source(detector.config.dataset)
     held = load_images(source.require(split), detector.config.dataset)
-    outputs, scores = detector.heatmaps(held.images), {}
-    for decoder in DECODERS:
-        points, _ = locate(outputs, held.original_sizes, detector.config, decoder)
-        summary = summarise(physical_errors(points, held.original_points(), held.spacings()), source.sdr_thresholds)
-        scores[decoder] = {key: summary[key] for key in ("mre", "median", "p95", "sdr")}
+    unfit = set() if held.images.ndim == 4 else {"contour_centroid"}
+    unfit |= set() if detector.config.finetune.loss == "cross_entropy_pixels" else {"window_mass"}
+    decoders = [name for name in DECODERS if name not in unfit]
+    points: dict[str, list[np.ndarray]] = {name: [] for name in decoders}
+    for _, outputs, maps in detector.heatmaps(held):
+        for name in decoders:
+            points[name].append(locate(outputs, maps, detector.config, name)[0])
+    scores = {}
+    for name, found in points.items():
+        errors = physical_errors(np.concatenate(found), held.original_points(), held.spacings())
+        summary = summarise(errors, source.sdr_thresholds)
+        scores[name] = {key: summary[key] for key in ("mre", "median", "p95", "sdr")}
     return scores
 
 

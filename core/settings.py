@@ -202,7 +202,8 @@ class Finetune(Section):
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
     target: Literal["disk", "gaussian", "pixel"] = "gaussian"
     sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
-    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation"] = "local_expectation"
+    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = (
+        "local_expectation")
     validation: Literal["official", "none"] | int = Field(
         "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"
     )
@@ -237,6 +238,8 @@ class Finetune(Section):
         if self.validation == "none" and needs_validation:
             raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine or constant, '
                              "early_stop_patience null")
+        if self.decoder == "window_mass" and self.loss != "cross_entropy_pixels":
+            raise ValueError('finetune.decoder "window_mass" needs finetune.loss "cross_entropy_pixels"')
         if isinstance(self.validation, int) and self.validation < 1:
             raise ValueError('finetune.validation must be "official", "none" or a number of at least 1')
         if isinstance(self.validation, int) and self.validation >= min(self.shots):
@@ -289,8 +292,8 @@ class Config(Section):
         if self.is_3d and self.dataset.layout != "folder":
             raise ValueError(f'dataset.layout "{self.dataset.layout}" holds radiographs; is_3d needs layout "folder"')
         if self.is_3d and self.finetune.decoder == "contour_centroid":
-            raise ValueError('finetune.decoder "contour_centroid" is 2D only; choose component_centroid, argmax or '
-                             "local_expectation")
+            raise ValueError('finetune.decoder "contour_centroid" is 2D only; choose component_centroid, argmax, '
+                             "local_expectation or window_mass")
         levels = len(self.unet.channel_multipliers)
         check_divisible(self.dataset.image_size, levels)
         sizes = [self.dataset.image_size[0] // 2**level for level in range(levels)]

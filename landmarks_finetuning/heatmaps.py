@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -92,9 +93,13 @@ def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tens
     over the landmarks at each pixel. Confidence looks at the window of +-2 sigma pixels along each axis around the
     decoded point: the probability mass in it (softmax over pixels), or the mean probability that its pixels
     belong to this landmark (softmax over landmarks). `decoder` is a key of DECODERS.
-    Raises UserError for an unknown decoder or loss, outputs that are not finite, or a 2D decoder on a volume.
+    Raises UserError for an unknown decoder or loss, a pair of them that does not go together, outputs that are
+    not finite, or a 2D decoder on a volume.
     """
     locate = _choose(DECODERS, decoder, "finetune.decoder")
+    if decoder == "window_mass" and loss != "cross_entropy_pixels":
+        raise UserError(f'finetune.decoder "window_mass" sums probability over pixels, which finetune.loss "{loss}" '
+                        "does not learn; choose another decoder, or cross_entropy_pixels")
     log_probability = _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs)
     if not torch.isfinite(outputs).all():
         raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
@@ -114,8 +119,21 @@ def argmax(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
 
 def local_expectation(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
     """Sub-pixel mean of the probability map in the window of +-max(1, round(sigma)) pixels around the argmax."""
-    radius = max(1, round(sigma))
-    peak = _peak(outputs, log_probability)
+    return _mean_about(_peak(outputs, log_probability), log_probability, max(1, round(sigma)))
+
+
+def window_mass(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+    """Sub-pixel mean in the window of +-max(1, round(2 sigma)) pixels along each axis that holds the most probability.
+
+    Where a map is broad or has several peaks, its mass tells more than its single highest pixel.
+    """
+    radius, probability = max(1, round(2 * sigma)), log_probability.exp()
+    mass = POOLING[outputs.ndim - 2](probability, 2 * radius + 1, stride=1, padding=radius)  # outside counts 0
+    return _mean_about(_peak(outputs, mass), log_probability, radius)
+
+
+def _mean_about(peak: Tensor, log_probability: Tensor, radius: int) -> Tensor:
+    """Mean position (B, N, D) of the probability map in the window of +-radius around integer `peak`."""
     weights, _ = _window(log_probability, peak, radius)
     steps = torch.arange(-radius, radius + 1, device=weights.device).expand(1, 1, -1)
     moments = [(weights * _along(axis, peak.shape[-1], steps)).flatten(2).sum(dim=2) for axis in range(peak.shape[-1])]
@@ -140,13 +158,14 @@ def contour_centroid(outputs: Tensor, log_probability: Tensor | None = None, sig
     A contour of zero area, or a heatmap whose maximum is not above 0, leaves the point at (0, 0).
     """
     if outputs.ndim != 4:
-        raise UserError("contour_centroid decodes 2D heatmaps only; choose component_centroid, argmax or "
-                        "local_expectation for volumes")
+        raise UserError("contour_centroid decodes 2D heatmaps only; choose component_centroid, argmax, "
+                        "local_expectation or window_mass for volumes")
     return _for_each_heatmap(_largest_contour_centroid, outputs.float().cpu().numpy())
 
 
+POOLING = {2: F.avg_pool2d, 3: F.avg_pool3d}
 DECODERS = {"component_centroid": component_centroid, "contour_centroid": contour_centroid, "argmax": argmax,
-            "local_expectation": local_expectation}
+            "local_expectation": local_expectation, "window_mass": window_mass}
 
 
 def _largest_component_centroid(mask: np.ndarray) -> np.ndarray:

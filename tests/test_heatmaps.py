@@ -13,7 +13,8 @@ from landmarks_finetuning.heatmaps import DECODERS, TARGETS, contour_centroid, d
 
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"
 sizes = pytest.mark.parametrize("size", [(24, 20), (14, 12, 16)], ids=["2d", "3d"])
-any_dimension = pytest.mark.parametrize("decoder", ["component_centroid", "argmax", "local_expectation"])
+any_dimension = pytest.mark.parametrize("decoder", ["component_centroid", "argmax", "local_expectation",
+                                                        "window_mass"])
 
 
 def points_inside(size, count=3, batch=2, margin=4, seed=0):
@@ -108,9 +109,14 @@ def test_a_tiny_sigma_never_loses_a_landmark_inside_the_image(kind, size):
 @any_dimension
 @pytest.mark.parametrize("loss", [PIXELS, CHANNELS])
 def test_round_trip_through_a_gaussian(decoder, loss, size):
+    if (decoder, loss) == ("window_mass", CHANNELS):
+        with pytest.raises(UserError, match="sums probability over pixels, which .* does not learn"):
+            decode(torch.zeros(1, 2, *size), decoder, loss, 2.0)
+        return
     points = points_inside(size)
     decoded, confidence = decode(10 * draw_target(points, size, "gaussian", 2.0), decoder, loss, 2.0)
-    tolerance = {"argmax": 0.5, "component_centroid": 0.5, "local_expectation": 0.05}[decoder]
+    tolerance = {"argmax": 0.5, "component_centroid": 0.5, "local_expectation": 0.05,
+                 "window_mass": 0.05}[decoder]
     if loss == CHANNELS:  # neighbours bend the softmax over landmarks
         tolerance = 2.0
     assert decoded.dtype == torch.float64 and decoded.shape == points.shape
@@ -173,6 +179,23 @@ def test_local_expectation_equals_a_naive_weighted_mean_also_at_the_border(size)
         window = list(itertools.product(*ranges))
         weights = np.exp([heatmap[pixel] for pixel in window])
         np.testing.assert_allclose(point, np.average(window, axis=0, weights=weights), atol=1e-5)
+
+
+@sizes
+def test_window_mass_equals_a_naive_search_of_all_windows(size):
+    outputs = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(7)) * 2
+    outputs[(0, 0, *(0,) * len(size))] = 7.0  # a lone peak at the border, and a broad hill
+    outputs[(0, 0, *(slice(n - 4, n - 1) for n in size))] = 6.0
+    decoded, _ = decode(outputs, "window_mass", PIXELS, 0.6)  # radius 1
+    for heatmap, point in zip(outputs.flatten(0, 1).double().numpy(), decoded.flatten(0, 1).numpy(), strict=True):
+        raw = np.exp(heatmap)
+        ranges = [[range(max(0, c - 1), min(n, c + 2)) for c, n in zip(pixel, size, strict=True)]
+                  for pixel in np.ndindex(size)]
+        windows = [list(itertools.product(*parts)) for parts in ranges]
+        best = max(windows, key=lambda window: sum(raw[pixel] for pixel in window))
+        expected = np.average(best, axis=0, weights=[raw[pixel] for pixel in best])
+        np.testing.assert_allclose(point, expected, atol=1e-5)
+    np.testing.assert_allclose(decoded[0, 0].numpy(), np.array(size) - 3, atol=0.2)  # the hill, not the peak
 
 
 @sizes
