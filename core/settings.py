@@ -204,6 +204,9 @@ class Finetune(Section):
     sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = (
         "local_expectation")
+    shape_prior: float | None = Field(
+        0.2, gt=0, description="how far a landmark may lie from where the others' common shape puts it, of the shape's "
+        "size (standard deviation); null = each landmark by itself")
     validation: Literal["official", "none"] | int = Field(
         "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"
     )
@@ -240,6 +243,8 @@ class Finetune(Section):
                              "early_stop_patience null")
         if self.decoder == "window_mass" and self.loss != "cross_entropy_pixels":
             raise ValueError('finetune.decoder "window_mass" needs finetune.loss "cross_entropy_pixels"')
+        if self.shape_prior is not None and self.loss != "cross_entropy_pixels":
+            raise ValueError('finetune.shape_prior needs finetune.loss "cross_entropy_pixels"; set it to null')
         if isinstance(self.validation, int) and self.validation < 1:
             raise ValueError('finetune.validation must be "official", "none" or a number of at least 1')
         if isinstance(self.validation, int) and self.validation >= min(self.shots):
@@ -284,7 +289,8 @@ class Config(Section):
     def _sizes_agree(self) -> Config:
         dims = 3 if self.is_3d else 2
         if len(self.dataset.image_size) != dims:
-            raise ValueError(f"dataset.image_size needs {dims} numbers when is_3d is {str(self.is_3d).lower()}")
+            raise ValueError(f"dataset.image_size needs {dims} numbers when is_3d is {str(self.is_3d).lower()} "
+                             "(volumes: is_3d true and three numbers, images: false and two)")
         for stage in ("ddpm", "finetune"):
             angles = getattr(self, stage).augmentation.rotation_degrees
             if not self.is_3d and not isinstance(angles, float):

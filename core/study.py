@@ -12,9 +12,9 @@ from core.errors import UserError
 from core.settings import Config, Finetune
 
 MEAN_SHAPE = "mean_shape"  # the guess without an image; not a backbone to train
-VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "timestep": "t",
-                "pretraining_iteration": "iter", "checkpoint": "from", "iterations": "steps", "epochs": "epochs",
-                "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
+VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
+                "timestep": "t", "pretraining_iteration": "iter", "checkpoint": "from", "iterations": "steps",
+                "epochs": "epochs", "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}
 DDPM_ONLY = ("timestep", "pretraining_iteration", "checkpoint")  # mean nothing to other backbones
 PLACES = ("dataset.root", "dataset.cache_dir", "dataset.phantom")  # the data may move between machines
@@ -22,7 +22,7 @@ PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate
                     "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
                     "ddpm.checkpoint_iterations")
 CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
-             "finetune.save_every", "finetune.decoder")
+             "finetune.save_every", "finetune.decoder", "finetune.shape_prior")
 SCORING = ("evaluation.split", "evaluation.sdr_thresholds")
 
 
@@ -62,6 +62,8 @@ def variant(config: Config, backbone: str) -> str:
             value, usual = value[backbone], usual.get(backbone)
         if key in DDPM_ONLY and backbone != "ddpm":
             continue
+        if key == "shape_prior" and value is None:
+            value = "off"  # of the other keys null says that another one counts
         if value != usual and value is not None:
             text = Path(value).stem if key == "checkpoint" else str(value)
             parts.append(f"{short}-{text}")

@@ -264,8 +264,8 @@ class Training:
             if not math.isfinite(loss):
                 step = self.step - len(losses) + offset
                 files = [name for indices in self.plan.groups(step) for name in self.task.names(indices)]
-                raise UserError(f"loss is {loss} at step {step + 1}, batch of {', '.join(files)}; the last good state "
-                                "is kept in last.pt (lower the learning rate, or look at these images)")
+                raise UserError(f"loss is {loss} at step {step + 1}, batch of {', '.join(files)}; what was saved "
+                                "before that step is kept (lower the learning rate, or look at these images)")
         self.pending.clear()
         return sum(losses) / len(losses)
 

@@ -15,8 +15,24 @@ from torch.utils.checkpoint import checkpoint
 
 from core.settings import UNet as UNetConfig
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    """F.conv3d, in float32 where torch's bf16 weight gradient is wrong: on a CPU, inputs of depth 2 (torch 2.14)."""
+    if x.shape[2] == 2 and x.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.conv3d(x.float(), weight.float(), None if bias is None else bias.float(), padding=padding)
+    return F.conv3d(x, weight, bias, padding=padding)
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d of stride 1 through `conv3d`."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv3d(x, weight, bias, self.padding[0])
+
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
+CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: conv3d}
 
 
 class StandardizedConv(nn.Module):

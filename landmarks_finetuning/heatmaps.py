@@ -107,6 +107,11 @@ def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tens
     return points, _confidence(log_probability, points, loss, sigma)
 
 
+def confidence_at(outputs: Tensor, points: Tensor, loss: str, sigma: float) -> Tensor:
+    """The confidence of `decode` (B, N) for given points (B, N, D)."""
+    return _confidence(_choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs), points, loss, sigma)
+
+
 def probability_maps(outputs: Tensor, loss: str) -> Tensor:
     """The softmax (B, N, *size) that `loss` trains, over pixels or over landmarks, of raw outputs."""
     return _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs).exp()

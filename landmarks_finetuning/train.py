@@ -25,6 +25,7 @@ from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, 
 from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
+from landmarks_finetuning.shape import mean_shape
 
 
 class HeatmapRegression:
@@ -134,12 +135,14 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     training_records, validation_records = labelled_subset(config, source, cell)
     images = load_images(training_records, config.dataset)
     validation = load_images(validation_records, config.dataset) if validation_records else None
+    shape = mean_shape(images.points.numpy())
     finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
     torch.manual_seed(seed)
     model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))
     header = {"kind": "detector", "backbone": cell.backbone, "timestep": model.timestep, "shots": cell.shots,
               "draw": cell.draw, "seed": cell.seed, "dataset": config.dataset.name,
               "landmark_names": list(source.landmark_names),
+              "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}
     plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is first imported: in this process and below it
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is first imported: in this process and below it
 
 TINY = {
     "experiment": {"name": "tiny", "device": "cpu", "precision": "float32"},

@@ -140,6 +140,8 @@ def test_wrong_override(minimal, override, message):
     (['finetune.learning_rate={"ddpm": 1e-4}'], "finetune.learning_rate lacks ['scratch']"),
     (["finetune.validation=none", "finetune.scheduler=plateau"], "needs a fixed schedule"),
     (["finetune.validation=none", "finetune.early_stop_patience=3"], "needs a fixed schedule"),
+    (["finetune.loss=cross_entropy_channels"], 'finetune.shape_prior needs finetune.loss "cross_entropy_pixels"'),
+    (["finetune.decoder=window_mass", "finetune.loss=cross_entropy_channels"], 'window_mass" needs finetune.loss'),
     (["finetune.validation=0"], "or a number of at least 1"),
     (["finetune.validation=5", "finetune.shots=[10,5]"], "validation 5 leaves no training image at 5 shots"),
 ])  # fmt: skip

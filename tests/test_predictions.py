@@ -131,7 +131,7 @@ def seeing_itself(**dataset):
     def heatmaps(images, chosen=None):
         return run_batched(lambda inputs: 20 * inputs, images, config, torch.device("cpu"), chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"])
+    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None)
 
 
 @pytest.mark.parametrize("window", [4, 40], ids=["windows", "larger than the volumes"])

@@ -112,6 +112,7 @@ def test_compare_pairs_draws_and_images(experiment):
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({}, "better"),
+    ({"patients": 4}, "open"),  # too few to say
     ({"low": -0.1}, "open"),  # the interval over patients has 0
     ({"draws_won": 2}, "open"),  # a draw disagrees
     ({"spread": 1.5}, "open"),  # the draws differ by more than the gain
@@ -119,20 +120,27 @@ def test_compare_pairs_draws_and_images(experiment):
     ({"draws": 1, "draws_won": 1, "spread": np.nan}, "better"),
 ])
 def test_verdict(changes, expected):
-    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "draws": 3, "draws_won": 3, "spread": 0.5} | changes) \
-        == expected
+    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 5, "draws": 3, "draws_won": 3,
+                    "spread": 0.5} | changes) == expected
 
 
 def test_a_loss_of_pretraining_is_said(tmp_path):
     root = tmp_path / "study"
-    write_run(root, "ddpm", 5, 0, [[4, 4], [4.2, 4]])
-    write_run(root, "scratch", 5, 0, [[2, 2], [2, 2]])
+    write_run(root, "ddpm", 5, 0, [[4, 4], [4.2, 4], [4.2, 4], [4, 4], [4.1, 4]])
+    write_run(root, "scratch", 5, 0, [[2, 2]] * 5)
     found = comparisons(read_experiment(root).runs, aggregate(read_experiment(root).runs))
     assert found["verdict"].tolist() == ["worse"]
     html = build_report([root]).read_text(encoding="utf8")
     assert "is clearly worse at 5 labels" in html
     assert "2.05 mm (102%) worse" in html
     assert "one draw of the labels" in html
+
+
+def test_few_patients_name_no_winner(tmp_path):
+    write_run(tmp_path / "study", "ddpm", 5, 0, [[2, 2]] * 4)
+    write_run(tmp_path / "study", "scratch", 5, 0, [[4, 4]] * 4)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    assert "4 test images are too few to name a winner" in html and "is clearly better" not in html
 
 
 def test_tables_hold_the_numbers(experiment, page):

@@ -51,8 +51,9 @@ def test_folder_of_a_cell(tmp_path):
 
 @pytest.mark.parametrize("settings, ddpm, scratch", [
     ({}, "default", "default"),
-    ({"loss": "cross_entropy_channels", "target": "disk", "sigma": 5.0},) + (
-        "loss-cross_entropy_channels_target-disk_sigma-5.0",) * 2,
+    ({"loss": "cross_entropy_channels", "target": "disk", "sigma": 5.0, "shape_prior": None},) + (
+        "loss-cross_entropy_channels_target-disk_sigma-5.0_prior-off",) * 2,
+    ({"shape_prior": 0.1},) + ("prior-0.1",) * 2,
     ({"timestep": 10, "pretraining_iteration": 2}, "t-10_iter-2", "default"),
     ({"timestep": 0}, "t-0", "default"),
     ({"checkpoint": "runs/chest/ddpm/ema_iter000004.safetensors"}, "from-ema_iter000004", "default"),

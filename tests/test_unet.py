@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from core.checkpoint import load_weights, save_weights
 from core.settings import UNet as UNetConfig
-from core.unet import Attention, LinearAttention, SinusoidalEmbedding, StandardizedConv, UNet, Unshuffle
+from core.unet import CONV, Attention, LinearAttention, SinusoidalEmbedding, StandardizedConv, UNet, Unshuffle
 
 OFFICIAL = Path(__file__).parent / "fixtures/official_ddpm_base8"
 TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 2), attention_heads=2, attention_head_channels=4)
@@ -232,3 +232,16 @@ def test_more_blocks_per_level():
     model = UNet(TINY.model_copy(update={"blocks_per_level": 4}), 1, 1, (8, 8))
     assert [len(level) for level in (*model.downs, *model.ups)] == [6] * 4
     assert model(torch.randn(1, 1, 8, 8)).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 6, 4), (4, 2, 2)])
+def test_half_precision_gradients_of_thin_volumes(size):
+    """bf16 weight gradients of inputs of depth 2 are wrong in torch on a CPU; ours are those of float32."""
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        conv, x = CONV[3](64, 64, 3, padding=1), torch.randn(2, 64, *size)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            conv(x).float().square().sum().backward()
+        gradients.append(conv.weight.grad)
+    torch.testing.assert_close(*gradients, atol=0.03 * gradients[1].abs().max().item(), rtol=0)

@@ -20,7 +20,8 @@ from core.geometry import apply_maps, inverse
 from core.settings import Config
 from core.train_loop import autocast, resolve_device, resolve_precision
 from core.unet import UNet
-from landmarks_finetuning.heatmaps import decode
+from landmarks_finetuning.heatmaps import confidence_at, decode
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 
 
 class HeatmapUNet(UNet):
@@ -87,6 +88,8 @@ class TrainedDetector:
         self.header = weights.header
         self.config = parse_config(weights.header["config"], str(path))
         self.landmark_names: list[str] = weights.header["landmark_names"]
+        shape = weights.header.get("shape")  # None in detectors older than this key
+        self.shape = None if shape is None else np.array(shape, dtype=np.float64)
         self.device = resolve_device(self.config.experiment.device)
         size = self.config.dataset.image_size
         model = HeatmapUNet(weights.unet, weights.channels, weights.out_channels, size)
@@ -167,12 +170,20 @@ def sigma_pixels(config: Config) -> float:
     return config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
 
 
-def locate(outputs: Tensor, maps: np.ndarray, config: Config,
-           decoder: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def locate(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
+           shape: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
 
-    `maps` (B, D, D + 1) lead from stored to network pixels.
+    `maps` (B, D, D + 1) lead from stored to network pixels. With `shape` (N, D), the labelled shapes' mean, points are
+    decoded again under finetune.shape_prior; confidences are those of the network's own maps there.
     """
-    finetune = config.finetune
-    points, confidence = decode(outputs, decoder or finetune.decoder, finetune.loss, sigma_pixels(config))
+    finetune, sigma = config.finetune, sigma_pixels(config)
+    decoder = decoder or finetune.decoder
+    points, confidence = decode(outputs, decoder, finetune.loss, sigma)
+    if shape is not None and finetune.shape_prior is not None:
+        fitted = np.stack([fit_shape(shape, found.numpy(), sure.numpy())
+                           for found, sure in zip(points, confidence, strict=True)])
+        weighted = add_shape_prior(outputs, fitted, finetune.shape_prior * shape_size(shape))
+        points, _ = decode(weighted, decoder, finetune.loss, sigma)
+        confidence = confidence_at(outputs, points, finetune.loss, sigma)
     return apply_maps(points.numpy(), inverse(maps)), confidence.numpy()

@@ -188,8 +188,8 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
     """Paired difference of mean errors, rival minus group (positive: `group` is better), over the draws both have.
 
     Keys: method_mre, rival_mre (over those draws), difference, low, high (95 % interval over patients, the same ones
-    for both), draws, draws_won, spread (standard deviation of the draws' differences, NaN with one). None when they
-    share no draw or no image.
+    for both), patients, draws, draws_won, spread (standard deviation of the draws' differences, NaN with one). None
+    when they share no draw or no image.
     """
     ours, patients = errors_by_draw(group)
     theirs, rival_patients = errors_by_draw(rival)
@@ -209,7 +209,7 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
     return {"method_mre": float(np.mean([np.nanmean(errors) for errors in ours])),
             "rival_mre": float(np.mean([np.nanmean(errors) for errors in theirs])),
             "difference": float(by_draw.mean()), "low": low, "high": high, "draws": len(draws),
-            "draws_won": int((by_draw > 0).sum()), "spread": spread}
+            "patients": len(set(patients[rows])), "draws_won": int((by_draw > 0).sum()), "spread": spread}
 
 
 def per_landmark(runs: pd.DataFrame, shots: int) -> pd.DataFrame:

@@ -14,6 +14,7 @@ PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLR
 NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "mean_shape": "Mean shape", **PAPER_METHODS}
 UNTRAINED = "mean_shape"
 STUDIED = "ddpm"
+MIN_PATIENTS = 5  # tested ones, to name a winner: a bootstrap over fewer is blind
 
 
 def display_name(backbone: str) -> str:
@@ -53,10 +54,11 @@ def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
 def verdict(result: dict) -> str:
     """"better", "worse" or "open".
 
-    A difference counts when its interval over patients excludes 0 and, with several draws, every draw agrees on the
-    sign and the mean difference exceeds the spread (standard deviation) of the draws' differences.
+    A difference counts when there are MIN_PATIENTS test patients or more, its interval over them excludes 0 and, with
+    several draws, every draw agrees on the sign and the mean difference exceeds the spread (standard deviation) of the
+    draws' differences.
     """
-    excludes_zero = result["low"] > 0 or result["high"] < 0
+    excludes_zero = (result["low"] > 0 or result["high"] < 0) and result["patients"] >= MIN_PATIENTS
     agree = result["draws_won"] in (0, result["draws"])
     beyond_spread = result["draws"] == 1 or abs(result["difference"]) > result["spread"]
     if not (excludes_zero and agree and beyond_spread):
@@ -112,6 +114,8 @@ def _sentence(row, unit: str) -> str:
                  f"{row.spread:.2f} {unit} between draws.")
     else:
         sure += "; one draw of the labels, so how much the choice of labelled images matters is not known."
+    if row.patients < MIN_PATIENTS:
+        sure += f" {row.patients} test images are too few to name a winner."
     floor = ""
     if UNTRAINED not in (row.method, row.rival) and min(row.method_mre, row.rival_mre) >= row.mean_shape_mre:
         floor = (f" Neither beats the mean of the labelled landmarks ({row.mean_shape_mre:.2f} {unit}), "
