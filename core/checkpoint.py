@@ -78,12 +78,15 @@ def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]
         raise
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
-    """torch.load with weights_only on the CPU; UserError in one line when missing, truncated or unsafe."""
+def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """torch.load with weights_only on the CPU; UserError in one line when missing, truncated or unsafe.
+
+    `mmap`: tensors stay in the file until they are used (zip archives only, which torch.save has written since 1.6).
+    """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, SafetensorError) as error:
@@ -111,44 +114,55 @@ class Weights:
 def save_weights(path: Path, model: UNet, config: dict[str, Any], header: dict[str, Any]) -> None:
     """Write a safetensors file whose header holds the full config, `header` (kind, iteration ...) and code version."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    full = {"format": FORMAT, "code_version": code_version(), "channels": model.channels,
-            "out_channels": model.final_conv.out_channels, "config": config, **header}
+    full = full_header(model.channels, model.final_conv.out_channels, config, header)
     write_atomically(path, safetensors_bytes(tensors, metadata={"header": json.dumps(full)}))
 
 
+def full_header(channels: int, out_channels: int, config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a weights file: what load_weights needs (config["unet"], channels), `header` and code version."""
+    return {"format": FORMAT, "code_version": code_version(), "channels": channels, "out_channels": out_channels,
+            "config": config, **header}
+
+
 def load_weights(path: Path) -> Weights:
-    """Read our .safetensors or a published .pt; UserError in one line for anything else."""
+    """Read our .safetensors, its tensors as float32, or a published .pt; UserError in one line for anything else."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     if path.suffix == ".pt":
-        return _read_published(path)
+        return published_network(path, read_pickle(path))
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
+    if isinstance(header, dict) and header.get("kind") == "encoder":
+        raise UserError(f"{path} holds an encoder ({header.get('architecture')}), not a U-Net")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")
     unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
     return Weights(tensors, unet, header["channels"], header["out_channels"], header)
 
 
-def _read_published(path: Path) -> Weights:
-    content = read_pickle(path)
+def published_network(path: Path, content: Any) -> Weights:
+    """The network in `content`, a published pickle read from `path`; UserError when it is another one."""
     tensors = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors.keys() >= PUBLISHED_NAMES:
         held = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
         raise UserError(f"{path} is not a published DDPM checkpoint: it holds {held}, "
                         f'expected "model_state_dict" with {", ".join(sorted(PUBLISHED_NAMES))}')
-    base, inputs = tensors["init_conv.weight"].shape[:2]
-    levels = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("ups."))
-    widths = [tensors[f"ups.{level}.0.block1.proj.weight"].shape[0] for level in reversed(range(levels))]
-    unet = UNetConfig(base_channels=base, channel_multipliers=tuple(width // base for width in widths),
-                      norm_groups=PUBLISHED_GROUPS, attention_heads=PUBLISHED_HEADS,
-                      attention_head_channels=PUBLISHED_HEAD_CHANNELS)
+    try:
+        base, inputs = tensors["init_conv.weight"].shape[:2]
+        levels = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("ups."))
+        widths = [tensors[f"ups.{level}.0.block1.proj.weight"].shape[0] for level in reversed(range(levels))]
+        unet = UNetConfig(base_channels=base, channel_multipliers=tuple(width // base for width in widths),
+                          norm_groups=PUBLISHED_GROUPS, attention_heads=PUBLISHED_HEADS,
+                          attention_head_channels=PUBLISHED_HEAD_CHANNELS)
+        out_channels = tensors["final_conv.weight"].shape[0]
+    except (LookupError, ValueError, ArithmeticError, AttributeError):
+        raise UserError(f"{path} holds another network than the published DDPM: its shapes do not fit") from None
     header = {"kind": "published", "iteration": content.get("n_iter"), "epoch": content.get("epoch")}
-    return Weights(tensors, unet, inputs // 2, tensors["final_conv.weight"].shape[0], header)
+    return Weights(tensors, unet, inputs // 2, out_channels, header)
 
 
 def code_version() -> str:
