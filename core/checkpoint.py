@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError
 from core.settings import UNet as UNetConfig
@@ -111,37 +111,50 @@ class Weights:
         return model
 
 
-def save_weights(path: Path, model: UNet, config: dict[str, Any], header: dict[str, Any]) -> None:
-    """Write a safetensors file whose header holds the full config, `header` (kind, iteration ...) and code version."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    full = full_header(model.channels, model.final_conv.out_channels, config, header)
-    write_atomically(path, safetensors_bytes(tensors, metadata={"header": json.dumps(full)}))
+def save_weights(path: Path, model: nn.Module, config: dict[str, Any], header: dict[str, Any]) -> None:
+    """Write `model`, which knows its channels and out_channels, with `header` (kind, network, iteration ...)."""
+    sizes = {"channels": model.channels, "out_channels": model.out_channels}
+    save_tensors(path, model.state_dict(), config, {**sizes, **header})
 
 
-def full_header(channels: int, out_channels: int, config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
-    """The header of a weights file: what load_weights needs (config["unet"], channels), `header` and code version."""
-    return {"format": FORMAT, "code_version": code_version(), "channels": channels, "out_channels": out_channels,
-            "config": config, **header}
+def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], header: dict[str, Any]) -> None:
+    """Write a safetensors file whose header holds the full config, what `header` says and the code version."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(full_header(config, header))}))
 
 
-def load_weights(path: Path) -> Weights:
-    """Read our .safetensors, its tensors as float32, or a published .pt; UserError in one line for anything else."""
+def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a weights file: format and code version, the config, and what `header` says of the tensors."""
+    return {"format": FORMAT, "code_version": code_version(), "config": config, **header}
+
+
+def load_weights(path: Path, networks: Sequence[str] = ("unet",)) -> Weights:
+    """Read our .safetensors of one of `networks`, or a published .pt, as float32; UserError for anything else."""
+    if path.suffix == ".pt" and path.is_file():
+        return published_network(path, read_pickle(path))
+    tensors, header = read_tensors(path)
+    network = header.get("network", "unet")
+    if network not in networks:
+        raise UserError(f'{path} holds a network of kind "{network}", where {" or ".join(networks)} is needed')
+    unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
+    return Weights(tensors, unet, header["channels"], header["out_channels"], header)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (float32) and header of our .safetensors, whatever its network; UserError for anything else."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    if path.suffix == ".pt":
-        return published_network(path, read_pickle(path))
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "null"))
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
+                       for name, tensor in tensors.items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
-    if isinstance(header, dict) and header.get("kind") == "encoder":
-        raise UserError(f"{path} holds an encoder ({header.get('architecture')}), not a U-Net")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")
-    unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
-    return Weights(tensors, unet, header["channels"], header["out_channels"], header)
+    return tensors, header
 
 
 def published_network(path: Path, content: Any) -> Weights:

@@ -18,7 +18,6 @@ from core.checkpoint import (
     PUBLISHED_NAMES,
     Weights,
     atomic_file,
-    code_version,
     full_header,
     published_network,
     read_pickle,
@@ -26,7 +25,6 @@ from core.checkpoint import (
 from core.errors import UserError
 from core.unet import CONV, UNet
 
-ENCODER_FORMAT = "landmark-encoder-1"
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them
     "features.conv0.weight": ("densenet161", "densenet121", "densenet169", "densenet201"),
     "conv1.weight": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
@@ -91,7 +89,8 @@ def recognise(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, An
         network = published_network(path, {**content, "model_state_dict": state})
         _check_complete(path, network)
         config = {"unet": network.unet.model_dump(mode="json")}
-        header = full_header(network.channels, network.out_channels, config, {**network.header, **origin})
+        header = full_header(config, {"channels": network.channels, "out_channels": network.out_channels,
+                                      **network.header, **origin})
         return network.tensors, header
     return _recognise_encoder(path, content, state, origin)
 
@@ -129,9 +128,9 @@ def _recognise_encoder(path: Path, content: dict[str, Any], state: dict[str, Ten
                         f"{len(state)} tensors, the first {next(iter(state))}")
     told = re.search(r"(?:iter|step)(\d+)", path.stem)
     iteration = content.get("iteration") if prefix else int(told[1]) if told else None
-    return tensors, {"format": ENCODER_FORMAT, "kind": "encoder", "architecture": architecture,
-                     "channels": next(tensors[name].shape[1] for name in ENCODERS if name in tensors),
-                     "iteration": iteration, "code_version": code_version(), **origin}
+    return tensors, full_header({}, {"kind": "encoder", "network": "encoder", "encoder": architecture,
+                                     "channels": next(tensors[name].shape[1] for name in ENCODERS if name in tensors),
+                                     "iteration": iteration, **origin})
 
 
 def encoder_architecture(tensors: dict[str, Tensor]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.config import add_config_arguments, load_config
 from core.dataset import load_source, select_shots
+from core.encoders import START_WEIGHTS, start_encoder_unet
 from core.errors import run_command
 from core.records import DataSource
 from core.settings import Config
@@ -94,12 +95,21 @@ def check_done(config: Config, stages: tuple[str, ...]) -> None:
             check_cell(config, cell)
 
 
+def check_start_weights(config: Config) -> None:
+    """Fail now, not after pre-training, when an encoder that cells start from cannot be had or does not fit."""
+    for backbone in START_WEIGHTS:
+        if any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config)):
+            start_encoder_unet(config, backbone, channels=1, landmarks=1)
+
+
 def prepare(config: Config, stages: tuple[str, ...]) -> None:
     """Check that the study can run from end to end, and print its plan."""
     source = load_source(config.dataset)
     if "finetune" in stages:
         check_shots(config, source)
     check_done(config, stages)
+    if "finetune" in stages:
+        check_start_weights(config)
     print_plan(config, stages, source)
 
 

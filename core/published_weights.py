@@ -126,7 +126,7 @@ def convert_file(source: Path, out: Path | None, dtype: str) -> None:
     header = convert(source, out, dtype)
     print(f"{out} ({readable(out.stat().st_size)}, {dtype}), iteration {header['iteration']}: ", end="")
     if header["kind"] == "encoder":
-        print(f"encoder {header['architecture']} for {header['channels']} channels")
+        print(f"encoder {header['encoder']} for {header['channels']} channels")
     else:
         print(f"U-Net, unet.base_channels {header['config']['unet']['base_channels']}; fine-tune it with "
               f"--set finetune.checkpoint={out}")

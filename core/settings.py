@@ -11,6 +11,8 @@ Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Index = Annotated[int, Field(ge=0)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
+BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet"}  # start: network
+ENCODER_LEVELS = 6  # sizes of an encoder's feature maps, the image's own included
 
 
 class Section(BaseModel):
@@ -29,7 +31,7 @@ class Experiment(Section):
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
     compile: bool = Field(False, description="torch.compile the network's training step")
     activation_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory for about a third more time")
+        False, description="diffusion U-Net: recompute activations going back: less memory for about a third more time")
 
 
 class Augmentation(Section):
@@ -188,16 +190,29 @@ class DDPM(Section):
         return self
 
 
+class LearningRates(Section):
+    """The peak learning rate of each start."""
+
+    ddpm: Rate = 1e-3
+    scratch: Rate = 1e-3
+    imagenet: Rate = 1e-4
+    random: Rate = 1e-4
+
+
 class Finetune(Section):
     """Supervised training of the detector on a few labelled images."""
 
-    backbones: tuple[Literal["ddpm", "scratch"], ...] = ("ddpm", "scratch")
+    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random"], ...] = Field(
+        ("ddpm", "scratch"), description="starts to compare; imagenet and random: 2D, a U-Net around finetune.encoder")
     shots: tuple[Count, ...] = Field((1, 5, 10, 25, 50), min_length=1)
     draws: tuple[Index, ...] = Field((0, 1, 2), min_length=1)
     seeds: tuple[Index, ...] = Field((0,), min_length=1)
     selection: Literal["first", "random"] = Field("random", description="first k images (the paper) or a seeded draw")
     pretraining_iteration: int | None = Field(None, description="which EMA checkpoint; null = the last one")
     checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
+    encoder: Literal["densenet161", "vgg19", "resnext50_32x4d", "resnet50"] = Field(
+        "densenet161", description="of the backbones imagenet and random")
+    encoder_weights: str | None = Field(None, description="of imagenet: a weights file; null = torchvision's, fetched")
     timestep: int | None = Field(None, ge=0, description="null: no timestep embedding (the paper), or a fixed one")
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
     target: Literal["disk", "gaussian", "pixel"] = "gaussian"
@@ -212,7 +227,7 @@ class Finetune(Section):
     )
     iterations: int | None = Field(400, gt=0, description="optimiser steps; null where epochs are given")
     epochs: int | None = Field(None, gt=0)
-    learning_rate: dict[str, Rate] = Field({"ddpm": 1e-3, "scratch": 1e-3}, description="for each backbone")
+    learning_rate: LearningRates = LearningRates()
     weight_decay: float = Field(0.01, ge=0)
     scheduler: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.5, gt=0, lt=1)
@@ -231,12 +246,9 @@ class Finetune(Section):
     save_every: int = Field(100, gt=0)
 
     @model_validator(mode="after")
-    def _budget_and_rates(self) -> Finetune:
+    def _budget_and_validation(self) -> Finetune:
         if (self.iterations is None) == (self.epochs is None):
             raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
-        missing = [b for b in self.backbones if b not in self.learning_rate]
-        if missing:
-            raise ValueError(f"finetune.learning_rate lacks {missing}; it names a rate for each backbone")
         needs_validation = self.scheduler == "plateau" or self.early_stop_patience is not None
         if self.validation == "none" and needs_validation:
             raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine or constant, '
@@ -313,7 +325,19 @@ class Config(Section):
         if iteration is not None and iteration not in kept:
             raise ValueError(f"finetune.pretraining_iteration {iteration} is not one of ddpm.checkpoint_iterations "
                              f"{list(kept)}")
+        for backbone in self.finetune.backbones:
+            self.check_backbone(backbone)
         return self
+
+    def check_backbone(self, backbone: str) -> None:
+        """ValueError in one line where a detector cannot start from `backbone` under this config."""
+        if backbone not in BACKBONES:
+            raise ValueError(f'backbone "{backbone}" is unknown; choose from {", ".join(BACKBONES)}')
+        if BACKBONES[backbone] != "encoder_unet":
+            return
+        if self.is_3d:
+            raise ValueError(f'backbone "{backbone}" is a 2D baseline; with is_3d choose from ddpm, scratch')
+        check_divisible(self.dataset.image_size, ENCODER_LEVELS, f"{backbone}'s encoder's ")
 
     @property
     def experiment_dir(self) -> Path:
@@ -325,12 +349,12 @@ class Config(Section):
         return self.model_dump(mode="json", exclude={"schema_", "run", "environment"})
 
 
-def check_divisible(size: tuple[int, ...], levels: int) -> None:
-    """Raise ValueError in one line, naming the nearest sizes, where `levels` halvings do not divide `size`."""
+def check_divisible(size: tuple[int, ...], levels: int, who: str = "") -> None:
+    """Raise ValueError in one line, naming `who` and the nearest sizes, where the levels' halvings do not divide."""
     step = 2 ** (levels - 1)
     bad = next((n for n in size if n % step or n < step), None)
     if bad is not None:
         below = bad // step * step
         near = f"{below} or {below + step}" if below >= step else f"{step}"
-        raise ValueError(f"dataset.image_size {list(size)}: {levels} levels need multiples of {step}; "
+        raise ValueError(f"dataset.image_size {list(size)}: {who}{levels} levels need multiples of {step}; "
                          f"nearest to {bad}: {near}")

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.settings import Config, Finetune
+from core.settings import BACKBONES, Config, Finetune
 
 MEAN_SHAPE = "mean_shape"  # the guess without an image; not a backbone to train
 VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
-                "timestep": "t", "pretraining_iteration": "iter", "checkpoint": "from", "iterations": "steps",
-                "epochs": "epochs", "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
+                "timestep": "t", "pretraining_iteration": "iter", "checkpoint": "from", "encoder": "encoder",
+                "encoder_weights": "weights", "iterations": "steps", "epochs": "epochs",
+                "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}
-DDPM_ONLY = ("timestep", "pretraining_iteration", "checkpoint")  # mean nothing to other backbones
+FILE_KEYS = ("checkpoint", "encoder_weights")
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint"), "imagenet": ("encoder", "encoder_weights"),
+            "random": ("encoder",)}  # settings that mean something to these backbones only
 PLACES = ("dataset.root", "dataset.cache_dir", "dataset.phantom")  # the data may move between machines
 PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every",
                     "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
@@ -51,21 +54,24 @@ def cells(config: Config) -> list[Cell]:
     return guesses + trained
 
 
+def foreign_keys(backbone: str) -> set[str]:
+    """Keys of `finetune` that mean nothing to `backbone`."""
+    return {key for keys in OWN_KEYS.values() for key in keys} - set(OWN_KEYS.get(backbone, ()))
+
+
 def variant(config: Config, backbone: str) -> str:
     """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
     if backbone == MEAN_SHAPE:
         return "default"
-    defaults, parts = Finetune(), []
+    defaults, parts, foreign = Finetune(), [], foreign_keys(backbone)
     for key, short in VARIANT_KEYS.items():
         value, usual = getattr(config.finetune, key), getattr(defaults, key)
         if key == "learning_rate":
-            value, usual = value[backbone], usual.get(backbone)
-        if key in DDPM_ONLY and backbone != "ddpm":
-            continue
+            value, usual = getattr(value, backbone), getattr(usual, backbone)
         if key == "shape_prior" and value is None:
             value = "off"  # of the other keys null says that another one counts
-        if value != usual and value is not None:
-            text = Path(value).stem if key == "checkpoint" else str(value)
+        if value != usual and value is not None and key not in foreign:
+            text = Path(value).stem if key in FILE_KEYS else str(value)
             parts.append(f"{short}-{text}")
     return "_".join(parts).replace("/", "-") or "default"
 
@@ -98,9 +104,10 @@ def check_cell(config: Config, cell: Cell) -> None:
         keys = ("dataset", "finetune.selection", "finetune.validation", *SCORING)
         check_unchanged(cell_dir(config, cell), config, keys, PLACES)
         return
-    others = [f"finetune.learning_rate.{name}" for name in config.finetune.learning_rate if name != cell.backbone]
-    foreign = [] if cell.backbone == "ddpm" else [f"finetune.{key}" for key in DDPM_ONLY]
-    keys = ("experiment.seed", "dataset", "unet", "finetune", *SCORING)
+    others = [f"finetune.learning_rate.{name}" for name in BACKBONES if name != cell.backbone]
+    foreign = [f"finetune.{key}" for key in foreign_keys(cell.backbone)]
+    network = ("unet",) if BACKBONES[cell.backbone] == "unet" else ()
+    keys = ("experiment.seed", "dataset", *network, "finetune", *SCORING)
     check_unchanged(cell_dir(config, cell), config, keys, (*CELL_FREE, *others, *foreign))
 
 

@@ -68,6 +68,12 @@ class BatchPlan:
         return max(1, math.ceil(self._micro_batches / self.accumulation))
 
     @property
+    def smallest_batch(self) -> int:
+        """Images in the smallest micro-batch."""
+        full = self.sampling == "stream" or (self.drop_last and self.count >= self.batch_size)
+        return self.batch_size if full else self.count % self.batch_size or self.batch_size
+
+    @property
     def _micro_batches(self) -> int:
         whole = self.count // self.batch_size if self.drop_last else math.ceil(self.count / self.batch_size)
         return max(1, whole)
@@ -158,6 +164,11 @@ def memory_format(ndim: int, device: torch.device) -> torch.memory_format:
     return torch.channels_last if ndim == 4 else torch.contiguous_format
 
 
+def averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """What an EMA averages: parameters and floating buffers, such as the statistics of batch normalisation."""
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+
+
 class StopSignal:
     """SIGINT and SIGTERM ask the loop to save and stop after the step in hand; a second one stops at once."""
 
@@ -192,6 +203,7 @@ class Training:
         decayed = settings.ema_decay is not None
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if decayed else self.model
         self.parameters = list(self.model.parameters())
+        self.averaged, self.averages = averaged_tensors(self.model), averaged_tensors(self.ema)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate,
                                            weight_decay=settings.weight_decay, fused=True)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -252,7 +264,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if settings.ema_decay is not None:
             with torch.no_grad():  # or autograd's graph would grow by every step
-                torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - settings.ema_decay)
+                torch._foreach_lerp_(self.averages, self.averaged, 1 - settings.ema_decay)
         self.pending.append(total)
         self.step += 1
         return sum(len(indices) for indices in groups)

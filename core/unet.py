@@ -209,7 +209,7 @@ class UNet(nn.Module):
         base = config.base_channels
         widths = [base, *(base * m for m in config.channel_multipliers)]
         self.input_slot = config.input_slot
-        self.channels = channels
+        self.channels, self.out_channels = channels, out_channels
         conv = CONV[dims]
         block = partial(ResidualBlock, dims, time_channels=base * 4, groups=config.norm_groups)
 

@@ -51,8 +51,9 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     predictions = find_landmarks(detector, held, decoder)
     header = detector.header
     seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
-    identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "timestep", "training_images",
+    identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
+                "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder}
     return score(run_dir, config, source, predictions, identity)

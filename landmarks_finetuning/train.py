@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from core.augment import augment
 from core.checkpoint import save_weights
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
+from core.encoders import START_WEIGHTS
 from core.errors import UserError, run_command
 from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
-from core.settings import Config
+from core.settings import BACKBONES, ENCODER_LEVELS, Config
 from core.study import Cell, cell_dir, check_cell
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
@@ -109,8 +111,8 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
     return LoopSettings(
         title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}", iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
-        learning_rate=finetune.learning_rate[cell.backbone], weight_decay=finetune.weight_decay, clip=finetune.clip,
-        accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
+        learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,
+        clip=finetune.clip, accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
         log_every=finetune.log_every, save_every=finetune.save_every,
         validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
@@ -119,11 +121,28 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
+def check_backbone(config: Config, backbone: str) -> None:
+    """UserError where a detector cannot start from `backbone` under this config, or its weights cannot be had."""
+    try:
+        config.check_backbone(backbone)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if backbone in START_WEIGHTS:
+        START_WEIGHTS[backbone](config)  # now, not after the images are read
+
+
+def check_batches(config: Config, cell: Cell, plan: BatchPlan) -> None:
+    """UserError where batch normalisation would see a single value for each channel of an encoder's last map."""
+    alone = plan.smallest_batch == 1 and math.prod(config.dataset.image_size) == 4 ** (ENCODER_LEVELS - 1)
+    if BACKBONES[cell.backbone] == "encoder_unet" and alone:
+        raise UserError(f'backbone "{cell.backbone}" cannot be trained on one image of '
+                        f"{list(config.dataset.image_size)} pixels at a time; choose a larger dataset.image_size, or "
+                        'finetune.sampling "stream" with a finetune.batch_size above 1')
+
+
 def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path:
     """Train one cell; returns its folder. An interrupted run continues, a finished one returns at once."""
-    if cell.backbone not in config.finetune.learning_rate:
-        raise UserError(f'backbone "{cell.backbone}" has no finetune.learning_rate; '
-                        f"choose from {', '.join(config.finetune.learning_rate)}")
+    check_backbone(config, cell.backbone)
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
     if resume is None and (run_dir / "last.pt").exists():
@@ -139,13 +158,14 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
     torch.manual_seed(seed)
     model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))
-    header = {"kind": "detector", "backbone": cell.backbone, "timestep": model.timestep, "shots": cell.shots,
-              "draw": cell.draw, "seed": cell.seed, "dataset": config.dataset.name,
+    header = {"kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
+              "seed": cell.seed, "dataset": config.dataset.name,
               "landmark_names": list(source.landmark_names),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}
     plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)
+    check_batches(config, cell, plan)
     settings = loop_settings(config, cell, plan)
     task = HeatmapRegression(config, run_dir, header, images, validation)
     write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
@@ -161,14 +181,18 @@ def main() -> None:
         prog="python -m landmarks_finetuning.train", description=__doc__,
         epilog="example: python -m landmarks_finetuning.train --config configs/cephalo.json --backbone ddpm --shots 10")
     add_config_arguments(parser)
-    parser.add_argument("--backbone", required=True, help="ddpm or scratch")
+    parser.add_argument("--backbone", required=True, help=f"what to start from: {', '.join(BACKBONES)}")
+    parser.add_argument("--encoder", help="of backbones imagenet and random: instead of finetune.encoder")
     parser.add_argument("--shots", type=int, required=True, help="number of labelled images")
     parser.add_argument("--draw", type=int, default=0, help="which labelled subset")
     parser.add_argument("--seed", type=int, default=0, help="initialisation and order")
     parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
                         help="continue from last.pt (done anyway when it is there) or from previous.pt")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
+        raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')
+    encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
+    config = load_config(arguments.config, [*arguments.set, *encoder])
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     run_dir = finetune_cell(config, cell, arguments.resume)
     print(f"training is done: {run_dir}; score it with: python -m landmarks_finetuning.evaluate {run_dir}")

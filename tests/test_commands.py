@@ -178,7 +178,7 @@ def test_shots_that_leave_nothing_to_train_on(config_file, refused):
 
 
 def test_unknown_backbone(config_file, refused):
-    refused('backbone "resnet" has no finetune.learning_rate; choose from ddpm, scratch', FINETUNING, "--config",
+    refused('backbone "resnet" is unknown; choose from ddpm, scratch, imagenet, random', FINETUNING, "--config",
             config_file(), "--backbone", "resnet", "--shots", 2)
 
 

@@ -69,12 +69,12 @@ def test_set_takes_every_type(minimal):
     config = load_config(minimal, [
         "experiment.name=mine-2", "experiment.compile=true", "ddpm.learning_rate=3e-4", "dataset.image_size=[64, 48]",
         "finetune.timestep=null", 'finetune.validation="none"', "finetune.learning_rate.ddpm=1",
-        "finetune.learning_rate.scratch=0.5", "ddpm.clip.limit=2", "evaluation.split=validation",
+        "finetune.learning_rate.imagenet=0.5", "ddpm.clip.limit=2", "evaluation.split=validation",
     ])  # fmt: skip
     assert (config.experiment.name, config.experiment.compile) == ("mine-2", True)
     assert (config.ddpm.learning_rate, config.dataset.image_size) == (3e-4, (64, 48))
     assert (config.finetune.timestep, config.finetune.validation) == (None, "none")
-    assert config.finetune.learning_rate == {"ddpm": 1.0, "scratch": 0.5}
+    assert config.finetune.learning_rate.model_dump() == {"ddpm": 1.0, "scratch": 1e-3, "imagenet": 0.5, "random": 1e-4}
     assert (config.ddpm.clip.mode, config.ddpm.clip.limit, config.evaluation.split) == ("norm", 2.0, "validation")
 
 
@@ -106,6 +106,11 @@ def test_value_may_hold_an_equals_sign(minimal):
     ("finetune.shots=[]", "finetune.shots: tuple should have at least 1 item"),
     ("finetune.draws=[-1]", "finetune.draws.0: input should be greater than or equal to 0"),
     ("finetune.learning_rate.ddpm=-1", "finetune.learning_rate.ddpm: input should be greater than 0"),
+    ("finetune.learning_rate.imagnet=1", 'unknown key finetune.learning_rate.imagnet (did you mean "imagenet"?); '
+                                         "valid: ddpm, imagenet, random, scratch"),
+    ('finetune.backbones=["dino"]', "finetune.backbones.0: input should be 'ddpm', 'scratch', 'imagenet' or 'random'"),
+    ("finetune.encoder=resnet18", "finetune.encoder: input should be 'densenet161', 'vgg19', 'resnext50_32x4d' or "
+                                  "'resnet50', got 'resnet18'"),
     ("unet.channel_multipliers=[]", "unet.channel_multipliers: tuple should have at least 1 item"),
 ])  # fmt: skip
 def test_wrong_override(minimal, override, message):
@@ -137,7 +142,10 @@ def test_wrong_override(minimal, override, message):
     (["finetune.pretraining_iteration=5000"], "5000 is not one of ddpm.checkpoint_iterations [4000, 6000, 8000, 10000"),
     (["finetune.epochs=5"], "exactly one of iterations and epochs"),
     (["finetune.iterations=null"], "exactly one of iterations and epochs"),
-    (['finetune.learning_rate={"ddpm": 1e-4}'], "finetune.learning_rate lacks ['scratch']"),
+    (['finetune.backbones=["imagenet"]', "dataset.image_size=[64,72]"], "dataset.image_size [64, 72]: imagenet's "
+     "encoder's 6 levels need multiples of 32; nearest to 72: 64 or 96"),
+    (['finetune.backbones=["ddpm","random"]', "is_3d=true", "dataset.image_size=[64,64,64]"],
+     'backbone "random" is a 2D baseline; with is_3d choose from ddpm, scratch'),
     (["finetune.validation=none", "finetune.scheduler=plateau"], "needs a fixed schedule"),
     (["finetune.validation=none", "finetune.early_stop_patience=3"], "needs a fixed schedule"),
     (["finetune.loss=cross_entropy_channels"], 'finetune.shape_prior needs finetune.loss "cross_entropy_pixels"'),
@@ -154,6 +162,7 @@ def test_combinations_at_the_limit_are_allowed(minimal):
                           "finetune.timestep=499", "finetune.pretraining_iteration=6000", "finetune.validation=4",
                           "finetune.shots=[5]", "ddpm.sampling_steps=500"])
     load_config(minimal, ["finetune.validation=none", "finetune.iterations=null", "finetune.epochs=3"])
+    load_config(minimal, ['finetune.backbones=["imagenet","random"]', "dataset.image_size=[32,96]"])
 
 
 @pytest.mark.parametrize("size, levels, message", [
@@ -216,6 +225,7 @@ def test_paper_presets():
     assert (ddpm.num_train_timesteps, ddpm.beta_start, ddpm.beta_end, ddpm.schedule) == (500, 1e-4, 0.02, "linear")
     assert (ddpm.batch_size, ddpm.accumulation, ddpm.accumulation_reduction, ddpm.min_timestep) == (4, 8, "sum", 1)
     assert (ddpm.clip.mode, ddpm.clip.limit, ddpm.augmentation.scale, ddpm.sampling) == ("value", 1.0, 0.0, "epoch")
-    assert (finetune.learning_rate, finetune.epochs) == ({"ddpm": 1e-5, "scratch": 1e-4}, 200)
+    assert (finetune.learning_rate.ddpm, finetune.learning_rate.scratch, finetune.epochs) == (1e-5, 1e-4, 200)
+    assert (finetune.learning_rate.imagenet, finetune.encoder) == (1e-4, "densenet161")
     assert (finetune.plateau_patience, finetune.early_stop_patience, finetune.clip.mode) == (13, 27, "none")
     assert (text.unet.blocks_per_level, text.unet.full_attention_sizes, text.unet.linear_attention) == (4, (32,), False)

@@ -21,7 +21,7 @@ from segmentation_models_pytorch.encoders import get_encoder
 from torchvision.models import get_model
 
 from core import convert_weights, published_weights
-from core.checkpoint import load_weights
+from core.checkpoint import FORMAT, load_weights
 from core.convert_weights import convert, encoder_architecture, write_safetensors
 from core.errors import UserError
 from landmarks_finetuning.detectors.heatmap_unet import build_detector
@@ -152,7 +152,8 @@ def test_encoder(densenet, pickled, run_main):
     with safe_open(out, framework="pt") as file:
         header = json.loads(file.metadata()["header"])
     assert header.pop("code_version") and header == {
-        "format": "landmark-encoder-1", "kind": "encoder", "architecture": "densenet121", "channels": 1,
+        "format": FORMAT, "config": {}, "kind": "encoder", "network": "encoder", "encoder": "densenet121",
+        "channels": 1,
         "iteration": 10000, "source": source.name, "dataset": "hand", "method": "mocov3"}
     encoder = get_encoder("densenet121", in_channels=1, weights=None)
     encoder.load_state_dict(stored)
@@ -160,7 +161,7 @@ def test_encoder(densenet, pickled, run_main):
     with torch.no_grad():
         theirs, ours = densenet.features(x).relu(), encoder.eval()(x)[-1]
     assert ours.abs().max() > 0.01 and torch.allclose(ours.relu(), theirs, atol=1e-5)
-    with pytest.raises(UserError, match=r"holds an encoder \(densenet121\), not a U-Net"):
+    with pytest.raises(UserError, match='holds a network of kind "encoder", where unet is needed'):
         load_weights(out)
 
 
@@ -170,7 +171,7 @@ def test_encoder_of_a_training_state(densenet, pickled, tmp_path):
     source = pickled({"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3, "iteration": 77}, "last.pth")
     header = convert(source, tmp_path / "e.safetensors", "float16")
     stored = load_file(tmp_path / "e.safetensors")
-    assert (header["architecture"], header["iteration"], header["dataset"]) == ("densenet121", 77, None)
+    assert (header["encoder"], header["iteration"], header["dataset"]) == ("densenet121", 77, None)
     assert stored.keys() == densenet.state_dict().keys()
     assert stored["features.norm0.num_batches_tracked"] == 2**40 + 1  # counters keep their type
 

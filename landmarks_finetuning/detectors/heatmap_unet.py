@@ -1,4 +1,4 @@
-"""The U-Net as a landmark detector: pre-trained or from scratch, N heatmap channels, fixed or no timestep."""
+"""Heatmap detectors: the diffusion U-Net, with or without a fixed timestep, or a U-Net around an encoder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from core.checkpoint import Weights, load_weights
 from core.config import parse_config
 from core.dataset import ImageSet
+from core.encoders import EncoderUNet, start_encoder_unet
 from core.errors import UserError
 from core.geometry import apply_maps, inverse
-from core.settings import Config
+from core.settings import BACKBONES, Config
 from core.train_loop import autocast, resolve_device, resolve_precision
 from core.unet import UNet
 from landmarks_finetuning.heatmaps import confidence_at, decode
@@ -29,6 +30,11 @@ class HeatmapUNet(UNet):
 
     timestep: int | None = None
 
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What a weights file must say, beside config and channels, for the network to be rebuilt."""
+        return {"network": "unet", "timestep": self.timestep}
+
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """The published recipe ignores time; a fixed timestep keeps the features as pre-training saw them."""
         if self.timestep is not None:
@@ -36,8 +42,8 @@ class HeatmapUNet(UNet):
         return super().forward(x, timesteps)
 
 
-def build_detector(config: Config, backbone: str, channels: int, landmarks: int) -> HeatmapUNet:
-    """A fresh detector. Backbone "ddpm" takes the pre-trained weights, "scratch" none; the output conv is new."""
+def start_unet(config: Config, backbone: str, channels: int, landmarks: int) -> HeatmapUNet:
+    """A fresh U-Net. Backbone "ddpm" takes the pre-trained weights, "scratch" none; the output conv is new."""
     model = HeatmapUNet(config.unet, channels, landmarks, config.dataset.image_size)
     if backbone == "ddpm":
         path = pretrained_path(config)
@@ -48,6 +54,34 @@ def build_detector(config: Config, backbone: str, channels: int, landmarks: int)
         model.timestep = config.finetune.timestep
     model.activation_checkpointing = config.experiment.activation_checkpointing
     return model
+
+
+def rebuild_unet(weights: Weights, size: tuple[int, ...]) -> HeatmapUNet:
+    """The U-Net that `weights` came from, for inputs of `size`."""
+    model = HeatmapUNet(weights.unet, weights.channels, weights.out_channels, size)
+    model.timestep = weights.header["timestep"]
+    return model
+
+
+def rebuild_encoder_unet(weights: Weights, _size: tuple[int, ...]) -> EncoderUNet:
+    """The U-Net around an encoder that `weights` came from."""
+    return EncoderUNet(weights.header["encoder"], weights.channels, weights.out_channels)
+
+
+class Network(NamedTuple):
+    """A kind of network: how to make a fresh one, and how to rebuild one from a weights file's header."""
+
+    start: Callable[[Config, str, int, int], nn.Module]
+    rebuild: Callable[[Weights, tuple[int, ...]], nn.Module]
+
+
+DETECTORS = {"unet": Network(start_unet, rebuild_unet),
+             "encoder_unet": Network(start_encoder_unet, rebuild_encoder_unet)}
+
+
+def build_detector(config: Config, backbone: str, channels: int, landmarks: int) -> nn.Module:
+    """A fresh detector (B, channels, *size) -> (B, landmarks, *size) that starts from `backbone`."""
+    return DETECTORS[BACKBONES[backbone]].start(config, backbone, channels, landmarks)
 
 
 def pretrained_path(config: Config) -> Path:
@@ -82,7 +116,7 @@ class TrainedDetector:
     """A detector read from best.safetensors: everything it needs stands in the file's header."""
 
     def __init__(self, path: Path) -> None:
-        weights = load_weights(path)
+        weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
@@ -91,10 +125,9 @@ class TrainedDetector:
         shape = weights.header.get("shape")  # None in detectors older than this key
         self.shape = None if shape is None else np.array(shape, dtype=np.float64)
         self.device = resolve_device(self.config.experiment.device)
-        size = self.config.dataset.image_size
-        model = HeatmapUNet(weights.unet, weights.channels, weights.out_channels, size)
+        network = DETECTORS[weights.header.get("network", "unet")]
+        model = network.rebuild(weights, self.config.dataset.image_size)
         model.load_state_dict(weights.tensors)
-        model.timestep = weights.header["timestep"]
         self.model = model.to(self.device).eval()
 
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:

@@ -19,8 +19,9 @@ from landmarks_finetuning.report.collect import errors_by_draw, main_variants, s
 from landmarks_finetuning.report.findings import display_name, shots_text
 
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
-           "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9"}  # Okabe and Ito
-SPARE_COLOURS = ("#8A6FD1", "#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
+           "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
+           "random": "#8A6FD1"}
+SPARE_COLOURS = ("#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
 QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
 STYLE = {

@@ -11,7 +11,8 @@ from landmarks_finetuning.report.collect import compare, main_variants, select
 
 PAPER_RESULTS = Path(__file__).with_name("paper_results.csv")
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
-NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "mean_shape": "Mean shape", **PAPER_METHODS}
+NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "random": "Untrained encoder",
+         "mean_shape": "Mean shape", **PAPER_METHODS}
 UNTRAINED = "mean_shape"
 STUDIED = "ddpm"
 MIN_PATIENTS = 5  # tested ones, to name a winner: a bootstrap over fewer is blind
