@@ -213,7 +213,8 @@ def locate(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | Non
     finetune, sigma = config.finetune, sigma_pixels(config)
     decoder = decoder or finetune.decoder
     points, confidence = decode(outputs, decoder, finetune.loss, sigma)
-    if shape is not None and finetune.shape_prior is not None:
+    raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
+    if shape is not None and finetune.shape_prior is not None and not raw:
         fitted = np.stack([fit_shape(shape, found.numpy(), sure.numpy())
                            for found, sure in zip(points, confidence, strict=True)])
         weighted = add_shape_prior(outputs, fitted, finetune.shape_prior * shape_size(shape))
