@@ -50,6 +50,7 @@ class Pose(NamedTuple):
     offset: np.ndarray
 
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
+        """(N, 2) head mm -> (N, 2) image pixels."""
         return points @ self.matrix.T + self.offset
 
 

@@ -18,7 +18,7 @@ from core.settings import UNet as UNetConfig
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
     """F.conv3d, in float32 where torch's bf16 weight gradient is wrong: on a CPU, inputs of depth 2 (torch 2.14)."""
-    if x.shape[2] == 2 and x.device.type == "cpu":
+    if x.shape[2] == 2 and x.device.type == "cpu" and x.dtype != torch.float64:
         with torch.autocast("cpu", enabled=False):
             return F.conv3d(x.float(), weight.float(), None if bias is None else bias.float(), padding=padding)
     return F.conv3d(x, weight, bias, padding=padding)

@@ -245,3 +245,10 @@ def test_half_precision_gradients_of_thin_volumes(size):
             conv(x).float().square().sum().backward()
         gradients.append(conv.weight.grad)
     torch.testing.assert_close(*gradients, atol=0.03 * gradients[1].abs().max().item(), rtol=0)
+
+
+def test_double_precision_stays_double_in_thin_volumes():
+    conv = CONV[3](2, 3, 3, padding=1).double()
+    x = torch.randn(1, 2, 2, 4, 4, dtype=torch.float64)
+    expected = torch.nn.functional.conv3d(x, conv.weight, conv.bias, padding=1)
+    assert conv(x).dtype == torch.float64 and torch.equal(conv(x), expected)
