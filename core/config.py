@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from core.errors import UserError, did_you_mean
-from core.settings import Config, Section
+from core.section import Section
+from core.settings import Config
+from core.ssl_settings import fill_in_preset, merge
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -24,9 +26,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
-    """Validate plain values; `where` names them in the one-line UserError."""
+    """Fill in ssl.preset and validate plain values; `where` names them in the one-line UserError."""
     try:
-        return Config.model_validate_json(json.dumps(values), strict=True)
+        return Config.model_validate_json(json.dumps(fill_in_preset(values)), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
 
@@ -55,13 +57,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one file")
-    return _merge(_read(path.parent / parent, (*seen, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    both = base.keys() & top.keys()
-    nested = {k: _merge(base[k], top[k]) for k in both if isinstance(base[k], dict) and isinstance(top[k], dict)}
-    return {**base, **top, **nested}
+    return merge(_read(path.parent / parent, (*seen, path.resolve())), values)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -15,7 +16,9 @@ from tqdm import tqdm
 
 from core.checkpoint import atomic_file, read_pickle, read_tensors
 from core.errors import UserError, did_you_mean
-from core.settings import Config
+from core.settings import ENCODER_LEVELS, Config
+from core.ssl_settings import SSL_METHODS
+from core.study import encoder_path
 
 HUB = "https://download.pytorch.org/models"
 HUB_FILES = {  # encoder -> torchvision's ImageNet-1K weights (the first edition), with the start of their SHA-256
@@ -30,6 +33,24 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 NAMES_SHOWN = 3
 
 
+def check_encoder(name: str) -> None:
+    """UserError for an encoder that is not ours."""
+    if name not in HUB_FILES:
+        raise UserError(f'encoder "{name}" is unknown{did_you_mean(name, list(HUB_FILES))}; choose from '
+                        f"{', '.join(HUB_FILES)}")
+
+
+def build_encoder(name: str, channels: int) -> nn.Module:
+    """An encoder by itself, random weights: (B, channels, H, W) -> its feature maps, from the finest to the deepest.
+
+    Parameters have torchvision's names, the maps' channels are in `out_channels`.
+    """
+    check_encoder(name)
+    from segmentation_models_pytorch.encoders import get_encoder  # takes seconds, which only encoders should cost
+
+    return get_encoder(name, in_channels=channels, depth=ENCODER_LEVELS - 1, weights=None)
+
+
 class EncoderUNet(nn.Module):
     """The U-Net of segmentation_models_pytorch: (B, channels, H, W) -> (B, out_channels, H, W), H and W by 32.
 
@@ -38,9 +59,7 @@ class EncoderUNet(nn.Module):
 
     def __init__(self, name: str, channels: int, out_channels: int) -> None:
         super().__init__()
-        if name not in HUB_FILES:
-            raise UserError(f'encoder "{name}" is unknown{did_you_mean(name, list(HUB_FILES))}; choose from '
-                            f"{', '.join(HUB_FILES)}")
+        check_encoder(name)
         import segmentation_models_pytorch as smp  # takes seconds, which only these networks should cost
 
         network = smp.Unet(name, encoder_weights=None, in_channels=channels, classes=out_channels, activation=None)
@@ -107,22 +126,34 @@ def read_encoder(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def imagenet_weights(config: Config) -> Path:
-    """The file of backbone "imagenet": finetune.encoder_weights, or torchvision's, fetched once into torch's cache."""
-    if config.finetune.encoder_weights is not None:
-        path = Path(config.finetune.encoder_weights)
+    """The file of backbone "imagenet": the config's, one of the config's folder, or torchvision's, fetched once."""
+    given, name = config.finetune.encoder_weights.imagenet, HUB_FILES[config.finetune.encoder]
+    if given is not None:
+        path = Path(given) / name if Path(given).is_dir() else Path(given)
         if not path.is_file():
-            raise UserError(f"finetune.encoder_weights {path} does not exist; null fetches torchvision's")
+            raise UserError(f"finetune.encoder_weights.imagenet {path} does not exist; null fetches torchvision's")
         return path
-    name = HUB_FILES[config.finetune.encoder]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         fetch(f"{HUB}/{name}", path)
     return path
 
 
+def ssl_weights(config: Config, method: str) -> Path:
+    """The file of a self-supervised backbone: the config's, or what this study's stage `ssl` left."""
+    given = getattr(config.finetune.encoder_weights, method)
+    path = Path(given) if given is not None else encoder_path(config, method)
+    if path.is_file():
+        return path
+    if given is not None:
+        raise UserError(f"finetune.encoder_weights.{method} {path} does not exist; null takes this study's own")
+    raise UserError(f"backbone {method} has no encoder yet, {path}: pre-train it with the launcher's stage ssl or "
+                    f"python -m ssl_baselines.train --method {method}, or set finetune.encoder_weights.{method}")
+
+
 def fetch(url: str, path: Path) -> None:
     """Download `url` to `path` and check its SHA-256 against its name; UserError in one line without a network."""
-    advice = f"fetch {url} where there is a network and set finetune.encoder_weights to that file"
+    advice = f"fetch {url} where there is a network and set finetune.encoder_weights.imagenet to that file"
     digest = hashlib.sha256()
     try:
         with urlopen(url, timeout=HUB_TIMEOUT_SECONDS) as answer, atomic_file(path) as file, tqdm(
@@ -139,7 +170,8 @@ def fetch(url: str, path: Path) -> None:
         raise UserError(f"ImageNet weights cannot be downloaded ({' '.join(str(error).split())}); {advice}") from None
 
 
-START_WEIGHTS: dict[str, Callable[[Config], Path]] = {"imagenet": imagenet_weights}  # other starts are random
+START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are random
+    "imagenet": imagenet_weights, **{method: partial(ssl_weights, method=method) for method in SSL_METHODS}}
 
 
 def start_encoder_unet(config: Config, backbone: str, channels: int, landmarks: int) -> EncoderUNet:

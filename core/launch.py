@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,19 @@ from core.study import (
     cells,
     check_cell,
     check_pretraining,
+    check_ssl,
+    encoder_path,
+    encoder_studies,
     is_pretrained,
     is_scored,
+    ssl_methods,
 )
 
-STAGES = ("pretrain", "finetune", "report")
+STAGES = ("pretrain", "ssl", "finetune", "encoders", "report")
+DEFAULT_STAGES = ("pretrain", "ssl", "finetune", "report")  # of `encoders` only those who ask have the weights
 FUNCTIONS = {  # looked up by name: core imports no stage package
     "pretrain": "ddpm_pretraining.train:pretrain",
+    "ssl": "ssl_baselines.train:pretrain_encoder",
     "finetune_cell": "landmarks_finetuning.train:finetune_cell",
     "evaluate": "landmarks_finetuning.evaluate:evaluate",
     "mean_shape": "landmarks_finetuning.evaluate:evaluate_mean_shape",
@@ -46,9 +52,14 @@ def needs_pretraining(config: Config) -> bool:
     return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
 
 
+def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
+    """The configs whose cells `stages` run: the study itself, and one for each encoder compared."""
+    return ([config] if "finetune" in stages else []) + (encoder_studies(config) if "encoders" in stages else [])
+
+
 def print_plan(config: Config, stages: tuple[str, ...], source: DataSource) -> None:
     """Stages, images per split, checkpoints found, runs done and left, optimiser steps to come."""
-    finetune, ddpm = config.finetune, config.ddpm
+    ddpm = config.ddpm
     print(f"study {config.experiment.name} in {config.experiment_dir}; stages {' '.join(stages)}")
     counts = ", ".join(f"{len(records)} {name}" for name, records in source.splits.items())
     print(f"data  {config.dataset.name} ({source.layout}) at {source.root}: {counts}; {len(source.landmark_names)} "
@@ -60,21 +71,28 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource) -> N
         steps += 0 if done else ddpm.iterations
         print(f"pretrain  {'done' if done else f'{ddpm.iterations} steps'}; checkpoints found: "
               f"{', '.join(found) or 'none'}")
-    if "finetune" in stages:
-        plan = cells(config)
-        left = [cell for cell in plan if not is_scored(config, cell)]
-        trained = [cell for cell in left if cell.backbone != MEAN_SHAPE]
-        if finetune.iterations:
-            each = finetune.iterations
-            total = each * len(trained)
-        else:
-            group = finetune.batch_size * finetune.accumulation
-            total = sum(finetune.epochs * -(-cell.shots // group) for cell in trained)
-        steps += total
-        print(f"finetune  {len(plan)} runs, {len(plan) - len(left)} done, {len(left)} left ({total} steps at most)")
-        for cell in left:
-            print(f"    {cell.backbone:<11}{cell_dir(config, cell)}")
+    for method in ssl_methods(config) if "ssl" in stages else ():
+        done = encoder_path(config, method).is_file()
+        steps += 0 if done else config.ssl.iterations
+        print(f"ssl  {method}: {'done' if done else f'{config.ssl.iterations} steps'}")
+    steps += sum(print_cells(study) for study in studies(config, stages))
     print(f"optimiser steps to come: {steps}")
+
+
+def print_cells(config: Config) -> int:
+    """The fine-tuning runs of a study that are left; returns their optimiser steps."""
+    finetune, plan = config.finetune, cells(config)
+    left = [cell for cell in plan if not is_scored(config, cell)]
+    trained = [cell for cell in left if cell.backbone != MEAN_SHAPE]
+    if finetune.iterations:
+        total = finetune.iterations * len(trained)
+    else:
+        group = finetune.batch_size * finetune.accumulation
+        total = sum(finetune.epochs * -(-cell.shots // group) for cell in trained)
+    print(f"finetune  {len(plan)} runs, {len(plan) - len(left)} done, {len(left)} left ({total} steps at most)")
+    for cell in left:
+        print(f"    {cell.backbone:<11}{cell_dir(config, cell)}")
+    return total
 
 
 def check_shots(config: Config, source: DataSource) -> None:
@@ -90,26 +108,35 @@ def check_done(config: Config, stages: tuple[str, ...]) -> None:
     """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
     if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config):
         check_pretraining(config)
-    if "finetune" in stages:
-        for cell in cells(config):
-            check_cell(config, cell)
+    for method in ssl_methods(config) if {"ssl", "finetune"} & set(stages) else ():
+        check_ssl(config, method)
+    for study in studies(config, stages):
+        for cell in cells(study):
+            check_cell(study, cell)
 
 
-def check_start_weights(config: Config) -> None:
-    """Fail now, not after pre-training, when an encoder that cells start from cannot be had or does not fit."""
+def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
+    """Fail now, not after pre-training, when an encoder that cells start from cannot be had or does not fit.
+
+    The encoders of the backbones in `to_come` are made by this very study.
+    """
     for backbone in START_WEIGHTS:
-        if any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config)):
+        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
+        if waiting and backbone not in to_come:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
 
 def prepare(config: Config, stages: tuple[str, ...]) -> None:
     """Check that the study can run from end to end, and print its plan."""
+    if "encoders" in stages:
+        config.check_backbone("imagenet")
     source = load_source(config.dataset)
-    if "finetune" in stages:
+    plans = studies(config, stages)
+    if plans:
         check_shots(config, source)
     check_done(config, stages)
-    if "finetune" in stages:
-        check_start_weights(config)
+    for study in plans:
+        check_start_weights(study, ssl_methods(config) if "ssl" in stages else ())
     print_plan(config, stages, source)
 
 
@@ -130,9 +157,12 @@ def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
     prepare(config, stages)
     if "pretrain" in stages and needs_pretraining(config) and not is_pretrained(config):
         function("pretrain")(config)
-    if "finetune" in stages:
-        for cell in cells(config):
-            run_cell(config, cell)
+    for method in ssl_methods(config) if "ssl" in stages else ():
+        if not encoder_path(config, method).is_file():
+            function("ssl")(config, method)
+    for study in studies(config, stages):
+        for cell in cells(study):
+            run_cell(study, cell)
     return function("report")([config.experiment_dir]) if "report" in stages else None
 
 
@@ -142,7 +172,8 @@ def main() -> None:
         prog="./launch_experiments.sh", description=__doc__,
         epilog="example: ./launch_experiments.sh --config configs/cephalo.json --stages pretrain finetune report")
     add_config_arguments(parser)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(DEFAULT_STAGES),
+                        help="encoders: compare VGG19, DenseNet161 and ResNeXt50 on ImageNet weights")
     parser.add_argument("--shots", nargs="+", type=int, help="numbers of labelled images, instead of the config's")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds, instead of the config's")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")

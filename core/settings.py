@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Rate = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
-Index = Annotated[int, Field(ge=0)]
-Degrees = Annotated[float, Field(ge=0, le=180)]
-BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet"}  # start: network
+from core.section import Clip, Count, Degrees, Index, NormClip, Rate, Section
+from core.ssl_settings import SSL, SSL_METHODS
+
+BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet",
+             **dict.fromkeys(SSL_METHODS, "encoder_unet")}  # start: network
 ENCODER_LEVELS = 6  # sizes of an encoder's feature maps, the image's own included
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, and refusing unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Experiment(Section):
@@ -134,19 +128,6 @@ class UNet(Section):
         return self
 
 
-class Clip(Section):
-    """Gradient clipping."""
-
-    mode: Literal["none", "value", "norm"] = "none"
-    limit: float = Field(1.0, gt=0)
-
-
-class NormClip(Clip):
-    """Gradient clipping, by norm unless told otherwise: giving the limit alone leaves it on."""
-
-    mode: Literal["none", "value", "norm"] = "norm"
-
-
 class DDPM(Section):
     """Denoising diffusion pre-training."""
 
@@ -196,14 +177,26 @@ class LearningRates(Section):
     ddpm: Rate = 1e-3
     scratch: Rate = 1e-3
     imagenet: Rate = 1e-4
-    random: Rate = 1e-4
+    random: Rate = 1e-3
+    mocov3: Rate = 1e-3
+    simclrv2: Rate = 1e-3
+    dino: Rate = 1e-3
+
+
+class EncoderWeights(Section):
+    """A file for each start that has one: a state dict by torchvision's names, or one of our encoders."""
+
+    imagenet: str | None = Field(None, description="or a folder of torchvision's files; null = fetched")
+    mocov3: str | None = Field(None, description="null = this study's own pre-training")
+    simclrv2: str | None = Field(None, description="null = this study's own pre-training")
+    dino: str | None = Field(None, description="null = this study's own pre-training")
 
 
 class Finetune(Section):
     """Supervised training of the detector on a few labelled images."""
 
-    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random"], ...] = Field(
-        ("ddpm", "scratch"), description="starts to compare; imagenet and random: 2D, a U-Net around finetune.encoder")
+    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random", "mocov3", "simclrv2", "dino"], ...] = Field(
+        ("ddpm", "scratch"), description="starts to compare; from imagenet on: 2D, a U-Net around finetune.encoder")
     shots: tuple[Count, ...] = Field((1, 5, 10, 25, 50), min_length=1)
     draws: tuple[Index, ...] = Field((0, 1, 2), min_length=1)
     seeds: tuple[Index, ...] = Field((0,), min_length=1)
@@ -211,8 +204,8 @@ class Finetune(Section):
     pretraining_iteration: int | None = Field(None, description="which EMA checkpoint; null = the last one")
     checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
     encoder: Literal["densenet161", "vgg19", "resnext50_32x4d", "resnet50"] = Field(
-        "densenet161", description="of the backbones imagenet and random")
-    encoder_weights: str | None = Field(None, description="of imagenet: a weights file; null = torchvision's, fetched")
+        "densenet161", description="of every backbone but ddpm and scratch")
+    encoder_weights: EncoderWeights = EncoderWeights()
     timestep: int | None = Field(None, ge=0, description="null: no timestep embedding (the paper), or a fixed one")
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
     target: Literal["disk", "gaussian", "pixel"] = "gaussian"
@@ -291,6 +284,7 @@ class Config(Section):
     dataset: Dataset = Dataset()
     unet: UNet = UNet()
     ddpm: DDPM = DDPM()
+    ssl: SSL = SSL()
     finetune: Finetune = Finetune()
     evaluation: Evaluation = Evaluation()
     report: Report = Report()

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.settings import BACKBONES, Config, Finetune
+from core.ssl_settings import SSL, SSL_METHODS
 
 MEAN_SHAPE = "mean_shape"  # the guess without an image; not a backbone to train
 VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
@@ -18,12 +19,15 @@ VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder":
                 "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}
 FILE_KEYS = ("checkpoint", "encoder_weights")
-OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint"), "imagenet": ("encoder", "encoder_weights"),
-            "random": ("encoder",)}  # settings that mean something to these backbones only
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint"), "random": ("encoder",),
+            **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights"))}  # for these backbones only
+ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
+BY_BACKBONE = ("learning_rate", "encoder_weights")  # sections with a value for each backbone
 PLACES = ("dataset.root", "dataset.cache_dir", "dataset.phantom")  # the data may move between machines
 PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every",
                     "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
                     "ddpm.checkpoint_iterations")
+SSL_FREE = (*PLACES, "ssl.workers", "ssl.log_every", "ssl.validate_every", "ssl.save_every")
 CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior")
 SCORING = ("evaluation.split", "evaluation.sdr_thresholds")
@@ -42,6 +46,19 @@ class Cell:
     def folder(self) -> str:
         """shots010_draw0_seed0."""
         return f"shots{self.shots:03d}_draw{self.draw}_seed{self.seed}"
+
+
+def ssl_methods(config: Config) -> list[str]:
+    """The self-supervised backbones that start from this study's own pre-training."""
+    return [method for method in SSL_METHODS if method in config.finetune.backbones
+            and getattr(config.finetune.encoder_weights, method) is None]
+
+
+def encoder_studies(config: Config) -> list[Config]:
+    """The study of encoders on ImageNet weights: the config with one of ENCODER_STUDY at a time, and no other start."""
+    finetunes = [config.finetune.model_copy(update={"backbones": ("imagenet",), "encoder": encoder})
+                 for encoder in ENCODER_STUDY]
+    return [config.model_copy(update={"finetune": finetune}) for finetune in finetunes]
 
 
 def cells(config: Config) -> list[Cell]:
@@ -63,11 +80,13 @@ def variant(config: Config, backbone: str) -> str:
     """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
     if backbone == MEAN_SHAPE:
         return "default"
-    defaults, parts, foreign = Finetune(), [], foreign_keys(backbone)
+    defaults, foreign = Finetune(), foreign_keys(backbone)
+    own_ssl = backbone in SSL_METHODS and getattr(config.finetune.encoder_weights, backbone) is None
+    parts = [f"ssl-{config.ssl.preset}"] if own_ssl and config.ssl.preset != SSL().preset else []
     for key, short in VARIANT_KEYS.items():
         value, usual = getattr(config.finetune, key), getattr(defaults, key)
-        if key == "learning_rate":
-            value, usual = getattr(value, backbone), getattr(usual, backbone)
+        if key in BY_BACKBONE:
+            value, usual = getattr(value, backbone, None), getattr(usual, backbone, None)
         if key == "shape_prior" and value is None:
             value = "off"  # of the other keys null says that another one counts
         if value != usual and value is not None and key not in foreign:
@@ -98,13 +117,31 @@ def check_pretraining(config: Config) -> None:
     check_unchanged(config.experiment_dir / "ddpm", config, keys, PRETRAINING_FREE)
 
 
+def ssl_dir(config: Config, method: str) -> Path:
+    """runs/<experiment>/ssl/<method>, or <method>_<preset> for a preset that is not the default."""
+    preset = config.ssl.preset
+    return config.experiment_dir / "ssl" / (method if preset == SSL().preset else f"{method}_{preset}")
+
+
+def encoder_path(config: Config, method: str) -> Path:
+    """runs/<experiment>/ssl/<method>/encoder_iter010000.safetensors."""
+    return ssl_dir(config, method) / f"encoder_iter{config.ssl.iterations:06d}.safetensors"
+
+
+def check_ssl(config: Config, method: str) -> None:
+    """UserError when the encoder that is there was pre-trained with other settings."""
+    shared = [f"ssl.{key}" for key in SSL.model_fields if key not in SSL_METHODS]
+    keys = ("experiment.seed", "dataset", "finetune.encoder", *shared, f"ssl.{method}")
+    check_unchanged(ssl_dir(config, method), config, keys, SSL_FREE)
+
+
 def check_cell(config: Config, cell: Cell) -> None:
     """UserError when the cell that is there was made, or is scored, with other settings that count for it."""
     if cell.backbone == MEAN_SHAPE:
         keys = ("dataset", "finetune.selection", "finetune.validation", *SCORING)
         check_unchanged(cell_dir(config, cell), config, keys, PLACES)
         return
-    others = [f"finetune.learning_rate.{name}" for name in BACKBONES if name != cell.backbone]
+    others = [f"finetune.{key}.{name}" for key in BY_BACKBONE for name in BACKBONES if name != cell.backbone]
     foreign = [f"finetune.{key}" for key in foreign_keys(cell.backbone)]
     network = ("unet",) if BACKBONES[cell.backbone] == "unet" else ()
     keys = ("experiment.seed", "dataset", *network, "finetune", *SCORING)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core.checkpoint import load_state, save_state
 from core.errors import Interrupted, UserError
 from core.runlog import RunLog
-from core.settings import Clip
+from core.section import Clip
 
 
 class Task(Protocol):
@@ -116,6 +116,7 @@ class LoopSettings:
     plateau_patience: int = 13
     early_stop_patience: int | None = None
     compile: bool = False
+    ema_schedule: str = "constant"
     milestones: frozenset[int] = frozenset()
 
 
@@ -241,6 +242,13 @@ class Training:
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1.0
 
+    def averaging(self) -> float:
+        """How far the moving average goes to the weights; with schedule "cosine" falling to 0 at the last step."""
+        share = 1 - self.settings.ema_decay
+        if self.settings.ema_schedule == "cosine":
+            share *= 0.5 * (1 + math.cos(math.pi * self.step / self.settings.iterations))
+        return share
+
     def optimiser_step(self) -> int:
         """Accumulate the step's micro-batches, clip, step, average; returns the number of images seen."""
         settings = self.settings
@@ -264,7 +272,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if settings.ema_decay is not None:
             with torch.no_grad():  # or autograd's graph would grow by every step
-                torch._foreach_lerp_(self.averages, self.averaged, 1 - settings.ema_decay)
+                torch._foreach_lerp_(self.averages, self.averaged, self.averaging())
         self.pending.append(total)
         self.step += 1
         return sum(len(indices) for indices in groups)
@@ -286,6 +294,7 @@ class Training:
         self.ema.eval()
         with torch.no_grad(), autocast(self.settings.device, self.settings.precision):
             figures = self.task.validate(self.ema, self.step)
+        self.ema.train()
         self.model.train()
         if not figures:
             return

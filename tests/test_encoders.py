@@ -209,7 +209,7 @@ def test_no_network_is_one_line_at_once(hub, make_config, tmp_path, monkeypatch)
     line = error_of(imagenet_weights, config)  # no such file on the server
     assert "ImageNet weights cannot be downloaded" in line
     assert f"fetch {core.encoders.HUB}/densenet161-8d451a50.pth where there is a network and set " \
-           "finetune.encoder_weights to that file" in line
+           "finetune.encoder_weights.imagenet to that file" in line
     calls = []
 
     def unreachable(url, timeout):
@@ -280,7 +280,7 @@ def test_smallest_batch():
 def test_study_of_encoders(small, weights, make_config, tmp_path):
     """No pre-training; both cells are trained and scored; imagenet starts from the file, random does not."""
     config = make_config(tmp_path, dataset=SIZE, finetune={
-        "backbones": ["imagenet", "random"], "encoder_weights": str(weights), "iterations": 1, "validate_every": 1,
+        "backbones": ["imagenet", "random"], "encoder_weights": {"imagenet": str(weights)}, "iterations": 1, "validate_every": 1,
         "ema_decay": None, "learning_rate": {"imagenet": 1e-7, "random": 1e-7}})
     run_study(config, ("pretrain", "finetune"))
     assert not (tmp_path / "tiny/ddpm").exists()
@@ -295,19 +295,19 @@ def test_study_of_encoders(small, weights, make_config, tmp_path):
         found = held.tensors["encoder.features.denseblock2.denselayer1.conv2.weight"]
         assert bool((found - kept).abs().max() < 1e-5) is near
     weights.unlink()
-    check_start_weights(config)  # nothing is left to train
+    check_start_weights(config, ())  # nothing is left to train
 
 
 def test_every_backbone_has_a_name_and_a_colour():
     assert {display_name(backbone) for backbone in BACKBONES} == {"Diffusion pre-training", "From scratch", "ImageNet",
-                                                                  "Untrained encoder"}
+                                                                  "Untrained encoder", "MoCoV3", "SimCLRv2", "DINO"}
     assert BACKBONES.keys() <= COLOURS.keys() and len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_learning_rate_of_one_backbone(small, make_values, tmp_path):
     values = make_values(tmp_path, dataset=SIZE, finetune={"learning_rate": {"imagenet": 3e-4}})
     rates = parse_config(values, "x").finetune.learning_rate
-    assert (rates.ddpm, rates.scratch, rates.imagenet, rates.random) == (1e-4, 1e-4, 3e-4, 1e-4)
+    assert (rates.ddpm, rates.scratch, rates.imagenet, rates.random) == (1e-4, 1e-4, 3e-4, 1e-3)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(small, config_file, run_main, tmp_path, monkeypatch):
@@ -345,8 +345,8 @@ def test_resumed_run_equals_an_uninterrupted_one(small, config_file, run_main, t
     (("--backbone", "random", "--set", "dataset.image_size=[32,32]", "finetune.sampling=epoch",
       "finetune.batch_size=1"),
      'backbone "random" cannot be trained on one image of [32, 32] pixels at a time'),
-    (("--backbone", "imagenet", "--set", "dataset.image_size=[64,64]", "finetune.encoder_weights=gone.pth"),
-     "finetune.encoder_weights gone.pth does not exist"),
+    (("--backbone", "imagenet", "--set", "dataset.image_size=[64,64]", "finetune.encoder_weights.imagenet=gone.pth"),
+     "finetune.encoder_weights.imagenet gone.pth does not exist"),
 ])  # fmt: skip
 def test_refused_in_one_line(small, config_file, run_main, arguments, message):
     status, _, error = run_main(FINETUNING, "--config", config_file(), *CELL, *arguments)
@@ -354,7 +354,7 @@ def test_refused_in_one_line(small, config_file, run_main, arguments, message):
 
 
 def test_missing_weights_are_told_before_images_are_read(make_config, tmp_path, monkeypatch):
-    config = make_config(tmp_path, dataset=SIZE, finetune={"encoder_weights": "gone.pth"})
+    config = make_config(tmp_path, dataset=SIZE, finetune={"encoder_weights": {"imagenet": "gone.pth"}})
     monkeypatch.setattr("landmarks_finetuning.train.load_images", None)
     assert "gone.pth does not exist" in error_of(finetune_cell, config, Cell("imagenet", 2, 0, 0))
 
@@ -365,7 +365,7 @@ def test_launcher_refuses_before_any_training(small, config_file, run_main, tmp_
     for name, message in (("gone.pth", "gone.pth does not exist"), ("x.pth", "1 unexpected (conv.weight)")):
         for more in ((), ("--dry-run",)):
             status, _, error = run_main(LAUNCH, "--config", path, "--set",
-                                        f"finetune.encoder_weights={tmp_path / name}", *more)
+                                        f"finetune.encoder_weights.imagenet={tmp_path / name}", *more)
             assert status == 2 and message in error and not (tmp_path / "runs/tiny").exists()
 
 
@@ -376,10 +376,10 @@ def test_settings_that_count_for_a_cell(small, make_config, tmp_path):
         folder = cell_dir(first, Cell(backbone, 2, 0, 0))
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({**first.plain(), "finetune": {
-            **first.plain()["finetune"], "encoder_weights": "other/x.pth"}}))
+            **first.plain()["finetune"], "encoder_weights": {"imagenet": "other/x.pth"}}}))
         check = make_config(tmp_path, dataset=SIZE, unet={"norm_groups": 2}, finetune={"learning_rate": {"ddpm": 0.5}})
         if backbone == "random":
             check_cell(check, Cell(backbone, 2, 0, 0))
         else:
-            assert 'finetune.encoder_weights = "other/x.pth", now it is null;' in error_of(
+            assert 'finetune.encoder_weights.imagenet = "other/x.pth", now it is null;' in error_of(
                 check_cell, check, Cell(backbone, 2, 0, 0))

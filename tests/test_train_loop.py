@@ -14,7 +14,7 @@ from torch import nn
 from core.checkpoint import read_pickle
 from core.errors import Interrupted, UserError
 from core.runlog import read_metrics
-from core.settings import Clip
+from core.section import Clip
 from core.train_loop import (
     BatchPlan,
     LoopSettings,

@@ -1,0 +1,32 @@
+"""What the models of the config are built from: the section itself, common types and gradient clipping."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Rate = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Index = Annotated[int, Field(ge=0)]
+Degrees = Annotated[float, Field(ge=0, le=180)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and refusing unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Clip(Section):
+    """Gradient clipping."""
+
+    mode: Literal["none", "value", "norm"] = "none"
+    limit: float = Field(1.0, gt=0)
+
+
+class NormClip(Clip):
+    """Gradient clipping, by norm unless told otherwise: giving the limit alone leaves it on."""
+
+    mode: Literal["none", "value", "norm"] = "norm"

@@ -1,0 +1,176 @@
+"""Pre-train an encoder on unlabelled radiographs with MoCo v3, SimCLR v2 or DINO."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from core.checkpoint import save_tensors
+from core.config import add_config_arguments, load_config
+from core.dataset import ImageSet, load_images, load_source
+from core.encoders import build_encoder
+from core.errors import UserError, run_command
+from core.runlog import write_run_config
+from core.settings import Config
+from core.ssl_settings import SSL_METHODS
+from core.study import check_ssl, encoder_path, ssl_dir
+from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from ssl_baselines.collapse import alarm, effective_rank, embedding_spread
+from ssl_baselines.dino import DINO
+from ssl_baselines.heads import Pooled
+from ssl_baselines.mocov3 import MoCoV3
+from ssl_baselines.simclrv2 import SimCLRv2
+from ssl_baselines.views import ViewBatches, default_workers, make_views, view_stream
+
+METHODS = dict(zip(SSL_METHODS, (MoCoV3, SimCLRv2, DINO), strict=True))
+Method = MoCoV3 | SimCLRv2 | DINO
+VALIDATION_SEED = 987654321
+HELD_IMAGES = 64  # looked at for collapse
+LEAST_HELD = 8  # fewer would say little
+
+
+class SelfSupervision:
+    """The pre-training task: what the method's loss says of random views."""
+
+    def __init__(self, config: Config, name: str, training: ImageSet, held: ImageSet | None) -> None:
+        self.config, self.name, self.method = config, name, METHODS[name](config)
+        self.device = resolve_device(config.experiment.device)
+        self.records = training.records
+        self.images = grey_images(training)
+        chosen = self.images if held is None or len(held.records) < LEAST_HELD else grey_images(held)
+        chosen = chosen[:HELD_IMAGES]
+        self.held = make_views(chosen, range(len(chosen)), self.method.views, [VALIDATION_SEED])
+        self.training: Training | None = None
+        self.stream: Iterator[list[Tensor]] | None = None
+
+    def follow(self, training: Training) -> None:
+        """Take the loop's step and moving average, the momentum encoder or teacher, from `training`."""
+        self.training = training
+
+    def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
+        """The method's loss on the next micro-batch of views, which is the plan's as `indices` are."""
+        ssl, training = self.config.ssl, self.training
+        if self.stream is None:
+            workers = default_workers(self.device) if ssl.workers is None else ssl.workers
+            batches = ViewBatches(self.images, self.method.views, training.plan, training.settings.seed)
+            self.stream = view_stream(batches, training.step * ssl.accumulation, ssl.iterations * ssl.accumulation,
+                                      workers, pin=self.device.type == "cuda")
+        embedded = self._embed(model, training.ema, next(self.stream))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.method.loss(model, embedded, training.step)
+
+    def _embed(self, model: nn.Module, average: nn.Module, views: list[Tensor]) -> tuple[Tensor, ...]:
+        """The method's embeddings in float32."""
+        layout = torch.channels_last
+        seen = [view.to(self.device, non_blocking=True).to(memory_format=layout).float() / 255 for view in views]
+        return tuple(part.float() for part in self.method.embed(model, average, seen, self.training.step))
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """File names of a micro-batch."""
+        return [self.records[i].image.name for i in indices]
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Loss on the same views of the same images every time, what their embeddings say, and an alarm if nothing."""
+        student = self.training.model.eval()
+        embedded = self._embed(student, self.training.ema, self.held)
+        figures = {"validation_loss": self.method.loss(student, embedded, step).item(),
+                   **spread_figures(self.kept.backbone, self.held[0], self.device),
+                   **self.method.figures(student, embedded, step)}
+        warning = alarm(figures)
+        if warning is not None:
+            tqdm.write(f"warning: {self.name} step {step}: {warning}", file=sys.stderr)
+        return figures
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network whose encoder is the result."""
+        return self.training.ema if self.method.keeps_average else self.training.model
+
+    def milestone(self, model: nn.Module, step: int) -> None:
+        """The last step: keep the encoder."""
+        encoder = self.config.finetune.encoder
+        header = {"kind": "encoder", "network": "encoder", "encoder": encoder, "channels": 1, "method": self.name,
+                  "preset": self.config.ssl.preset, "iteration": step, "dataset": self.config.dataset.name}
+        save_tensors(encoder_path(self.config, self.name), self.kept.backbone.encoder.state_dict(),
+                     self.config.plain(), header)
+
+    def improved(self, model: nn.Module, step: int) -> None:
+        """Nothing: the losses of different steps say little about the features."""
+
+
+def grey_images(images: ImageSet) -> list[np.ndarray]:
+    """What each image fills of the canvas, (H, W) uint8."""
+    return [(images.images[(i, 0, *images.seen(i))] * 255).round().byte().numpy() for i in range(len(images.records))]
+
+
+def spread_figures(backbone: Pooled, views: Tensor, device: torch.device) -> dict[str, float]:
+    """Spread and effective rank of the pooled features of `views`, (M, 1, H, W) uint8."""
+    features = backbone(views.to(device).float() / 255).float()
+    return {"embedding_spread": embedding_spread(features), "effective_rank": effective_rank(features)}
+
+
+def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
+    """The loop's settings for an encoder's pre-training."""
+    ssl, experiment = config.ssl, config.experiment
+    device = resolve_device(experiment.device)
+    return LoopSettings(
+        title=f"{name} {config.dataset.name}", iterations=ssl.iterations, seed=experiment.seed, device=device,
+        precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
+        weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
+        ema_schedule=method.momentum_schedule, log_every=ssl.log_every, save_every=ssl.save_every,
+        validate_every=ssl.validate_every, scheduler=ssl.scheduler, warmup_iterations=ssl.warmup_iterations,
+        compile=experiment.compile, milestones=frozenset({ssl.iterations}))
+
+
+def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
+    """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
+    try:
+        config.check_backbone(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    run_dir, ssl = ssl_dir(config, name), config.ssl
+    check_ssl(config, name)
+    if resume is None and (run_dir / "last.pt").exists():
+        resume = "last"
+    source = load_source(config.dataset)
+    images = load_images(source.pretraining_records(), config.dataset, "images")
+    held = source.splits["validation"]
+    task = SelfSupervision(config, name, images, load_images(held, config.dataset) if held else None)
+    torch.manual_seed(config.experiment.seed)
+    network = task.method.network(Pooled(build_encoder(config.finetune.encoder, 1)))
+    settings = loop_settings(config, name, task.method)
+    plan = BatchPlan(len(images.records), ssl.batch_size, ssl.accumulation, "stream", True, settings.seed)
+    training = Training(network, task, plan, settings)
+    task.follow(training)
+    write_run_config(run_dir, config.plain(), {"stage": "ssl", "method": name, "preset": ssl.preset,
+                                               "images": len(images.records), "precision": settings.precision,
+                                               "device": str(settings.device)})
+    command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
+    train(training, run_dir, resume, command)
+    return run_dir
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_baselines.train", description=__doc__,
+        epilog="example: python -m ssl_baselines.train --config configs/cephalo.json --method dino")
+    add_config_arguments(parser)
+    parser.add_argument("--method", required=True, choices=SSL_METHODS)
+    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
+                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    arguments = parser.parse_args()
+    run_dir = pretrain_encoder(load_config(arguments.config, arguments.set), arguments.method, arguments.resume)
+    print(f"pre-training is done: {run_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)
