@@ -280,8 +280,8 @@ def test_smallest_batch():
 def test_study_of_encoders(small, weights, make_config, tmp_path):
     """No pre-training; both cells are trained and scored; imagenet starts from the file, random does not."""
     config = make_config(tmp_path, dataset=SIZE, finetune={
-        "backbones": ["imagenet", "random"], "encoder_weights": {"imagenet": str(weights)}, "iterations": 1, "validate_every": 1,
-        "ema_decay": None, "learning_rate": {"imagenet": 1e-7, "random": 1e-7}})
+        "backbones": ["imagenet", "random"], "encoder_weights": {"imagenet": str(weights)}, "iterations": 1,
+        "validate_every": 1, "ema_decay": None, "learning_rate": {"imagenet": 1e-7, "random": 1e-7}})
     run_study(config, ("pretrain", "finetune"))
     assert not (tmp_path / "tiny/ddpm").exists()
     kept = torch.load(weights, weights_only=True)["features.denseblock2.denselayer1.conv2.weight"]

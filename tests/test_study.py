@@ -58,7 +58,8 @@ def test_folder_of_a_cell(tmp_path):
     ({"timestep": 0}, "t-0", "default"),
     ({"checkpoint": "runs/chest/ddpm/ema_iter000004.safetensors"}, "from-ema_iter000004", "default"),
     ({"learning_rate": {"ddpm": 1e-5, "scratch": 1e-3}}, "lr-1e-05", "default"),
-    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "a/b.pth"}, "learning_rate": {"random": 1.0}}, "default", "default"),
+    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "a/b.pth"}, "learning_rate": {"random": 1.0}}, "default",
+     "default"),
     ({"iterations": None, "epochs": 7}, "epochs-7", "epochs-7"),
     ({"weight_decay": 0.5, "seeds": [4], "shots": [3]}, "default", "default"),
 ])  # fmt: skip
@@ -70,7 +71,8 @@ def test_variant(tmp_path, settings, ddpm, scratch):
 
 @pytest.mark.parametrize("settings, imagenet, random", [
     ({"timestep": 10, "checkpoint": "x.pt", "learning_rate": {"ddpm": 1.0}}, "default", "default"),
-    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "files/vgg.pth"}}, "encoder-vgg19_weights-vgg", "encoder-vgg19"),
+    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "files/vgg.pth"}}, "encoder-vgg19_weights-vgg",
+     "encoder-vgg19"),
     ({"learning_rate": {"imagenet": 3e-4}}, "lr-0.0003", "default"),
 ])  # fmt: skip
 def test_variant_of_encoders(tmp_path, settings, imagenet, random):
