@@ -130,28 +130,35 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
         compile=experiment.compile, milestones=frozenset({ssl.iterations}))
 
 
-def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
-    """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
-    try:
-        config.check_backbone(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    run_dir, ssl = ssl_dir(config, name), config.ssl
-    check_ssl(config, name)
-    if resume is None and (run_dir / "last.pt").exists():
-        resume = "last"
+def build_training(config: Config, name: str) -> Training:
+    """Images, views, network and optimiser of method `name`, before the first step."""
     source = load_source(config.dataset)
     images = load_images(source.pretraining_records(), config.dataset, "images")
     held = source.splits["validation"]
     task = SelfSupervision(config, name, images, load_images(held, config.dataset) if held else None)
     torch.manual_seed(config.experiment.seed)
     network = task.method.network(Pooled(build_encoder(config.finetune.encoder, 1)))
-    settings = loop_settings(config, name, task.method)
+    settings, ssl = loop_settings(config, name, task.method), config.ssl
     plan = BatchPlan(len(images.records), ssl.batch_size, ssl.accumulation, "stream", True, settings.seed)
     training = Training(network, task, plan, settings)
     task.follow(training)
-    write_run_config(run_dir, config.plain(), {"stage": "ssl", "method": name, "preset": ssl.preset,
-                                               "images": len(images.records), "precision": settings.precision,
+    return training
+
+
+def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
+    """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
+    try:
+        config.check_backbone(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    run_dir = ssl_dir(config, name)
+    check_ssl(config, name)
+    if resume is None and (run_dir / "last.pt").exists():
+        resume = "last"
+    training = build_training(config, name)
+    settings = training.settings
+    write_run_config(run_dir, config.plain(), {"stage": "ssl", "method": name, "preset": config.ssl.preset,
+                                               "images": training.plan.count, "precision": settings.precision,
                                                "device": str(settings.device)})
     command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
     train(training, run_dir, resume, command)

@@ -1,0 +1,92 @@
+"""Images per second of making views and of the training step of each self-supervised method, and which one bounds it.
+
+An image is a training image: all its views together. Steps are timed on views that are ready, and views without a
+network beside them; in a run with workers the slower of the two rates counts, without workers their times add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from itertools import repeat
+
+import torch
+
+from core.config import add_config_arguments, load_config
+from core.errors import run_command
+from core.runlog import environment
+from core.settings import Config
+from core.ssl_settings import SSL_METHODS
+from core.train_loop import Training
+from ssl_baselines.train import build_training
+from ssl_baselines.views import ViewBatches, view_stream
+
+WARM_UP = 2
+
+
+def view_rate(training: Training, workers: int, batches: int) -> float:
+    """Images per second of views made by `workers` processes (0: this one)."""
+    task, plan = training.task, training.plan
+    stream = view_stream(ViewBatches(task.images, task.method.views, plan, 0), 0, batches + WARM_UP, workers, False)
+    for _ in range(WARM_UP):
+        next(stream)
+    started = time.perf_counter()
+    made = sum(len(views[0]) for views in stream)
+    return made / (time.perf_counter() - started)
+
+
+def step_rate(training: Training, rounds: int) -> float:
+    """Images per second of the optimiser's step on views that are ready; median of `rounds`."""
+    task, plan = training.task, training.plan
+    task.stream = repeat(ViewBatches(task.images, task.method.views, plan, 0)[0])
+    finish: Callable[[], None] = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(WARM_UP + rounds):
+        started = time.perf_counter()
+        training.optimiser_step()
+        finish()
+        seconds.append(time.perf_counter() - started)
+    return plan.batch_size * plan.accumulation / statistics.median(seconds[WARM_UP:])
+
+
+def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
+    """One row of the table."""
+    training = build_training(config, method)
+    made = {count: view_rate(training, count, rounds) for count in workers}
+    stepped = step_rate(training, rounds)
+    alone = 1 / made[0] / (1 / made[0] + 1 / stepped)
+    views = len(training.task.method.views)
+    return (f"| {method} | {views} | {' | '.join(f'{rate:.0f}' for rate in made.values())} | {stepped:.1f} | "
+            f"{100 * alone:.1f} % | {max(made.values()) / stepped:.0f} |")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ssl_speed", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m benchmarks.ssl_speed --set ssl.batch_size=32 --workers 1 2")
+    add_config_arguments(parser)
+    parser.add_argument("--methods", nargs="+", choices=SSL_METHODS, default=list(SSL_METHODS))
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="processes that make views")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.set)
+    workers = [0, *(count for count in arguments.workers if count > 0)]
+    machine = environment()
+    print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}, {torch.get_num_threads()} threads; "
+          f"{config.finetune.encoder}, {config.dataset.image_size[0]}x{config.dataset.image_size[1]}, batch "
+          f"{config.ssl.batch_size} x {config.ssl.accumulation}, preset {config.ssl.preset}")
+    headings = " | ".join(f"views, {count} workers" for count in workers)
+    print(f"| method | views of an image | {headings} | step | views' share without workers | fastest views / step |")
+    print(f"|---{'|---' * (len(workers) + 4)}|")
+    for method in arguments.methods:
+        print(measure(config, method, workers, arguments.rounds), flush=True)
+    print(f"images per second; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    run_command(main)
