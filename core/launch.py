@@ -26,6 +26,7 @@ from core.study import (
     encoder_studies,
     is_pretrained,
     is_scored,
+    require_backbone,
     ssl_methods,
 )
 
@@ -129,7 +130,7 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 def prepare(config: Config, stages: tuple[str, ...]) -> None:
     """Check that the study can run from end to end, and print its plan."""
     if "encoders" in stages:
-        config.check_backbone("imagenet")
+        require_backbone(config, "imagenet")
     source = load_source(config.dataset)
     plans = studies(config, stages)
     if plans:

@@ -61,6 +61,7 @@ class DINO(Section):
     momentum_schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine: rising to 1")
     centre_momentum: float = Field(0.9, ge=0, lt=1)
     freeze_last_layer: Index = Field(100, description="iterations in which the last layer stays as it is")
+    head_norm: bool = Field(True, description="batch normalisation in the head, as for convolutional encoders")
     hidden: Count = 2048
     bottleneck: Count = 256
     out: Count = Field(4096, description="prototypes; 65536 for ImageNet's million images")
@@ -86,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # what differs from the defaults
                    "views": {**PAPER_VIEWS, "crop_area": [0.08, 1.0], "blur": [1.0, 0.1], "solarise": [0.0, 0.2]}},
         "simclrv2": {"views": {**PAPER_VIEWS, "crop_area": [0.2, 1.0], "blur": [0.5, 0.5]}},
         "dino": {"teacher_temperature": 0.5, "teacher_warmup_temperature": 0.5, "centre_momentum": 0.5, "out": 256,
-                 "momentum_schedule": "constant", "freeze_last_layer": 0, "local_area": [0.05, 0.4],
+                 "momentum_schedule": "constant", "freeze_last_layer": 0, "head_norm": False, "local_area": [0.05, 0.4],
                  "views": {**PAPER_VIEWS, "crop_area": [0.04, 1.0], "blur": [1.0, 0.1], "solarise": [0.0, 0.2]}},
     },
 }

@@ -148,6 +148,14 @@ def check_cell(config: Config, cell: Cell) -> None:
     check_unchanged(cell_dir(config, cell), config, keys, (*CELL_FREE, *others, *foreign))
 
 
+def require_backbone(config: Config, backbone: str) -> None:
+    """UserError where a detector cannot start from `backbone` under this config."""
+    try:
+        config.check_backbone(backbone)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def check_unchanged(run_dir: Path, config: Config, keys: Iterable[str], free: Iterable[str] = ()) -> None:
     """UserError when `run_dir` was made with other settings than `config` below `keys` (those in `free` may differ)."""
     path = run_dir / "config.json"

@@ -226,7 +226,7 @@ class Training:
             if state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
         except RuntimeError as error:
-            raise UserError(f"{where}: the saved state is of another network than the config's unet: "
+            raise UserError(f"{where}: the saved state is of another network than the config's: "
                             f"{' '.join(str(error).split())[:160]}") from None
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])

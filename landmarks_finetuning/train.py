@@ -21,7 +21,7 @@ from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
 from core.settings import BACKBONES, ENCODER_LEVELS, Config
-from core.study import Cell, cell_dir, check_cell
+from core.study import Cell, cell_dir, check_cell, require_backbone
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
 from landmarks_finetuning.heatmaps import draw_target
@@ -123,10 +123,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
 
 def check_backbone(config: Config, backbone: str) -> None:
     """UserError where a detector cannot start from `backbone` under this config, or its weights cannot be had."""
-    try:
-        config.check_backbone(backbone)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    require_backbone(config, backbone)
     if backbone in START_WEIGHTS:
         START_WEIGHTS[backbone](config)  # now, not after the images are read
 

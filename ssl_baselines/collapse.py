@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_baselines.dino import entropy
 
+ROUNDING = 1e-12  # of the embeddings' norm: what is left of equal ones when their mean is taken away
 LEAST_SPREAD = 0.02  # of embeddings spread evenly over the sphere
 LEAST_ENTROPY = LEAST_INFORMATION = 0.01  # of log(out)
 
@@ -20,9 +21,10 @@ def embedding_spread(embeddings: Tensor) -> float:
 
 def effective_rank(embeddings: Tensor) -> float:
     """(M, D) -> exp of the entropy of the centred embeddings' singular values (Roy & Vetterli, 2007); 0 if alike."""
-    values = torch.linalg.svdvals((embeddings - embeddings.mean(dim=0)).double())
+    exact = embeddings.double()
+    values = torch.linalg.svdvals(exact - exact.mean(dim=0))
     total = values.sum()
-    return entropy(values / total).exp().item() if total > 0 else 0.0
+    return entropy(values / total).exp().item() if total > ROUNDING * exact.norm() else 0.0
 
 
 def alarm(figures: dict[str, float]) -> str | None:

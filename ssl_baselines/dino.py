@@ -37,7 +37,7 @@ class DINO:
     def network(self, backbone: Pooled) -> Student:
         """Three layers to prototypes."""
         dino = self.settings
-        return Student(backbone, Prototypes(backbone.width, dino.hidden, dino.bottleneck, dino.out))
+        return Student(backbone, Prototypes(backbone.width, dino.hidden, dino.bottleneck, dino.out, dino.head_norm))
 
     def embed(self, model: nn.Module, average: nn.Module, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
         """Two global and V local views -> the student's (2 + V, B, out) and the teacher's (2, B, out) outputs."""
@@ -66,7 +66,8 @@ class DINO:
     def teacher_temperature(self, step: int) -> float:
         """Rising linearly from the warm-up's to its own over teacher_warmup of the iterations."""
         dino = self.settings
-        share = min(1.0, step / max(1.0, dino.teacher_warmup * self.iterations))
+        rising = dino.teacher_warmup * self.iterations
+        share = min(1.0, step / rising) if rising else 1.0
         return dino.teacher_warmup_temperature + share * (dino.teacher_temperature - dino.teacher_warmup_temperature)
 
     def figures(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:

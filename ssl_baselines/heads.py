@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,18 +48,27 @@ def normalised_mlp(*sizes: int, last_norm: bool = True) -> nn.Sequential:
 
 
 class Prototypes(nn.Module):
-    """DINO's head: three layers with GELU, a normalised bottleneck, cosines with `out` prototypes; no batch norm."""
+    """DINO's head: three layers with GELU, a normalised bottleneck, cosines with `out` prototypes.
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, out: int) -> None:
+    `norm` adds batch normalisation before each GELU, so that images start out with different answers.
+    """
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, out: int, norm: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                    nn.Linear(hidden, bottleneck))
+        layers: list[nn.Module] = []
+        for first, second in pairwise((width, hidden, hidden)):
+            layers += [nn.Linear(first, second), *([nn.BatchNorm1d(second)] if norm else []), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Linear(bottleneck, out, bias=False)  # of length 1: used by direction only
-        for layer in (*self.layers[::2], self.prototypes):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, width) -> (B, out) cosines."""
-        return F.linear(F.normalize(self.layers(pooled), dim=1), F.normalize(self.prototypes.weight, dim=1))
+        directions = self.layers(pooled)
+        with torch.autocast(pooled.device.type, enabled=False):  # bf16 cosines are too coarse for temperatures of 0.04
+            weight = self.prototypes.weight
+            return F.linear(F.normalize(directions.to(weight.dtype), dim=1), F.normalize(weight, dim=1))

@@ -22,7 +22,7 @@ class MoCoV3:
         self.views: list[ViewMaker] = global_views(self.settings.views, config.dataset.image_size)
 
     def network(self, backbone: Pooled) -> Projected:
-        """Projector of three layers, predictor of two, as theirs."""
+        """Projector of three layers, as for their ViT, and predictor of two."""
         hidden, out = self.settings.hidden, self.settings.out
         return Projected(backbone, normalised_mlp(backbone.width, hidden, hidden, out),
                          normalised_mlp(out, hidden, out, last_norm=False))

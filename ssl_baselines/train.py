@@ -17,11 +17,11 @@ from core.checkpoint import save_tensors
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.encoders import build_encoder
-from core.errors import UserError, run_command
+from core.errors import run_command
 from core.runlog import write_run_config
 from core.settings import Config
 from core.ssl_settings import SSL_METHODS
-from core.study import check_ssl, encoder_path, ssl_dir
+from core.study import check_ssl, encoder_path, require_backbone, ssl_dir
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from ssl_baselines.collapse import alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO
@@ -147,10 +147,7 @@ def build_training(config: Config, name: str) -> Training:
 
 def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
     """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
-    try:
-        config.check_backbone(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    require_backbone(config, name)
     run_dir = ssl_dir(config, name)
     check_ssl(config, name)
     if resume is None and (run_dir / "last.pt").exists():
