@@ -85,13 +85,15 @@ def make_views(images: Sequence[np.ndarray], indices: Sequence[int], makers: Seq
 
 def view_stream(batches: ViewBatches, first: int, last: int, workers: int, pin: bool) -> Iterator[list[Tensor]]:
     """The views of micro-batches `first` to `last` - 1 in order, made ahead by `workers` processes (0: when asked)."""
-    ahead = {"prefetch_factor": PREFETCH, "worker_init_fn": _one_thread} if workers else {}
+    ahead = {"prefetch_factor": PREFETCH, "worker_init_fn": _prepare_worker} if workers else {}
     return iter(DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers,
                            pin_memory=pin, **ahead))
 
 
-def _one_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
+    """One thread, and a process group of its own: a Ctrl-C is for the main process, which must save first."""
     cv2.setNumThreads(0)
+    os.setpgid(0, 0)
 
 
 def default_workers(device: torch.device) -> int:
