@@ -82,6 +82,14 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
 
+def check_encoders(config: Config) -> None:
+    """Fail now where the study's images are nothing for encoders."""
+    try:
+        config.check_backbone("imagenet")
+    except ValueError as error:
+        raise UserError(f"--stages encoders: {error}") from None
+
+
 def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     """Check that the study can run from end to end, print its plan and return its runs.
 
@@ -92,7 +100,7 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
         from core.dataset import load_source
 
         if "encoders" in stages:
-            config.check_backbone("imagenet")
+            check_encoders(config)
         source = load_source(config.dataset)
         if studies(config, stages):
             check_shots(config, source)
@@ -111,7 +119,6 @@ def attempt(run: Run) -> str | None:
     one (memory, a damaged file, a defect, each library with its own exceptions) has no common base. Nothing is hidden:
     the message is printed and listed, the traceback kept, and the launch ends in status 1.
     """
-    gc.collect()  # networks in reference cycles, of the run before, would hold a GPU's memory
     try:
         run_dir = function(run.function)(run.config, *run.arguments)
         if run.function == "finetune_cell":
@@ -129,9 +136,11 @@ def attempt(run: Run) -> str | None:
         write_json(run.failure_path, {
             "message": message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
             "step": logged(run.folder / "metrics.jsonl")[1], "traceback": trace})
-        return message
-    run.failure_path.unlink(missing_ok=True)
-    return None
+    else:
+        run.failure_path.unlink(missing_ok=True)
+        return None
+    gc.collect()  # here the traceback is gone: what it held of a GPU's memory is free for the next run
+    return message
 
 
 def failed_at(run: Run) -> int | None:
@@ -152,22 +161,23 @@ def take(run: Run, failed_before: int | None) -> str | None:
         return attempt(run)
 
 
-def run_all(runs: list[Run]) -> dict[Path, str]:
+def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path, str]:
     """Do what is left of `runs`, beside other processes that may do the same; returns {folder: why it failed}.
 
     What another process holds is left to it and looked at again when nothing else is left; what it leaves undone,
-    because it was killed, is done here. What needs a run waits for it, or fails with it.
+    because it was killed, is done here; what failed there since `failed_before` counts as failed. What needs a run
+    waits for it, or fails with it.
     """
-    before = {run.folder: failed_at(run) for run in runs}
     failed: dict[Path, str] = {}
+    held: dict[Run, str] = {}  # and by whom
     news = 0.0
     while left := [run for run in runs if not run.done and run.folder not in failed]:
-        held: dict[Run, str] = {}
+        held = {}
         for run in left:
             if any(run.needs == other.folder and other.folder not in failed and not other.done for other in left):
                 continue
             try:
-                why = f"it needs {run.needs}" if run.needs in failed else take(run, before[run.folder])
+                why = f"it needs {run.needs}" if run.needs in failed else take(run, failed_before[run.folder])
             except Claimed as other:
                 held[run] = str(other)
                 continue
@@ -181,20 +191,23 @@ def run_all(runs: list[Run]) -> dict[Path, str]:
                 print_waiting(held, len(left))
                 news = time.monotonic() + NEWS_SECONDS
             time.sleep(POLL_SECONDS)
+    if held:  # until others had done the last ones
+        print_progress(runs, failed)
     return failed
 
 
 def print_progress(runs: list[Run], failed: Collection[Path]) -> None:
     """How many runs are done and how long the others take."""
     left = [run for run in runs if not run.done and run.folder not in failed]
-    print(f"done {sum(run.done for run in runs)} of {len(runs)} runs; time to come: {time_left(left)}", flush=True)
+    done = sum(run.done for run in runs)
+    print(f"done {done} of {len(runs)} runs; training time to come: {time_left(left)}", flush=True)
 
 
 def print_waiting(held: dict[Run, str], left: int) -> None:
     """What is waited for, who does it, and how far it is."""
     run, owner = next(iter(held.items()))
-    _, step = logged(run.folder / "metrics.jsonl")
-    print(f"waiting for other processes with {left} runs left: step {step} of {run.steps}; {owner}", flush=True)
+    step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}"
+    print(f"waiting for other processes, {left} runs left: {step if run.steps else 'scoring'}; {owner}", flush=True)
 
 
 def ingredients(experiment_dir: Path) -> str:
@@ -238,8 +251,9 @@ def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
     Raises UserError before anything is run when the study cannot be run from end to end, and RunsFailed after the
     rest is done and reported when single runs failed.
     """
+    failed_before = {run.folder: failed_at(run) for run in study_runs(config, stages)}
     runs = prepare(config, stages)
-    failed = run_all(runs)
+    failed = run_all(runs, failed_before)
     worth = not failed or any(run.done for run in runs)
     page = report_page(config) if "report" in stages and worth else None
     if failed:

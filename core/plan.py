@@ -123,7 +123,7 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
     measured = {run.kind: seconds_per_step(run) for run in runs if run.steps}
     rates = [f"{kind} {rate:.3g} s" for kind, rate in measured.items() if rate is not None]
     print(f"a step takes, by the runs of this study: {', '.join(rates) or 'no run measured yet'}")
-    print(f"time to come: {time_left(runs)}")
+    print(f"training time to come: {time_left(runs)}")
 
 
 def print_cells(runs: list[Run]) -> None:

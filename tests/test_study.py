@@ -7,6 +7,7 @@ import pytest
 from core.config import parse_config
 from core.dataset import load_source
 from core.errors import UserError
+from core.launch import prepare
 from core.plan import duration, print_plan, study_runs, time_left
 from core.study import MEAN_SHAPE, Cell, cell_dir, cells, check_unchanged, is_pretrained, is_scored, variant
 
@@ -196,3 +197,11 @@ def test_runs_of_a_study(tmp_path):
     assert [run.needs for run in runs] == [None, None, None, home / "ddpm", home / "ssl/dino", None, None, None, None]
     assert [run.steps for run in runs] == [4, config.ssl.iterations, 0, *[20] * 6]
     assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs is None
+
+
+def test_encoders_are_for_images(tmp_path):
+    values = make(tmp_path).plain()
+    config = parse_config({**values, "is_3d": True, "dataset": {**values["dataset"], "layout": "folder",
+                                                                 "image_size": [16] * 3, "phantom": None}}, "tiny")
+    with pytest.raises(UserError, match='--stages encoders: backbone "imagenet" is a 2D baseline; with is_3d choose'):
+        prepare(config, ("encoders",))
