@@ -1,15 +1,21 @@
 # Sourced with the requirement files that a command needs: installs them into .venv, again only when one changes.
 PYTHON="${PYTHON:-python3}"
+installed() { [ -f ".venv/.installed-$1" ] && cmp -s "$1" ".venv/.installed-$1"; }
 for requirements in "$@"; do
-    stamp=".venv/.installed-$requirements"
-    if [ ! -f "$stamp" ] || ! cmp -s "$requirements" "$stamp"; then
+    if ! installed "$requirements"; then
         if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
             echo "error: $PYTHON is not Python 3.11 to 3.13; name one with PYTHON=/path/to/python3" >&2
             exit 2
         fi
-        [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-        echo "installing $requirements into .venv (about a minute the first time)" >&2
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-        cp "$requirements" "$stamp"
+        mkdir -p .venv
+        exec 9>.venv/.lock
+        flock 9 # of two launchers started at once one installs
+        if ! installed "$requirements"; then
+            [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+            echo "installing $requirements into .venv (about a minute the first time)" >&2
+            .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+            cp "$requirements" ".venv/.installed-$requirements"
+        fi
+        exec 9>&-
     fi
 done

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import write_json
 from core.errors import UserError, run_command
+from core.files import write_json
 from core.runlog import environment
 from core.settings import DDPM
 from core.settings import UNet as UNetConfig

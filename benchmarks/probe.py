@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.checkpoint import write_json
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.encoders import build_encoder, read_encoder
 from core.errors import run_command
+from core.files import write_json
 from core.runlog import environment
 from core.settings import Config
 from core.ssl_settings import SSL_METHODS

@@ -1,16 +1,14 @@
-"""Atomic files, training states that survive crashes, weights as safetensors, and the published checkpoint format."""
+"""Training states that survive crashes, weights as safetensors, and the published checkpoint format."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,38 +16,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.files import atomic_file, code_version, write_atomically
 from core.settings import UNet as UNetConfig
 from core.unet import UNet
 
 FORMAT = "landmark-unet-1"
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the block ends well (fsync, rename), and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: readers see the old file or the new one, never a part."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write `values` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_state(run_dir: Path, state: dict[str, Any]) -> None:
@@ -176,14 +149,3 @@ def published_network(path: Path, content: Any) -> Weights:
         raise UserError(f"{path} holds another network than the published DDPM: its shapes do not fit") from None
     header = {"kind": "published", "iteration": content.get("n_iter"), "epoch": content.get("epoch")}
     return Weights(tensors, unet, inputs // 2, out_channels, header)
-
-
-def code_version() -> str:
-    """The commit of this code, or "unknown" outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"],
-                              capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.checkpoint import (
-    PUBLISHED_NAMES,
-    Weights,
-    atomic_file,
-    full_header,
-    published_network,
-    read_pickle,
-)
+from core.checkpoint import PUBLISHED_NAMES, Weights, full_header, published_network, read_pickle
 from core.errors import UserError
+from core.files import atomic_file
 from core.unet import CONV, UNet
 
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them

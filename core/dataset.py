@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.checkpoint import write_atomically
 from core.config import add_config_arguments, load_config
 from core.errors import UserError, run_command
+from core.files import write_atomically
 from core.geometry import Geometry, apply_maps, compose, resampling_map, upright, upright_axes, upright_map
 from core.images import read_geometry, read_image
 from core.layouts import read_layout

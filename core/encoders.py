@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.checkpoint import atomic_file, read_pickle, read_tensors
+from core.checkpoint import read_pickle, read_tensors
 from core.errors import UserError, did_you_mean
+from core.files import atomic_file
 from core.settings import ENCODER_LEVELS, Config
 from core.ssl_settings import SSL_METHODS
 from core.study import encoder_path

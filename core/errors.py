@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file or key and the valid choices."""
 
 
+class RunsFailed(Exception):
+    """Runs of a study failed, the others are done; the message lists them."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM reached a training loop; the message says how to resume. State is already on disk."""
 
@@ -31,12 +35,18 @@ def damaged(path: Path, reason: BaseException | str) -> UserError:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and turn its outcome into an exit status: 0 done, 2 user's mistake, 130 interrupted."""
+    """Run a command's `main` and turn its outcome into an exit status.
+
+    0 done, 1 runs failed, 2 user's mistake, 130 interrupted.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunsFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         sys.exit(130)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import gc
+import hashlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from core.claims import Claimed, claim
 from core.config import add_config_arguments, load_config
-from core.dataset import load_source, select_shots
-from core.encoders import START_WEIGHTS, start_encoder_unet
-from core.errors import run_command
-from core.records import DataSource
+from core.errors import Interrupted, RunsFailed, UserError, run_command
+from core.files import write_atomically, write_json
+from core.plan import Run, logged, print_plan, studies, study_runs, time_left
 from core.settings import Config
 from core.study import (
-    MEAN_SHAPE,
-    Cell,
-    cell_dir,
     cells,
     check_cell,
     check_pretraining,
     check_ssl,
-    encoder_path,
-    encoder_studies,
-    is_pretrained,
     is_scored,
+    needs_pretraining,
     require_backbone,
     ssl_methods,
 )
+
+if TYPE_CHECKING:
+    from core.records import DataSource
 
 STAGES = ("pretrain", "ssl", "finetune", "encoders", "report")
 DEFAULT_STAGES = ("pretrain", "ssl", "finetune", "report")  # of `encoders` only those who ask have the weights
@@ -40,6 +44,10 @@ FUNCTIONS = {  # looked up by name: core imports no stage package
     "mean_shape": "landmarks_finetuning.evaluate:evaluate_mean_shape",
     "report": "landmarks_finetuning.report.build:build_report",
 }
+POLL_SECONDS = 5.0  # between two looks at what other processes hold
+NEWS_SECONDS = 60.0  # between two lines about it
+REPORTED = (".json", ".jsonl", ".csv", ".png")  # what of a study a report may show
+REPORTING = (".py", ".j2", ".csv")  # what of the code makes it
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -48,56 +56,10 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(import_module(module), attribute)
 
 
-def needs_pretraining(config: Config) -> bool:
-    """Whether the study's cells start from this study's own DDPM."""
-    return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
-
-
-def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
-    """The configs whose cells `stages` run: the study itself, and one for each encoder compared."""
-    return ([config] if "finetune" in stages else []) + (encoder_studies(config) if "encoders" in stages else [])
-
-
-def print_plan(config: Config, stages: tuple[str, ...], source: DataSource) -> None:
-    """Stages, images per split, checkpoints found, runs done and left, optimiser steps to come."""
-    ddpm = config.ddpm
-    print(f"study {config.experiment.name} in {config.experiment_dir}; stages {' '.join(stages)}")
-    counts = ", ".join(f"{len(records)} {name}" for name, records in source.splits.items())
-    print(f"data  {config.dataset.name} ({source.layout}) at {source.root}: {counts}; {len(source.landmark_names)} "
-          f"landmarks; {len(source.pretraining_records())} images for pre-training")
-    steps = 0
-    if "pretrain" in stages and needs_pretraining(config):
-        found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
-        done = is_pretrained(config)
-        steps += 0 if done else ddpm.iterations
-        print(f"pretrain  {'done' if done else f'{ddpm.iterations} steps'}; checkpoints found: "
-              f"{', '.join(found) or 'none'}")
-    for method in ssl_methods(config) if "ssl" in stages else ():
-        done = encoder_path(config, method).is_file()
-        steps += 0 if done else config.ssl.iterations
-        print(f"ssl  {method}: {'done' if done else f'{config.ssl.iterations} steps'}")
-    steps += sum(print_cells(study) for study in studies(config, stages))
-    print(f"optimiser steps to come: {steps}")
-
-
-def print_cells(config: Config) -> int:
-    """The fine-tuning runs of a study that are left; returns their optimiser steps."""
-    finetune, plan = config.finetune, cells(config)
-    left = [cell for cell in plan if not is_scored(config, cell)]
-    trained = [cell for cell in left if cell.backbone != MEAN_SHAPE]
-    if finetune.iterations:
-        total = finetune.iterations * len(trained)
-    else:
-        group = finetune.batch_size * finetune.accumulation
-        total = sum(finetune.epochs * -(-cell.shots // group) for cell in trained)
-    print(f"finetune  {len(plan)} runs, {len(plan) - len(left)} done, {len(left)} left ({total} steps at most)")
-    for cell in left:
-        print(f"    {cell.backbone:<11}{cell_dir(config, cell)}")
-    return total
-
-
 def check_shots(config: Config, source: DataSource) -> None:
     """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
+    from core.dataset import select_shots
+
     for shots in config.finetune.shots:
         select_shots(source.require("train"), shots, 0, "first")
     source.require(config.evaluation.split)
@@ -121,50 +83,184 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 
     The encoders of the backbones in `to_come` are made by this very study.
     """
+    from core.encoders import START_WEIGHTS, start_encoder_unet
+
     for backbone in START_WEIGHTS:
         waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
         if waiting and backbone not in to_come:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
 
-def prepare(config: Config, stages: tuple[str, ...]) -> None:
-    """Check that the study can run from end to end, and print its plan."""
-    if "encoders" in stages:
-        require_backbone(config, "imagenet")
-    source = load_source(config.dataset)
-    plans = studies(config, stages)
-    if plans:
-        check_shots(config, source)
+def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
+    """Check that the study can run from end to end, print its plan and return its runs.
+
+    Where all of them are done, neither the data nor the modules that would read them are touched.
+    """
+    source, runs = None, study_runs(config, stages)
+    if not all(run.done for run in runs):
+        from core.dataset import load_source
+
+        if "encoders" in stages:
+            require_backbone(config, "imagenet")
+        source = load_source(config.dataset)
+        if studies(config, stages):
+            check_shots(config, source)
     check_done(config, stages)
-    for study in plans:
-        check_start_weights(study, ssl_methods(config) if "ssl" in stages else ())
+    if source is not None:
+        for study in studies(config, stages):
+            check_start_weights(study, ssl_methods(config) if "ssl" in stages else ())
     print_plan(config, stages, source)
+    return runs
 
 
-def run_cell(config: Config, cell: Cell) -> None:
-    """Train and score one cell, unless it is scored already."""
-    if is_scored(config, cell):
-        return
-    if cell.backbone == MEAN_SHAPE:
-        run_dir = function("mean_shape")(config, cell)
+def attempt(run: Run) -> str | None:
+    """Train and score a run that is claimed; returns None, or why it failed, which failed.json says as well.
+
+    An interruption passes. The one place that catches Exception: the runs of a study are independent, and what may end
+    one (memory, a damaged file, a defect, each library with its own exceptions) has no common base. Nothing is hidden:
+    the message is printed and listed, the traceback kept, and the launch ends in status 1.
+    """
+    try:
+        run_dir = function(run.function)(run.config, *run.arguments)
+        if run.function == "finetune_cell":
+            function("evaluate")(run_dir)
+        missing = [path.name for path in run.results if not path.is_file()]
+        if missing:
+            raise UserError(f"{run.folder} ended without {', '.join(missing)}")
+    except Interrupted:
+        raise
+    except Exception as error:  # noqa: BLE001
+        said = " ".join(str(error).split())
+        message, trace = said, None
+        if not isinstance(error, UserError):
+            message, trace = f"{type(error).__name__}: {said}", traceback.format_exc()
+        write_json(run.failure_path, {
+            "message": message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+            "step": logged(run.folder / "metrics.jsonl")[1], "traceback": trace})
     else:
-        run_dir = function("finetune_cell")(config, cell)
-        function("evaluate")(run_dir)
-    print(f"scored {run_dir}", flush=True)
+        run.failure_path.unlink(missing_ok=True)
+        return None
+    gc.collect()  # here the traceback is gone: what it held of a GPU's memory is free for the next run
+    return message
+
+
+def failed_at(run: Run) -> int | None:
+    """When failed.json was written, None where there is none."""
+    return run.failure_path.stat().st_mtime_ns if run.failure_path.is_file() else None
+
+
+def take(run: Run, failed_before: int | None) -> str | None:
+    """Claim a run and do what is left of it; returns why it failed, here or meanwhile in another process.
+
+    Raises Claimed when another process has it now.
+    """
+    with claim(run.folder):
+        if run.done:
+            return None
+        if failed_at(run) not in (None, failed_before):
+            return run.failure()
+        return attempt(run)
+
+
+def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path, str]:
+    """Do what is left of `runs`, beside other processes that may do the same; returns {folder: why it failed}.
+
+    What another process holds is left to it and looked at again when nothing else is left; what it leaves undone,
+    because it was killed, is done here; what failed there since `failed_before` counts as failed. What needs a run
+    waits for it, or fails with it.
+    """
+    failed: dict[Path, str] = {}
+    held: dict[Run, str] = {}  # and by whom
+    news = 0.0
+    while left := [run for run in runs if not run.done and run.folder not in failed]:
+        held = {}
+        for run in left:
+            if any(run.needs == other.folder and other.folder not in failed and not other.done for other in left):
+                continue
+            try:
+                why = f"it needs {run.needs}" if run.needs in failed else take(run, failed_before[run.folder])
+            except Claimed as other:
+                held[run] = str(other)
+                continue
+            if why is not None:
+                failed[run.folder] = why
+                print(f"failed: {run.folder}: {why}", file=sys.stderr, flush=True)
+            print_progress(runs, failed)
+            news = 0.0
+        if held and not any(run.done or run.folder in failed for run in left):
+            if time.monotonic() >= news:
+                print_waiting(held, len(left))
+                news = time.monotonic() + NEWS_SECONDS
+            time.sleep(POLL_SECONDS)
+    if held:  # until others had done the last ones
+        print_progress(runs, failed)
+    return failed
+
+
+def print_progress(runs: list[Run], failed: Collection[Path]) -> None:
+    """How many runs are done and how long the others take."""
+    left = [run for run in runs if not run.done and run.folder not in failed]
+    done = sum(run.done for run in runs)
+    print(f"done {done} of {len(runs)} runs; training time to come: {time_left(left)}", flush=True)
+
+
+def print_waiting(held: dict[Run, str], left: int) -> None:
+    """What is waited for, who does it, and how far it is."""
+    run, owner = next(iter(held.items()))
+    step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}"
+    print(f"waiting for other processes, {left} runs left: {step if run.steps else 'scoring'}; {owner}", flush=True)
+
+
+def ingredients(experiment_dir: Path) -> str:
+    """A digest of names, sizes and times of everything a report is made of and by: the study's files and the code.
+
+    Not the commit: it says nothing of code that was changed since, nor of runs that were deleted.
+    """
+    report, core = experiment_dir / "report", Path(__file__).resolve().parent
+    stage = core.parent / FUNCTIONS["report"].partition(".")[0]
+    places = [(experiment_dir, REPORTED), (core, REPORTING), (stage, REPORTING)]
+    digest = hashlib.sha256()
+    for folder, suffixes in places:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in suffixes and report not in path.parents and path.is_file():
+                found = path.stat()
+                digest.update(f"{path.relative_to(folder)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def report_page(config: Config) -> Path:
+    """The study's report, built unless it is there and made of the same files by the same code."""
+    folder = config.experiment_dir / "report"
+    page, label = folder / "index.html", folder / "ingredients.sha256"
+
+    def is_current(digest: str) -> bool:
+        return page.is_file() and label.is_file() and label.read_text() == digest
+
+    if is_current(ingredients(config.experiment_dir)):
+        return page
+    with claim(folder, wait=True):
+        digest = ingredients(config.experiment_dir)  # before it is built: what changes meanwhile calls for another one
+        if not is_current(digest):
+            function("report")([config.experiment_dir])
+            write_atomically(label, digest.encode())
+    return page
 
 
 def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
-    """Run `stages` in order; returns the report's page when there is one."""
-    prepare(config, stages)
-    if "pretrain" in stages and needs_pretraining(config) and not is_pretrained(config):
-        function("pretrain")(config)
-    for method in ssl_methods(config) if "ssl" in stages else ():
-        if not encoder_path(config, method).is_file():
-            function("ssl")(config, method)
-    for study in studies(config, stages):
-        for cell in cells(study):
-            run_cell(study, cell)
-    return function("report")([config.experiment_dir]) if "report" in stages else None
+    """Run what is left of `stages`; returns the report's page when there is one.
+
+    Raises UserError before anything is run when the study cannot be run from end to end, and RunsFailed after the
+    rest is done and reported when single runs failed.
+    """
+    failed_before = {run.folder: failed_at(run) for run in study_runs(config, stages)}
+    runs = prepare(config, stages)
+    failed = run_all(runs, failed_before)
+    worth = not failed or any(run.done for run in runs)
+    page = report_page(config) if "report" in stages and worth else None
+    if failed:
+        listed = "".join(f"\n  {folder}: {why}" for folder, why in failed.items())
+        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again{listed}")
+    return page
 
 
 def main() -> None:
@@ -177,7 +273,7 @@ def main() -> None:
                         help="encoders: compare VGG19, DenseNet161 and ResNeXt50 on ImageNet weights")
     parser.add_argument("--shots", nargs="+", type=int, help="numbers of labelled images, instead of the config's")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds, instead of the config's")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what is left and how long it takes, and stop")
     arguments = parser.parse_args()
     overrides = list(arguments.set)
     overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []

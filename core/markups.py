@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.checkpoint import write_atomically
 from core.errors import UserError, did_you_mean
+from core.files import write_atomically
 from core.geometry import RAS_TO_LPS
 from core.points import read_text, to_number
 

@@ -8,7 +8,7 @@ something that is drawn. Attenuation of all parts adds up (Beer-Lambert) before 
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -332,7 +332,7 @@ def write_phantom_radiographs(root: Path, count: int, size: tuple[int, int] = (3
     recipe = {"count": count, "size": list(size), "seed": seed, "version": _VERSION}
     if _already_there(root, recipe):
         return
-    part = root.parent / f".{root.name}.partial-{os.getpid()}"
+    part = root.parent / f".{root.name}.partial-{secrets.token_hex(8)}"
     try:
         for name in ("jpg", "400_junior", "400_senior"):
             (part / name).mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from core.checkpoint import write_atomically, write_json
 from core.errors import UserError
+from core.files import write_atomically, write_json
 from core.geometry import RAS_TO_LPS, world_to_index
 from core.markups import write_markups
 

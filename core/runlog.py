@@ -11,10 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from core.checkpoint import code_version, write_atomically, write_json
+from core.files import code_version, write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pandas", "scipy", "safetensors", "pydantic")
 
@@ -86,6 +85,8 @@ def write_run_config(run_dir: Path, config: dict[str, Any], run: dict[str, Any])
 
 def environment() -> dict[str, Any]:
     """Package versions, code commit and hardware."""
+    import torch  # imports for seconds: the launcher reads logs without it
+
     versions = {name: metadata.version(name) for name in PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"python": platform.python_version(), "packages": versions, "code_version": code_version(),

@@ -105,10 +105,20 @@ def is_scored(config: Config, cell: Cell) -> bool:
     return (cell_dir(config, cell) / "metrics.json").is_file()
 
 
+def needs_pretraining(config: Config) -> bool:
+    """Whether the study's cells start from this study's own DDPM."""
+    return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
+
+
+def ddpm_paths(config: Config) -> tuple[Path, ...]:
+    """runs/<experiment>/ddpm/ema_iter004000.safetensors and so on: every configured EMA checkpoint."""
+    folder = config.experiment_dir / "ddpm"
+    return tuple(folder / f"ema_iter{i:06d}.safetensors" for i in config.ddpm.checkpoint_iterations)
+
+
 def is_pretrained(config: Config) -> bool:
     """Whether every configured EMA checkpoint is there."""
-    folder = config.experiment_dir / "ddpm"
-    return all((folder / f"ema_iter{i:06d}.safetensors").is_file() for i in config.ddpm.checkpoint_iterations)
+    return all(path.is_file() for path in ddpm_paths(config))
 
 
 def check_pretraining(config: Config) -> None:

@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from core.augment import augment
-from core.checkpoint import save_weights, write_atomically
+from core.checkpoint import save_weights
+from core.claims import claim
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.errors import run_command
+from core.files import write_atomically
 from core.runlog import write_run_config
 from core.settings import Config
 from core.study import check_pretraining
@@ -166,7 +168,9 @@ def main() -> None:
     parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
                         help="continue from last.pt (done anyway when it is there) or from previous.pt")
     arguments = parser.parse_args()
-    run_dir = pretrain(load_config(arguments.config, arguments.set), arguments.resume)
+    config = load_config(arguments.config, arguments.set)
+    with claim(config.experiment_dir / "ddpm"):
+        run_dir = pretrain(config, arguments.resume)
     print(f"pre-training is done: {run_dir}")
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from core.checkpoint import write_json
+from core.claims import claim
 from core.config import load_config
 from core.dataset import load_images, load_source
 from core.errors import UserError, run_command
+from core.files import write_json
 from core.geometry import apply_maps, inverse
 from core.records import DataSource
 from core.runlog import read_metrics, write_run_config
@@ -139,7 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
-    metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set))
+    with claim(arguments.run_dir):
+        metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set))
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     print(f"{metrics['images']} {metrics['split']} images: mean error {physical['mre']:.2f} {unit} "

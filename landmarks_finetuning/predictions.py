@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from core.checkpoint import write_atomically
 from core.dataset import ImageSet
+from core.files import write_atomically
 from core.geometry import apply_maps, index_to_world, inverse, upright, upright_map
 from core.images import read_image
 from core.markups import write_markups

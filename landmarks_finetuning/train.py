@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core.augment import augment
 from core.checkpoint import save_weights
+from core.claims import claim
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.encoders import START_WEIGHTS
@@ -191,7 +192,8 @@ def main() -> None:
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
     config = load_config(arguments.config, [*arguments.set, *encoder])
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
-    run_dir = finetune_cell(config, cell, arguments.resume)
+    with claim(cell_dir(config, cell)):
+        run_dir = finetune_cell(config, cell, arguments.resume)
     print(f"training is done: {run_dir}; score it with: python -m landmarks_finetuning.evaluate {run_dir}")
 
 

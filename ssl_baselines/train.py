@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.checkpoint import save_tensors
+from core.claims import claim
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.encoders import build_encoder
@@ -172,7 +173,9 @@ def main() -> None:
     parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
                         help="continue from last.pt (done anyway when it is there) or from previous.pt")
     arguments = parser.parse_args()
-    run_dir = pretrain_encoder(load_config(arguments.config, arguments.set), arguments.method, arguments.resume)
+    config = load_config(arguments.config, arguments.set)
+    with claim(ssl_dir(config, arguments.method)):
+        run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")
 
 

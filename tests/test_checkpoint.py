@@ -10,18 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from core.checkpoint import (
-    atomic_file,
-    load_state,
-    load_weights,
-    read_pickle,
-    save_state,
-    save_weights,
-    write_atomically,
-    write_json,
-)
+from core.checkpoint import load_state, load_weights, read_pickle, save_state, save_weights
 from core.config import parse_config
 from core.errors import UserError
+from core.files import atomic_file, write_atomically, write_json
 from core.settings import UNet as UNetConfig
 from core.unet import UNet
 

@@ -14,7 +14,7 @@ import landmarks_finetuning.predictions as predictions_module
 from core.config import parse_config
 from core.dataset import load_images, load_source, write_pack
 from core.images import read_geometry
-from core.launch import STAGES, run_study
+from core.launch import DEFAULT_STAGES, run_study
 from core.records import Record
 from core.runlog import read_metrics
 from core.settings import Dataset
@@ -220,7 +220,7 @@ def volumes(tmp_path_factory):
 def study(volumes):
     """(runs, data, page) of a finished study. Not to be changed."""
     runs, config = volumes("runs")
-    return SimpleNamespace(runs=runs, data=runs.parent / "data", page=run_study(config, STAGES),
+    return SimpleNamespace(runs=runs, data=runs.parent / "data", page=run_study(config, DEFAULT_STAGES),
                            cell=next(runs.glob(CELL)), pretraining=runs / "tiny/ddpm")
 
 

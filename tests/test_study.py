@@ -7,7 +7,8 @@ import pytest
 from core.config import parse_config
 from core.dataset import load_source
 from core.errors import UserError
-from core.launch import print_plan
+from core.launch import prepare
+from core.plan import duration, print_plan, study_runs, time_left
 from core.study import MEAN_SHAPE, Cell, cell_dir, cells, check_unchanged, is_pretrained, is_scored, variant
 
 FINETUNE = {"iterations": 20, "shots": [1, 5], "draws": [0, 2], "seeds": [0, 3], "batch_size": 2}
@@ -127,7 +128,9 @@ def test_plan(phantom, tmp_path, capsys):
     assert "130 train, 20 validation, 3 test; 19 landmarks; 150 images for pre-training" in out
     assert "pretrain  4 steps; checkpoints found: none" in out
     assert "finetune  20 runs, 0 done, 20 left (320 steps at most)" in out  # 16 trained runs of 20 steps
-    assert out.endswith("optimiser steps to come: 324\n")
+    assert "optimiser steps to come: 324\na step takes, by the runs of this study: no run measured yet\n" in out
+    assert out.endswith("time to come: 4 steps of pretrain, 160 steps of ddpm, 160 steps of scratch "
+                        "(no run measured yet)\n")
     assert str(cell_dir(config, Cell("scratch", 5, 2, 3))) in out
 
     for cell in (Cell(MEAN_SHAPE, 1, 0, 0), Cell("ddpm", 1, 0, 0)):
@@ -138,12 +141,12 @@ def test_plan(phantom, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pretrain  done; checkpoints found: ema_iter000002.safetensors, ema_iter000004.safetensors" in out
     assert "finetune  20 runs, 2 done, 18 left (300 steps at most)" in out
-    assert out.endswith("optimiser steps to come: 300\n")
+    assert "optimiser steps to come: 300\n" in out
     assert f"{cell_dir(config, Cell('ddpm', 1, 0, 0))}\n" not in out
 
     print_plan(config, ("report",), source)
     out = capsys.readouterr().out
-    assert "finetune  " not in out and "pretrain  " not in out and out.endswith("optimiser steps to come: 0\n")
+    assert "finetune  " not in out and "pretrain  " not in out and out.endswith("time to come: about 0 s\n")
 
 
 def test_plan_in_epochs_and_without_pretraining(phantom, tmp_path, capsys):
@@ -153,3 +156,52 @@ def test_plan_in_epochs_and_without_pretraining(phantom, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pretrain  " not in out  # no cell starts from it
     assert "finetune  4 runs, 0 done, 4 left (9 steps at most)" in out  # 3 epochs x (1 + 2) groups of 4 images
+
+
+def log(folder, *lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_time_to_come(tmp_path, capsys):
+    """By hand: pre-training 2 s a step, ddpm (6 + 9 + 15 s) / (10 + 20 steps) = 1 s a step, scratch unknown."""
+    config = make(tmp_path, shots=[5])
+    log(config.experiment_dir / "ddpm", {"step": 2, "loss": 1.0, "seconds": 3.0}, {"step": 3, "seconds": 3.0},
+        {"step": 3, "validation_loss": 9.0})
+    log(cell_dir(config, Cell("ddpm", 5, 0, 0)), {"step": 5, "seconds": 6.0}, {"step": 10, "seconds": 9.0})
+    log(cell_dir(config, Cell("ddpm", 5, 2, 0)), {"step": 20, "seconds": 15.0})
+    touch(cell_dir(config, Cell("ddpm", 5, 2, 0)) / "metrics.json")
+    log(cell_dir(config, Cell("ddpm", 5, 2, 3)), {"step": 7, "validation_loss": 6.0})  # nothing timed yet
+    stages = ("pretrain", "finetune")
+    print_plan(config, stages, None)
+    out = capsys.readouterr().out
+    assert "optimiser steps to come: 131\n" in out  # 1 + 10 + 20 + 20 of ddpm + 4 x 20 of scratch
+    assert "a step takes, by the runs of this study: pretrain 2 s, ddpm 1 s\n" in out
+    assert out.endswith("time to come: about 52 s and 80 steps of scratch (no run measured yet)\n")
+
+    log(cell_dir(config, Cell("scratch", 5, 0, 0)), {"step": 20, "seconds": 2400.0})
+    touch(cell_dir(config, Cell("scratch", 5, 0, 0)) / "metrics.json")
+    assert time_left(study_runs(config, stages)) == "about 2.0 h"  # 52 s + 3 x 20 x 120 s
+    assert time_left([run for run in study_runs(config, stages) if run.done]) == "about 0 s"
+    assert [duration(s) for s in (0.4, 99, 100, 5999, 6000)] == ["0 s", "99 s", "2 min", "100 min", "1.7 h"]
+
+
+def test_runs_of_a_study(tmp_path):
+    """Each once and after what it needs; the studies of encoders share the guesses of the mean shape."""
+    config = make(tmp_path, shots=[5], draws=[0], seeds=[0])
+    finetune = config.finetune.model_copy(update={"backbones": ("ddpm", "dino", "scratch")})
+    config = config.model_copy(update={"finetune": finetune})
+    runs, home = study_runs(config, ("pretrain", "ssl", "finetune", "encoders")), config.experiment_dir
+    assert [run.kind for run in runs] == ["pretrain", "ssl dino", MEAN_SHAPE, "ddpm", "dino densenet161", "scratch",
+                                          "imagenet vgg19", "imagenet densenet161", "imagenet resnext50_32x4d"]
+    assert [run.needs for run in runs] == [None, None, None, home / "ddpm", home / "ssl/dino", None, None, None, None]
+    assert [run.steps for run in runs] == [4, config.ssl.iterations, 0, *[20] * 6]
+    assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs is None
+
+
+def test_encoders_are_for_images(tmp_path):
+    values = make(tmp_path).plain()
+    config = parse_config({**values, "is_3d": True, "dataset": {**values["dataset"], "layout": "folder",
+                                                                 "image_size": [16] * 3, "phantom": None}}, "tiny")
+    with pytest.raises(UserError, match='backbone "imagenet" is a 2D baseline; with is_3d choose'):
+        prepare(config, ("encoders",))

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from core.checkpoint import write_atomically
 from core.errors import UserError
+from core.files import write_atomically
 from landmarks_finetuning.report import figures
 from landmarks_finetuning.report.collect import (
     Experiment,

@@ -1,0 +1,99 @@
+"""Stages that only write down what they are called for, for tests of the launcher: `python -m tests.stub_stages`.
+
+Every call adds `begin` and `end` lines with the run's folder and the process to $STUB_LOG. $STUB_HANG names a folder
+whose run never ends, pre-training lasts until $STUB_OTHERS other runs have ended, and two launchers of the same
+$STUB_START wait for each other. Imports nothing heavy.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import core.launch as launch
+from core.errors import run_command
+from core.plan import study_runs
+from core.study import cell_dir, ddpm_paths
+
+LIMIT_SECONDS = 100
+
+
+def lines() -> list[list[str]]:
+    """[what, folder, process] of every call so far."""
+    log = Path(os.environ["STUB_LOG"])
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def note(what: str, folder: Path) -> None:
+    """One line, whole, also beside other processes."""
+    with Path(os.environ["STUB_LOG"]).open("a") as file:
+        file.write(f"{what} {folder} {os.getpid()}\n")
+
+
+def wait_until(condition) -> None:
+    """Poll; TimeoutError when it takes too long."""
+    end = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("waited in vain")
+        time.sleep(0.02)
+
+
+def work(folder: Path, *results: Path) -> Path:
+    """A run of a fifth of a second."""
+    note("begin", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hang = os.environ.get("STUB_HANG")
+    if hang and str(folder).endswith(hang):
+        if os.fork() == 0:  # as a loader's worker that outlives its owner
+            note("child", folder)
+            time.sleep(LIMIT_SECONDS)
+            os._exit(0)
+        time.sleep(LIMIT_SECONDS)
+    time.sleep(0.2)
+    if folder.name == "ddpm":
+        wait_until(lambda: sum(line[0] == "end" for line in lines()) >= int(os.environ.get("STUB_OTHERS", 0)))
+        time.sleep(0.5)
+    note("end", folder)
+    for path in results:
+        path.write_text("{}")
+    return folder
+
+
+def pretrain(config):
+    return work(config.experiment_dir / "ddpm", *ddpm_paths(config))
+
+
+def finetune_cell(config, cell):
+    return work(cell_dir(config, cell))
+
+
+def mean_shape(config, cell):
+    return work(cell_dir(config, cell), cell_dir(config, cell) / "metrics.json")
+
+
+def evaluate(run_dir):
+    (run_dir / "metrics.json").write_text("{}")
+
+
+def report(folders):
+    return work(folders[0] / "report", folders[0] / "report/index.html")
+
+
+FUNCTIONS = {name: f"tests.stub_stages:{name}" for name in ("pretrain", "finetune_cell", "mean_shape", "evaluate",
+                                                            "report")}
+
+
+def main() -> None:
+    """The launcher with these stages, without a look at data."""
+    launch.FUNCTIONS.update(FUNCTIONS)
+    launch.prepare, launch.POLL_SECONDS = study_runs, 0.05
+    if "STUB_START" in os.environ:
+        start = Path(os.environ["STUB_START"])
+        start.mkdir(exist_ok=True)
+        (start / str(os.getpid())).touch()
+        wait_until(lambda: len(list(start.iterdir())) == 2)
+    launch.main()
+
+
+if __name__ == "__main__":
+    run_command(main)
