@@ -94,12 +94,13 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
     if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [record.patient or record.id for record in held.records]
+    interval = bootstrap_interval(errors, patients, config.experiment.seed)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,
         "phantom": config.dataset.phantom is not None, "split": config.evaluation.split, "unit": source.unit,
         "images": len(held.records), "landmark_names": list(source.landmark_names), "image_size": list(size),
         "physical": {**summarise(errors, thresholds),
-                     "interval": bootstrap_interval(errors, patients, config.experiment.seed)},
+                     "interval": None if np.isnan(interval).any() else interval},
         "paper": None if published is None else summarise(published, thresholds),
         "stored_pixels": _in_stored_pixels(points, truth),
     }

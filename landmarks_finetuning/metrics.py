@@ -19,6 +19,7 @@ CEPHALO_SPACING_MM = 0.1
 WRIST_MM = 50.0
 WRIST_POINTS = (0, 4)
 SMALLEST_SIGMA_PX = (2 * np.log(2)) ** -0.5  # 0.85: at or below, the half-maximum disk is one pixel, without an area
+FEWEST_PATIENTS = 4  # for an interval: of fewer, too many resamples hold one patient alone and have no spread
 ROUNDING_NOISE = 1e-9  # (18, 24) px at 0.1 mm is 3.0000000000000004 mm: it still counts as within 3 mm
 
 
@@ -125,8 +126,9 @@ PAPER_RULES = {"cephalo": _cephalo_factors, "hand": _hand_factors, "chest": _che
 def summarise(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
     """Summary of errors (M, N) over all scored landmarks and, under "per_landmark", lists over the N landmarks.
 
-    Keys: mre, std (population), median, p95 in the errors' unit; sdr {threshold: percent of errors <= threshold}
-    with thresholds written as "2", "2.5"; count. Ready for JSON: a landmark never scored has None.
+    Keys: mre (the micro mean: over all landmarks of all images), macro_mre (the mean of the landmarks' own means), std
+    (population), median, p95 in the errors' unit; sdr {threshold: percent of errors <= threshold} with thresholds
+    written as "2", "2.5"; count. Ready for JSON: a landmark never scored has None.
     Raises UserError when nothing can be scored.
     """
     errors = np.asarray(errors, dtype=np.float64)
@@ -135,7 +137,13 @@ def summarise(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
     columns = [_statistics(column, thresholds) for column in errors.T]
     per_landmark = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
     per_landmark["sdr"] = {f"{t:g}": [column["sdr"][f"{t:g}"] for column in columns] for t in thresholds}
-    return {**_statistics(errors, thresholds), "per_landmark": per_landmark}
+    return {**_statistics(errors, thresholds), "macro_mre": macro_mean(per_landmark["mre"]),
+            "per_landmark": per_landmark}
+
+
+def macro_mean(landmark_means: Sequence[float | None]) -> float:
+    """The mean of the landmarks' own mean errors, each landmark alike; those never scored (None) are left out."""
+    return float(np.mean([mean for mean in landmark_means if mean is not None]))
 
 
 def _statistics(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
@@ -145,25 +153,70 @@ def _statistics(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
         return {**empty, "sdr": {f"{t:g}": None for t in thresholds}, "count": 0}
     return {"mre": float(scored.mean()), "std": float(scored.std()), "median": float(np.median(scored)),
             "p95": float(np.percentile(scored, 95)),
-            "sdr": {f"{t:g}": 100.0 * float((scored <= t + ROUNDING_NOISE).mean()) for t in thresholds},
+            "sdr": {f"{t:g}": 100.0 * float(within(scored, t).mean()) for t in thresholds},
             "count": int(scored.size)}
 
 
-def bootstrap_interval(errors: np.ndarray, groups: Sequence, seed: int, samples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of all scored errors (M, N), resampling patients (`groups`, (M,)).
+def within(errors: np.ndarray, threshold: float) -> np.ndarray:
+    """1.0 where an error is at most `threshold`, 0.0 where it is above, NaN where nothing was scored."""
+    return np.where(np.isnan(errors), np.nan, errors <= threshold + ROUNDING_NOISE)
 
-    Images of one patient are drawn together (cluster bootstrap). Raises UserError when nothing can be scored.
+
+def patient_sums(values: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) sums and (P,) counts of the scored values (M, N) of each patient (`groups`, (M,)) who has any.
+
+    Raises UserError when nothing can be scored.
     """
-    errors = np.asarray(errors, dtype=np.float64)
+    values = np.asarray(values, dtype=np.float64)
     patients, index = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(index, weights=np.nansum(errors, axis=1), minlength=len(patients))
-    counts = np.bincount(index, weights=(~np.isnan(errors)).sum(axis=1), minlength=len(patients))
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    if counts.size == 0:
+    sums = np.bincount(index, weights=np.nansum(values, axis=1), minlength=len(patients))
+    counts = np.bincount(index, weights=(~np.isnan(values)).sum(axis=1), minlength=len(patients))
+    if not counts.any():
         raise UserError("nothing can be scored: no landmark of these images is annotated")
-    draws = np.random.default_rng(seed).integers(counts.size, size=(samples, counts.size))
-    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), (2.5, 97.5))
-    return float(low), float(high)
+    return sums[counts > 0], counts[counts > 0]
+
+
+def bootstrap_interval(errors: np.ndarray, groups: Sequence, seed: int, samples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of all scored errors (M, N), resampling patients (`groups`, (M,)).
+
+    Images of one patient are drawn together (cluster bootstrap); see `studentised_interval`. (NaN, NaN) for fewer than
+    FEWEST_PATIENTS. Raises UserError when nothing can be scored.
+    """
+    sums, counts = patient_sums(errors, groups)
+    low, high = studentised_interval(sums[:, None], counts[:, None], seed, samples)
+    return float(low[0]), float(high[0])
+
+
+def studentised_interval(sums: np.ndarray, counts: np.ndarray, seed: int,
+                         samples: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap-t intervals (K,), (K,) of the K means sums.sum(0) / counts.sum(0), resampling the P patients.
+
+    `sums` and `counts` are (P, K). Each resample's deviation from the mean is divided by the resample's own standard
+    error (of a ratio, linearised); the quantiles of that ratio take the place of Student's (Efron and Tibshirani 1993,
+    An Introduction to the Bootstrap, section 12.5). Resamples without a spread are left out.
+    Percentiles are too narrow on skewed errors: in 1000 simulated data sets of 6, 12, 24, 50, 150 patients they held
+    the truth in 82, 88, 91, 92, 93 %, these intervals in 93, 94, 94, 94, 94 % (python -m benchmarks.coverage).
+    """
+    if len(sums) < FEWEST_PATIENTS:
+        return np.full(sums.shape[1], np.nan), np.full(sums.shape[1], np.nan)
+    mean = sums.sum(axis=0) / counts.sum(axis=0)
+    centred = sums - mean * counts
+    _, error = _deviation(np.ones((1, len(sums))), centred, counts)
+    patients = np.full(len(sums), 1 / len(sums))
+    weights = np.random.default_rng(seed).multinomial(len(sums), patients, size=samples).astype(np.float64)
+    deviation, spread = _deviation(weights, centred, counts)
+    ratio = np.divide(deviation, spread, out=np.full_like(spread, np.nan), where=spread > 1e-6 * error)
+    ratio[:, error[0] <= 1e-12 * np.abs(mean)] = 0.0  # all patients are alike
+    high, low = np.nanpercentile(ratio, (2.5, 97.5), axis=0)
+    return mean - low * error[0], mean - high * error[0]
+
+
+def _deviation(weights: np.ndarray, centred: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the resamples (rows of `weights`, (B, P)) about the sample's mean, and their standard errors; (B, K)."""
+    totals = weights @ counts
+    mean = weights @ centred / totals
+    squares = weights @ centred**2 - 2 * mean * (weights @ (centred * counts)) + mean**2 * (weights @ counts**2)
+    return mean, np.sqrt(np.maximum(squares, 0.0)) / totals
 
 
 # ---- the baseline without an image

@@ -143,6 +143,8 @@ def test_summary_by_hand_and_an_error_equal_to_a_threshold_counts():
     assert summary["p95"] == pytest.approx(3 + 0.85 * 3)  # position 0.95 * 3 = 2.85 between 3 and 6
     assert summary["sdr"] == {"2": 50.0, "2.5": 50.0, "6": 100.0}
     assert summary["per_landmark"]["mre"] == [2.0, 4.0, None]
+    assert summarise(np.array([[1.0, 6.0], [3.0, np.nan]]), [])["mre"] == pytest.approx(10 / 3)  # micro
+    assert summarise(np.array([[1.0, 6.0], [3.0, np.nan]]), [])["macro_mre"] == (2 + 6) / 2
     assert summary["per_landmark"]["std"] == [1.0, 2.0, None]
     assert summary["per_landmark"]["count"] == [2, 2, 0]
     assert summary["per_landmark"]["sdr"] == {"2": [50.0, 50.0, None], "2.5": [50.0, 50.0, None],
@@ -186,11 +188,31 @@ def test_bootstrap_resamples_patients_not_images():
     assert (clustered_high - clustered_low) > 2 * (high - low)
 
 
-def test_bootstrap_weighs_every_scored_landmark_alike():
-    """Three landmarks of one patient at 0, one of another at 8: a draw of both has the mean 2, not 4."""
-    errors = np.array([[0.0, 0.0, 0.0], [8.0, np.nan, np.nan]])
-    draws = [bootstrap_interval(errors, [7, 9], seed=seed, samples=1) for seed in range(30)]
-    assert set(draws) == {(0.0, 0.0), (2.0, 2.0), (8.0, 8.0)}
+def test_bootstrap_t_as_a_loop_over_resamples():
+    """Every scored landmark weighs alike, also where patients have different numbers of them."""
+    errors = np.random.default_rng(3).gamma(2.0, size=(6, 4))
+    errors[0, 1:] = errors[4, 2] = np.nan
+    sums, counts = np.nansum(errors, axis=1), (~np.isnan(errors)).sum(axis=1)
+
+    def mean_and_error(drawn):
+        mean = sums[drawn].sum() / counts[drawn].sum()
+        return mean, math.sqrt(sum((sums[i] - mean * counts[i]) ** 2 for i in drawn)) / counts[drawn].sum()
+
+    mean, error = mean_and_error(np.arange(6))
+    ratios = []
+    for weights in np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=2000):
+        again, spread = mean_and_error(np.repeat(np.arange(6), weights))
+        if spread > 1e-9:
+            ratios.append((again - mean) / spread)
+    expected = mean - np.percentile(ratios, [97.5, 2.5]) * error
+    assert bootstrap_interval(errors, range(6), seed=5) == pytest.approx(tuple(expected), rel=1e-9)
+
+
+def test_an_interval_needs_four_patients():
+    errors = np.random.default_rng(4).gamma(2.0, size=(4, 3))
+    assert np.isnan(bootstrap_interval(np.repeat(errors[:3], 5, axis=0), np.repeat(range(3), 5), seed=0)).all()
+    assert np.isfinite(bootstrap_interval(errors, range(4), seed=0)).all()
+    assert bootstrap_interval(np.full((5, 2), 3.0), range(5), seed=0) == (3.0, 3.0)
 
 
 # ---- the baseline

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
+from landmarks_finetuning.metrics import bootstrap_interval
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
-from landmarks_finetuning.report.findings import comparisons, paper_comparison, verdict
+from landmarks_finetuning.report.findings import comparisons, verdict
 from landmarks_finetuning.report.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_numbers, draw_overlay
 
 NAMES = ("Sella", "Nasion")
@@ -85,9 +86,14 @@ def test_aggregate_means_and_spread_over_draws(experiment):
     assert (row["draws"], row["runs"], row["validation_labels"]) == (2, 2, 20)
 
 
-def test_one_run_keeps_its_own_interval_and_has_no_spread(experiment):
-    row = row_of(aggregate(read_experiment(experiment).runs), "ddpm", 1)
-    assert (row["interval_low"], row["interval_high"]) == (8.5, 9.5)
+def test_one_draw_has_an_interval_over_patients_and_no_spread(tmp_path):
+    errors = [[1, 2], [3, 4], [2, 2], [5, 1], [2, np.nan]]
+    write_run(tmp_path / "s", "ddpm", 1, 0, errors)
+    row = aggregate(read_experiment(tmp_path / "s").runs).iloc[0]
+    low, high = bootstrap_interval(np.array(errors, dtype=float), range(5), seed=0)
+    assert (row["interval_low"], row["interval_high"]) == (low, high)
+    assert row["mre"] == pytest.approx(22 / 9) and low < 22 / 9 < high
+    assert row["macro_mre"] == pytest.approx((13 / 5 + 9 / 4) / 2)
     assert np.isnan(row["mre_spread"])
 
 
@@ -107,12 +113,15 @@ def test_compare_pairs_draws_and_images(experiment):
     assert result["difference"] == pytest.approx((1 + 2) / 2)  # rival minus method, draw by draw
     assert (result["draws"], result["draws_won"]) == (2, 2)
     assert result["spread"] == pytest.approx(np.sqrt(0.5))
-    assert 1 <= result["low"] <= result["high"] <= 2  # every single gain is 1 or 2
+    assert np.isnan([result["low"], result["high"]]).all()  # two patients say nothing
+    assert result["p"] == 2 / 4  # nor can their signs: ++ and -- of four patterns
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({}, "better"),
-    ({"patients": 4}, "open"),  # too few to say
+    ({"patients": 5}, "open"),  # too few to say
+    ({"p_holm": 0.06}, "open"),  # not after the correction
+    ({"low": np.nan, "high": np.nan}, "open"),  # no interval
     ({"low": -0.1}, "open"),  # the interval over patients has 0
     ({"draws_won": 2}, "open"),  # a draw disagrees
     ({"spread": 1.5}, "open"),  # the draws differ by more than the gain
@@ -120,14 +129,14 @@ def test_compare_pairs_draws_and_images(experiment):
     ({"draws": 1, "draws_won": 1, "spread": np.nan}, "better"),
 ])
 def test_verdict(changes, expected):
-    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 5, "draws": 3, "draws_won": 3,
-                    "spread": 0.5} | changes) == expected
+    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 6, "draws": 3, "draws_won": 3,
+                    "p_holm": 0.04, "spread": 0.5} | changes) == expected
 
 
 def test_a_loss_of_pretraining_is_said(tmp_path):
     root = tmp_path / "study"
-    write_run(root, "ddpm", 5, 0, [[4, 4], [4.2, 4], [4.2, 4], [4, 4], [4.1, 4]])
-    write_run(root, "scratch", 5, 0, [[2, 2]] * 5)
+    write_run(root, "ddpm", 5, 0, [[4, 4], [4.2, 4], [4.2, 4], [4, 4], [4.1, 4], [4.04, 4.04]])
+    write_run(root, "scratch", 5, 0, [[2, 2]] * 6)
     found = comparisons(read_experiment(root).runs, aggregate(read_experiment(root).runs))
     assert found["verdict"].tolist() == ["worse"]
     html = build_report([root]).read_text(encoding="utf8")
@@ -153,18 +162,7 @@ def test_tables_hold_the_numbers(experiment, page):
     assert landmarks.loc["Sella", "ddpm"] == pytest.approx((1 + 2 + 3) / 3)  # the NaN is not scored
     assert landmarks.loc["Nasion", "scratch"] == pytest.approx((4 + 3 + 5 + 5) / 4)
     assert len(pd.read_csv(tables / "runs.csv")) == 5
-    assert len(list((page.parent / "figures").glob("*.png"))) == 5
-
-
-def test_paper_difference_for_real_data_and_none_for_a_phantom(experiment, page):
-    runs = read_experiment(experiment).runs
-    table = paper_comparison(runs, aggregate(runs)).set_index(["backbone", "shots", "metric"])
-    cell = table.loc[("ddpm", 10, "MRE")]
-    assert (cell["paper"], cell["ours"], cell["scorer"]) == (3.52, 2.5, "paper")
-    assert cell["difference"] == pytest.approx(2.5 - 3.52)
-    assert table.loc[("ddpm", 10, "SDR@2"), "paper"] == 32.06
-    assert "Against the paper" in page.read_text(encoding="utf8")
-    assert paper_comparison(runs.assign(phantom=True), aggregate(runs)).empty
+    assert len(list((page.parent / "figures").glob("*.png"))) == 6
 
 
 def test_the_page_is_self_contained(page):
@@ -175,7 +173,7 @@ def test_the_page_is_self_contained(page):
     assert addresses
     assert not [a for a in addresses if not a.startswith(("#", "data:"))]
     assert "data:image/jpeg;base64," in html
-    assert len(re.findall(r"<svg", html)) == 5
+    assert len(re.findall(r"<svg", html)) == 6
     assert "mean radial error (mm)" in html  # figures keep their text as text
 
 

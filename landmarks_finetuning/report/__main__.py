@@ -13,8 +13,8 @@ def main() -> None:
     """Parse the command line, build the page and print where it is."""
     parser = argparse.ArgumentParser(
         prog="python -m landmarks_finetuning.report",
-        description="Write EXPERIMENT_DIR/report: index.html (one self-contained page), tables/*.csv, figures/*.png. "
-                    "More folders join the same page, which goes to the first.",
+        description="Write EXPERIMENT_DIR/report: index.html (one self-contained page), tables/*.csv and *.tex, "
+                    "figures/*.png. More folders join the same page, which goes to the first.",
         epilog="example: python -m landmarks_finetuning.report runs/cephalo runs/chest")
     parser.add_argument("experiment_dirs", nargs="+", type=Path, metavar="EXPERIMENT_DIR",
                         help="runs/<experiment>, finished or not")

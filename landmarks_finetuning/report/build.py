@@ -17,7 +17,7 @@ from PIL import Image
 
 from core.errors import UserError
 from core.files import write_atomically
-from landmarks_finetuning.report import figures
+from landmarks_finetuning.report import figures, paper_figures
 from landmarks_finetuning.report.collect import (
     Experiment,
     aggregate,
@@ -29,14 +29,16 @@ from landmarks_finetuning.report.collect import (
     select,
 )
 from landmarks_finetuning.report.findings import (
+    MIN_PATIENTS,
     UNTRAINED,
     comparisons,
     display_name,
     headline,
-    paper_comparison,
+    p_text,
     sentences,
     shots_text,
 )
+from landmarks_finetuning.report.tables import PaperTable, latex_table, metric_title, paper_tables, wide_rows
 
 OVERLAY_WIDTHS = {False: 640, True: 1200}  # pixels of an embedded overlay, of images and of volumes
 IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
@@ -103,15 +105,17 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     output = Output(experiments[0].path / "report")
     (output.folder / "tables").mkdir(parents=True, exist_ok=True)
     pages = [_experiment_context(experiment, output) for experiment in experiments]
+    summaries = [summary for page in pages for summary in page.pop("summaries")]
+    tables = _paper_tables(paper_tables(pd.concat(summaries, ignore_index=True)) if summaries else [], output)
     output.write_tables()
     titles = [page["title"] for page in pages]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "name": display_name, "labels": shots_text}
+    environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text}
     html = environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
         built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
-        tables=sorted(output.tables))
+        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS)
     path = output.folder / "index.html"
     write_atomically(path, html.encode())
     return path
@@ -133,7 +137,8 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
     curves = figures.pretraining_curves(experiment.pretraining, timesteps)
     return {
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
-        "sections": sections, "unfinished": experiment.unfinished.to_dict("records"),
+        "sections": sections, "summaries": [section.pop("summary") for section in sections],
+        "unfinished": experiment.unfinished.to_dict("records"),
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
         "config": json.dumps(config, indent=2, ensure_ascii=False),
@@ -170,25 +175,29 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     first, summary = runs.iloc[0], aggregate(runs)
     unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
     thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
-    landmarks, paper = per_landmark(runs, shots), paper_comparison(runs, summary)
+    landmarks = per_landmark(runs, shots)
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     output.add_table("runs", runs.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", found.assign(**identity))
-    output.add_table("paper", paper.assign(**identity))
+    output.add_table("pretraining_iterations", paper_figures.iteration_means(runs).assign(**identity))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
         "phantom": bool(first["phantom"]),
+        "summary": summary, "comparisons": found.to_dict("records"),
         "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
         "rows": _summary_rows(summary), "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
         "show_variants": bool((runs.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
-        "paper": _paper_rows(paper), "overlays": _overlays(experiment, runs, output.pictures),
+        "overlays": _overlays(experiment, runs, output.pictures),
         "figures": {
             "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
+            "bars": output.figure(f"{slug}_bars", paper_figures.error_bars(summary, unit)),
+            "iterations": output.figure(f"{slug}_pretraining_iterations",
+                                        paper_figures.error_against_iterations(runs, unit)),
             "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(runs, unit, thresholds)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
@@ -209,24 +218,22 @@ def _summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 def _landmark_rows(landmarks: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per landmark: every backbone's error and which is the smallest; the last row is the mean."""
     rows = [(str(name), values) for name, values in landmarks.iterrows()]
-    rows.append(("mean of the landmarks", landmarks.mean()))
+    rows.append(("macro mean", landmarks.mean()))
     return [{"name": name, "values": list(values), "total": index == len(landmarks),
              "best": int(np.nanargmin(values)) if values.notna().any() else -1}
             for index, (name, values) in enumerate(rows)]
 
 
-def _paper_rows(paper: pd.DataFrame) -> dict[str, Any] | None:
-    """The comparison in wide form: a row per method and shots, a triple (paper, ours, difference) per metric."""
-    if paper.empty:
-        return None
-    metrics = sorted(paper["metric"].unique(), key=lambda m: (m != "MRE", float(m.partition("@")[2] or 0)))
-    keys = ["shots", "backbone", "variant", "paper_method", "scorer"]
-    rows = []
-    for key, group in paper.groupby(keys, sort=True):
-        cells = group.set_index("metric")[["paper", "ours", "difference"]].to_dict("index")
-        rows.append({**dict(zip(keys, key, strict=True)), "cells": [cells.get(m) for m in metrics]})
-    unit = paper.loc[paper["metric"] == "MRE", "unit"].iloc[0]
-    return {"metrics": metrics, "rows": rows, "unit": unit}
+def _paper_tables(tables: list[PaperTable], output: Output) -> list[dict[str, Any]]:
+    """Write the paper's tables as CSV and LaTeX; what the page shows of each."""
+    shown = []
+    for table in tables:
+        output.add_table(table.name, table.cells)
+        write_atomically(output.folder / "tables" / f"{table.name}.tex", latex_table(table).encode())
+        metrics, rows = wide_rows(table.cells)
+        shown.append({"name": table.name, "title": table.title, "rows": rows, "columns": table.columns,
+                      "metrics": [metric_title(metric, table.cells) for metric in metrics]})
+    return shown
 
 
 def _overlays(experiment: Experiment, runs: pd.DataFrame, pictures: Pictures) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pandas as pd
 
 from core.errors import UserError
 from core.runlog import read_metrics
-from landmarks_finetuning.metrics import bootstrap_interval
+from landmarks_finetuning.metrics import bootstrap_interval, macro_mean, patient_sums, within
+from landmarks_finetuning.report.provenance import starting_point
+from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "confidence")
@@ -79,11 +82,12 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
                 "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}
         low, high = metrics["physical"].get("interval") or (np.nan, np.nan)
         row |= _figures(metrics["physical"], "") | {"interval_low": low, "interval_high": high}
+        row["macro_mre"] = macro_mean(metrics["physical"]["per_landmark"]["mre"])
     except KeyError as error:
         raise UserError(f"{folder / 'metrics.json'} lacks {error}; evaluate that run again") from error
     if metrics.get("paper"):
         row |= _figures(metrics["paper"], "paper_")
-    return {"experiment": experiment, **row, "path": folder}
+    return {"experiment": experiment, **row, **starting_point(folder, row["backbone"]), "path": folder}
 
 
 def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -108,27 +112,45 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per method and number of shots: means over draws (each draw the mean of its seeds).
 
     mre_spread is the standard deviation (n - 1) between draws, NaN with one draw; runs, draws and seeds count.
-    interval_low/high is the run's own 95 % interval where one run is, else that of the pooled errors over patients.
+    interval_low/high is the 95 % interval of mre over patients, all draws pooled; low_x and high_x are that of column x
+    (an SDR, or what the paper's scorer gives).
     """
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
     of_paper = [column for column in runs if column.startswith("paper_") and column != "paper_rule"]
-    values = ["mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper]
+    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper]
     rows = []
     for key, group in runs.groupby(CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
         row = dict(zip(CELL, key, strict=True)) | by_draw.mean().to_dict()
         row |= {"mre_spread": by_draw["mre"].std(ddof=1), "runs": len(group), "draws": len(by_draw),
                 "seeds": group["seed"].nunique(), "unit": group["unit"].iloc[0], "images": group["images"].iloc[0],
-                "validation_labels": group["validation_labels"].max()}
-        low, high = group[["interval_low", "interval_high"]].iloc[0] if len(group) == 1 else _pooled_interval(group)
-        rows.append({**row, "interval_low": low, "interval_high": high})
+                "validation_labels": group["validation_labels"].max(),
+                **{key: group[key].iloc[0] for key in ("paper_rule", "phantom", "pretraining_dataset")}}
+        rows.append({**row, **_intervals(group)})
     return pd.DataFrame(rows)
 
 
-def _pooled_interval(group: pd.DataFrame) -> tuple[float, float]:
-    by_draw, patients = errors_by_draw(group)
-    return bootstrap_interval(np.concatenate(list(by_draw.values()), axis=1), patients, seed=0)
+def _intervals(group: pd.DataFrame) -> dict[str, float]:
+    """95 % intervals over patients, all draws pooled, of each mean and rate of one method at one number of shots."""
+    found = {}
+    for prefix, column in (("", "error"), ("paper_", "paper_error")):
+        if f"{prefix}mre" not in group or group[f"{prefix}mre"].isna().any():
+            continue
+        low, high = bootstrap_interval(*_pooled(group, column), seed=0)
+        found |= {f"low_{prefix}mre" if prefix else "interval_low": low,
+                  f"high_{prefix}mre" if prefix else "interval_high": high}
+        for rate in sdr_columns(group, prefix):
+            limit = float(rate.rsplit("_", 1)[1])
+            sums = patient_sums(*_pooled(group, column, lambda errors, limit=limit: within(errors, limit)))
+            low, high = rate_interval(*(values[:, None] for values in sums))
+            found |= {f"low_{rate}": low[0], f"high_{rate}": high[0]}
+    return found
+
+
+def _pooled(group: pd.DataFrame, *options) -> tuple[np.ndarray, np.ndarray]:
+    by_draw, patients = errors_by_draw(group, *options)
+    return np.concatenate(list(by_draw.values()), axis=1), patients
 
 
 def read_predictions(folder: Path) -> pd.DataFrame:
@@ -144,29 +166,35 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     return table
 
 
-def error_matrix(folder: Path) -> tuple[pd.DataFrame, pd.Series]:
-    """A run's errors, images x landmarks in the order of the file, and the images' patients."""
+def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
+    """A run's errors, images x landmarks in the order of the file, and the images' patients.
+
+    `column` "paper_error" takes those of the paper's scorer.
+    """
     table = read_predictions(folder)
-    matrix = table.pivot(index="image", columns="landmark", values="error")
+    matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
     return matrix, table.drop_duplicates("image").set_index("image")["patient"]
 
 
-def errors_by_draw(group: pd.DataFrame) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def errors_by_draw(group: pd.DataFrame, column: str = "error",
+                   measure: Callable[[np.ndarray], np.ndarray] = np.asarray,
+                   ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """{draw: errors (images, landmarks), mean over its seeds} of one method at one number of shots, and the patients.
 
-    Raises UserError when its runs were scored on different images.
+    `column` as for `error_matrix`; `measure` turns a run's errors into what is averaged over seeds. Raises UserError
+    when its runs were scored on different images.
     """
     matrices: dict[int, list[pd.DataFrame]] = {}
     first = patients = None
     for run in group.itertuples():
-        matrix, patients = error_matrix(run.path)
+        matrix, patients = error_matrix(run.path, column)
         first = matrix if first is None else first
         if set(matrix.index) != set(first.index) or set(matrix.columns) != set(first.columns):
             raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
                             "evaluate both again with the same data")
         matrices.setdefault(run.draw, []).append(matrix.reindex_like(first))
-    by_draw = {draw: np.mean([m.to_numpy() for m in found], axis=0) for draw, found in matrices.items()}
+    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in found], axis=0) for draw, found in matrices.items()}
     return by_draw, patients.reindex(first.index).to_numpy()
 
 
@@ -188,8 +216,8 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
     """Paired difference of mean errors, rival minus group (positive: `group` is better), over the draws both have.
 
     Keys: method_mre, rival_mre (over those draws), difference, low, high (95 % interval over patients, the same ones
-    for both), patients, draws, draws_won, spread (standard deviation of the draws' differences, NaN with one). None
-    when they share no draw or no image.
+    for both), p (paired test over patients, see `sign_flip_p`), patients, draws, draws_won, spread (standard deviation
+    of the draws' differences, NaN with one). None when they share no draw or no image.
     """
     ours, patients = errors_by_draw(group)
     theirs, rival_patients = errors_by_draw(rival)
@@ -204,11 +232,13 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
     theirs = [theirs[d][np.ix_(rival_rows, rival_columns)] for d in draws]
     gains = [their - our for our, their in zip(ours, theirs, strict=True)]
     by_draw = np.array([np.nanmean(gain) for gain in gains])
-    low, high = bootstrap_interval(np.concatenate(gains, axis=1), patients[rows], seed=0)
+    pooled = np.concatenate(gains, axis=1)
+    low, high = bootstrap_interval(pooled, patients[rows], seed=0)
+    p_value = float(sign_flip_p(patient_sums(pooled, patients[rows])[0][:, None])[0])
     spread = float(by_draw.std(ddof=1)) if len(draws) > 1 else np.nan
     return {"method_mre": float(np.mean([np.nanmean(errors) for errors in ours])),
             "rival_mre": float(np.mean([np.nanmean(errors) for errors in theirs])),
-            "difference": float(by_draw.mean()), "low": low, "high": high, "draws": len(draws),
+            "difference": float(by_draw.mean()), "low": low, "high": high, "p": p_value, "draws": len(draws),
             "patients": len(set(patients[rows])), "draws_won": int((by_draw > 0).sum()), "spread": spread}
 
 

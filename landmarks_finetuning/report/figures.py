@@ -62,13 +62,14 @@ def _without_size(tag: re.Match) -> str:
     return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px">'
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` x `height` inches in the report's style and its (rows, columns) axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _styled(draw):
+def styled(draw):
     """Run a drawing function under the report's style."""
     def drawn(*arguments, **options):
         with matplotlib.rc_context(STYLE):
@@ -81,13 +82,13 @@ def _line_style(backbone: str) -> str:
     return (0, (4, 3)) if backbone == "mean_shape" else "-"
 
 
-@_styled
+@styled
 def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
     """Mean radial error against the number of labels, one line per method, bars: standard deviation over draws.
 
     With one draw the bars are the 95 % interval over patients.
     """
-    figure, axes = _figure(7.2, 4.0)
+    figure, axes = new_figure(7.2, 4.0)
     axis, backbones = axes[0, 0], sorted(summary["backbone"].unique())
     several = summary.groupby("backbone")["variant"].nunique()
     methods = list(summary.groupby(["backbone", "variant"]))
@@ -118,13 +119,13 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]) -> Figure:
     """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled."""
     shots, variants = sorted(runs["shots"].unique()), main_variants(runs)
     columns = 2 if len(shots) == 4 else min(3, len(shots))
     rows = -(-len(shots) // columns)
-    figure, axes = _figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
+    figure, axes = new_figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
     reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
     grid = np.linspace(0, reach, 160)
     for axis, count in zip(axes.flat, shots, strict=False):
@@ -147,11 +148,12 @@ def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]
         axis.set_ylabel("landmarks within (%)")
     for axis in list(axes.flat)[len(shots):]:
         axis.set_visible(False)
-    _shared_legend(figure, axes)
+    shared_legend(figure, axes)
     return figure
 
 
-def _shared_legend(figure: Figure, axes: np.ndarray) -> None:
+def shared_legend(figure: Figure, axes: np.ndarray) -> None:
+    """One legend above all axes, each label once."""
     found = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
@@ -160,14 +162,14 @@ def _shared_legend(figure: Figure, axes: np.ndarray) -> None:
         figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(4, len(found)), fontsize=9)
 
 
-@_styled
+@styled
 def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | None:
     """DDPM training loss and validation loss, and the validation loss by quartile of the timestep."""
     training = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
     validation = [line for line in lines if "validation_loss" in line]
     if not len(training):
         return None
-    figure, axes = _figure(9.2, 3.4, 1, 2 if validation else 1)
+    figure, axes = new_figure(9.2, 3.4, 1, 2 if validation else 1)
     left = axes[0, 0]
     left.plot(*training.T, color=COLOURS["ddpm"], alpha=0.3, linewidth=0.9, label="training, each record")
     left.plot(training[:, 0], _smoothed(training[:, 1]), color=COLOURS["ddpm"], linewidth=1.8,
@@ -205,7 +207,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-@_styled
+@styled
 def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
     """Training and validation loss and validation error, a column per number of shots, a line per draw and seed."""
     variants, shots = main_variants(runs), sorted(runs["shots"].unique())
@@ -217,8 +219,8 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
     measures = [("loss", "training loss"), ("validation_loss", "validation loss"),
                 ("validation_mre", f"validation error ({unit})")]
     measures = [m for m in measures if any(m[0] in line for _, lines in curves for line in lines)]
-    figure, axes = _figure(2.6 * len(shots) + 1.6, 2.3 * len(measures) + 0.6, len(measures), len(shots), sharey="row",
-                           sharex="col")
+    figure, axes = new_figure(2.6 * len(shots) + 1.6, 2.3 * len(measures) + 0.6, len(measures), len(shots),
+                              sharey="row", sharex="col")
     for run, lines in curves:
         for axis, (key, _) in zip(axes[:, shots.index(run.shots)], measures, strict=True):
             points = np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None])
@@ -233,15 +235,15 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
         axes[-1, column].set_xlabel("optimiser steps")
     for row, (_, label) in enumerate(measures):
         axes[row, 0].set_ylabel(label)
-    _shared_legend(figure, axes)
+    shared_legend(figure, axes)
     return figure
 
 
-@_styled
+@styled
 def landmark_bars(table: pd.DataFrame, unit: str, shots: int) -> Figure:
     """Mean error of each landmark (rows of `table`) by backbone (its columns), the best one's hardest on top."""
     ordered, count = table.sort_values(table.mean().idxmin()), table.shape[1]
-    figure, axes = _figure(6.4, 0.9 + len(table) * (0.13 * count + 0.12))
+    figure, axes = new_figure(6.4, 0.9 + len(table) * (0.13 * count + 0.12))
     axis, height = axes[0, 0], 0.82 / count
     for index, backbone in enumerate(table.columns):
         positions = np.arange(len(ordered)) + ((count - 1) / 2 - index) * height
@@ -252,5 +254,5 @@ def landmark_bars(table: pd.DataFrame, unit: str, shots: int) -> Figure:
     axis.tick_params(axis="y", length=0)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel(f"mean radial error ({unit}), {shots_text(shots)}")
-    _shared_legend(figure, axes)
+    shared_legend(figure, axes)
     return figure

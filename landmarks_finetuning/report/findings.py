@@ -1,21 +1,19 @@
-"""What the numbers say, in plain words: who wins, by how much, how sure; and the paper's numbers beside ours."""
+"""What the numbers say, in plain words: who wins, by how much, how sure."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from landmarks_finetuning.report.collect import compare, main_variants, select
+from landmarks_finetuning.report.statistics import SIGNIFICANCE, holm
 
-PAPER_RESULTS = Path(__file__).with_name("paper_results.csv")
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
 NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "random": "Untrained encoder",
          "mean_shape": "Mean shape", **PAPER_METHODS}
 UNTRAINED = "mean_shape"
 STUDIED = "ddpm"
-MIN_PATIENTS = 5  # tested ones, to name a winner: a bootstrap over fewer is blind
+MIN_PATIENTS = 6  # tested ones, to name a winner: the paired test of 5 cannot give less than 0.0625
 
 
 def display_name(backbone: str) -> str:
@@ -29,9 +27,11 @@ def _inline_name(backbone: str) -> str:
 
 
 def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """One row per number of shots: the studied backbone (else the best) against the best of the others.
+    """One row per rival and number of shots: the studied backbone (else the best trained one) against every other.
 
-    Only each backbone's main variant takes part; the untrained mean shape is a rival only when nothing else is.
+    Only each backbone's main variant takes part. best_rival marks the best of the others, the untrained mean shape only
+    where nothing else is. p is the paired test's, p_holm Holm's correction of it over all rows: all comparisons of one
+    data set are one family, so that the best rival may be chosen by looking.
     """
     variants = main_variants(runs)
     main = summary[[variants.get(b) == v for b, v in zip(summary["backbone"], summary["variant"], strict=True)]]
@@ -40,37 +40,42 @@ def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
         means = group.set_index("backbone")["mre"].sort_values()
         trained = means.drop(UNTRAINED, errors="ignore")
         method = STUDIED if STUDIED in means else next(iter(trained.index), None)
-        others = trained.drop(method, errors="ignore")
-        rival = others.index[0] if len(others) else UNTRAINED
-        if method is None or rival not in means:
+        if method is None:
             continue
-        result = compare(select(runs, method, variants[method], shots), select(runs, rival, variants[rival], shots))
-        if result is not None:
-            floor = means.get(UNTRAINED, np.nan)
-            rows.append({"shots": shots, "method": method, "rival": rival, "mean_shape_mre": floor, **result,
-                         "verdict": verdict(result)})
-    return pd.DataFrame(rows)
+        ranked = [*trained.drop(method).index, *means.index.intersection([UNTRAINED])]
+        for rank, rival in enumerate(ranked):
+            result = compare(select(runs, method, variants[method], shots), select(runs, rival, variants[rival], shots))
+            if result is not None:
+                rows.append({"shots": shots, "method": method, "rival": rival, "best_rival": rank == 0,
+                             "mean_shape_mre": means.get(UNTRAINED, np.nan), **result})
+    found = pd.DataFrame(rows)
+    if found.empty:
+        return found
+    found["p_holm"] = holm(found["p"])
+    return found.assign(verdict=[verdict(row) for row in found.to_dict("records")])
 
 
 def verdict(result: dict) -> str:
     """"better", "worse" or "open".
 
-    A difference counts when there are MIN_PATIENTS test patients or more, its interval over them excludes 0 and, with
-    several draws, every draw agrees on the sign and the mean difference exceeds the spread (standard deviation) of the
-    draws' differences.
+    A difference counts when there are MIN_PATIENTS test patients or more, its interval over them excludes 0, the
+    corrected p-value is below SIGNIFICANCE and, with several draws, every draw agrees on the sign and the mean
+    difference exceeds the spread (standard deviation) of the draws' differences.
     """
     excludes_zero = (result["low"] > 0 or result["high"] < 0) and result["patients"] >= MIN_PATIENTS
+    significant = result["p_holm"] < SIGNIFICANCE
     agree = result["draws_won"] in (0, result["draws"])
     beyond_spread = result["draws"] == 1 or abs(result["difference"]) > result["spread"]
-    if not (excludes_zero and agree and beyond_spread):
+    if not (excludes_zero and significant and agree and beyond_spread):
         return "open"
     return "better" if result["difference"] > 0 else "worse"
 
 
 def headline(found: pd.DataFrame, unit: str) -> tuple[str, str]:
-    """The page's first sentence, and the numbers behind it."""
+    """The page's first sentence, and the numbers behind it: of the comparisons with the best rivals."""
     if found.empty:
         return "There is no second method to compare with yet.", ""
+    found = found[found["best_rival"]]
     parts = []
     for key, text in (("better", "is clearly better"), ("worse", "is clearly worse"), ("open", "is within the spread")):
         shots = found.loc[found["verdict"] == key, "shots"].tolist()
@@ -97,9 +102,9 @@ def _against(row, unit: str) -> str:
 
 
 def sentences(found: pd.DataFrame, unit: str) -> list[dict[str, str]]:
-    """One plain paragraph per number of shots: {"shots", "verdict", "text"}."""
+    """One plain paragraph per number of shots, about the best rival: {"shots", "verdict", "text"}."""
     return [{"shots": shots_text(row.shots), "verdict": row.verdict, "text": _sentence(row, unit)}
-            for row in found.itertuples()]
+            for row in found.itertuples() if row.best_rival]
 
 
 def _sentence(row, unit: str) -> str:
@@ -109,7 +114,10 @@ def _sentence(row, unit: str) -> str:
     direction = "better" if row.difference > 0 else "worse"
     judgement = {"better": f"{method} wins by {size}.", "worse": f"{method} does not win: it is {size} worse.",
                  "open": f"It is {size} {direction}, which is within the spread: no winner."}[row.verdict]
-    sure = f"95 % interval of the gain over patients: {_signed(row.low)} to {_signed(row.high)} {unit}"
+    sure = (f"95 % interval of the gain over patients: {_signed(row.low)} to {_signed(row.high)} {unit}, paired test "
+            f"p: {p_text(row.p)}, corrected {p_text(row.p_holm)}")
+    if np.isnan(row.low):
+        sure = "There is no interval over so few patients"
     if row.draws > 1:
         sure += (f"; better in {row.draws_won} of {row.draws} draws of the labels, the gain varying by "
                  f"{row.spread:.2f} {unit} between draws.")
@@ -124,39 +132,10 @@ def _sentence(row, unit: str) -> str:
     return f"{opening}. {judgement} {sure}{floor}"
 
 
+def p_text(p_value: float) -> str:
+    """'0.031', '< 0.001'."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
-
-
-def paper_method(backbone: str, variant: str) -> str:
-    """The paper's row to put beside a method; what the paper does not have is put beside its diffusion model."""
-    if backbone in PAPER_METHODS:
-        return PAPER_METHODS[backbone]
-    return "DDPM (contour-hugging)" if "target-pixel" in variant else "DDPM (Gaussian heatmaps)"
-
-
-def paper_comparison(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """Ours (paper scorer where it ran, else physical) beside the published numbers; empty where none apply.
-
-    Only for real data under one of the published rules, on the test split: a phantom has no published numbers.
-    """
-    rules = runs["paper_rule"].dropna().unique()
-    known = pd.read_csv(PAPER_RESULTS)
-    known = known[known["table"].isin((1, 2, 3))]
-    if len(rules) != 1 or rules[0] not in set(known["dataset"]) or runs["phantom"].any():
-        return pd.DataFrame()
-    known = known[known["dataset"] == rules[0]]
-    rows = []
-    for row in summary[(summary["split"] == "test") & (summary["backbone"] != UNTRAINED)].to_dict("records"):
-        theirs = known[(known["method"] == paper_method(row["backbone"], row["variant"]))
-                       & (known["labeled_images"] == row["shots"])]
-        prefix = "paper_" if pd.notna(row.get("paper_mre", np.nan)) else ""
-        for published in theirs.itertuples():
-            column = published.metric.lower().replace("@", "_")
-            value = row.get(prefix + column, np.nan)
-            if pd.notna(value):
-                rows.append({"shots": row["shots"], "backbone": row["backbone"], "variant": row["variant"],
-                             "metric": published.metric, "unit": published.unit, "ours": value,
-                             "scorer": "paper" if prefix else "physical", "paper_method": published.method,
-                             "paper": published.mean, "difference": value - published.mean})
-    return pd.DataFrame(rows)

@@ -1,0 +1,55 @@
+"""What a run started from: the data set and the iteration of its pre-training, read from its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from core.errors import UserError
+from core.runlog import read_metrics
+
+UNKNOWN = "unknown"
+
+
+def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
+    """{"pretraining_dataset", "pretraining_iteration", "validation_mre"} of the run in `folder`; None where not known.
+
+    The iteration is 0 from scratch and None for a given checkpoint; data set and iteration are the diffusion model's
+    only. validation_mre is the one logged at the step that was kept, that of the lowest validation loss.
+    """
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
+    kept = min(lines, key=lambda line: line["validation_loss"], default={})
+    start = {"pretraining_dataset": None, "pretraining_iteration": 0 if backbone == "scratch" else None,
+             "validation_mre": kept.get("validation_mre")}
+    path = folder / "config.json"
+    if backbone != "ddpm" or not path.is_file():
+        return start
+    config = json.loads(path.read_text(encoding="utf8"))
+    finetune, checkpoints = config.get("finetune", {}), config.get("ddpm", {}).get("checkpoint_iterations")
+    if finetune.get("checkpoint"):
+        return start | {"pretraining_dataset": checkpoint_dataset(Path(finetune["checkpoint"]))}
+    iteration = finetune.get("pretraining_iteration") or max(checkpoints or [0]) or None
+    return start | {"pretraining_dataset": config.get("dataset", {}).get("name"), "pretraining_iteration": iteration}
+
+
+def checkpoint_dataset(path: Path) -> str:
+    """The data set a weights file was pre-trained on: as its header says, else by its place, else "unknown".
+
+    Places: <experiment>/ddpm/<file> of ours, where the experiment stands for its data set, and DDPM/<data set>/<file>
+    of the published ones. Raises UserError for a .safetensors file that cannot be read.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {}).get("header", "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is truncated or not a weights file ({error})") from None
+        name = header.get("config", {}).get("dataset", {}).get("name")
+        if name:
+            return name
+    if path.parent.name == "ddpm":
+        return path.parent.parent.name
+    return path.parent.name if path.parent.parent.name == "DDPM" else UNKNOWN
