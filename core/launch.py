@@ -12,6 +12,7 @@ from core.config import add_config_arguments, load_config
 from core.dataset import load_source, select_shots
 from core.encoders import START_WEIGHTS, start_encoder_unet
 from core.errors import run_command
+from core.leaks import find_leaks, leak_lines
 from core.records import DataSource
 from core.settings import Config
 from core.study import (
@@ -58,12 +59,14 @@ def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
 
 
 def print_plan(config: Config, stages: tuple[str, ...], source: DataSource) -> None:
-    """Stages, images per split, checkpoints found, runs done and left, optimiser steps to come."""
+    """Stages, images per split and leaks, checkpoints found, runs done and left, optimiser steps to come."""
     ddpm = config.ddpm
     print(f"study {config.experiment.name} in {config.experiment_dir}; stages {' '.join(stages)}")
     counts = ", ".join(f"{len(records)} {name}" for name, records in source.splits.items())
     print(f"data  {config.dataset.name} ({source.layout}) at {source.root}: {counts}; {len(source.landmark_names)} "
           f"landmarks; {len(source.pretraining_records())} images for pre-training")
+    for line in leak_lines(find_leaks(source, config.dataset)) if studies(config, stages) else ():
+        print(line)
     steps = 0
     if "pretrain" in stages and needs_pretraining(config):
         found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
