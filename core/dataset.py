@@ -107,7 +107,7 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
     holds all of them and image_size, and each lies in its middle.
     """
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
-    loaded = [_load_one(record, config) for record in tqdm(records, progress, leave=False, disable=hidden)]
+    loaded = [load_one(record, config) for record in tqdm(records, progress, leave=False, disable=hidden)]
     sizes = np.array([image.pixels.shape[1:] for image in loaded])
     canvas = np.maximum(sizes.max(axis=0), config.image_size)
     firsts = (canvas - sizes) // 2
@@ -158,13 +158,16 @@ def _resize_weights(old: int, new: int, ratio: float) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """One image as `load_one` gives it."""
+
     pixels: np.ndarray  # (C, *size), raw intensities
     original_size: tuple[int, ...]
     map: np.ndarray  # (D, D + 1), stored -> network pixels
+    digest: str | None  # of the file's content; None in a pack made without
 
 
-def _load_one(record: Record, config: DatasetConfig) -> _Loaded:
+def load_one(record: Record, config: DatasetConfig) -> Loaded:
     """One image upright and resampled, from pack, cache or the file itself."""
     if Path(config.root).suffix == ".npz" and record.image == Path(config.root):
         pack = _open_pack(Path(config.root))
@@ -180,7 +183,8 @@ def _load_one(record: Record, config: DatasetConfig) -> _Loaded:
     turned = tuple(geometry.size[axis] for axis in order)
     size, ratio = _grid(turned, order, record, geometry, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (size, ratio))
-    cached = Path(config.cache_dir) / f"{_digest(record.image)}_{shape}_v{CACHE_VERSION}.npy"
+    digest = _digest(record.image)
+    cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     if cached.is_file():
         pixels = np.load(cached)
     else:
@@ -188,7 +192,7 @@ def _load_one(record: Record, config: DatasetConfig) -> _Loaded:
         buffer = io.BytesIO()
         np.save(buffer, pixels)
         write_atomically(cached, buffer.getvalue())
-    return _Loaded(pixels, geometry.size, compose(resampling_map(turned, size, ratio), upright_map(geometry)))
+    return Loaded(pixels, geometry.size, compose(resampling_map(turned, size, ratio), upright_map(geometry)), digest)
 
 
 def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geometry: Geometry,
@@ -231,7 +235,7 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
 @dataclass(frozen=True, eq=False)
 class _Pack:
     size: tuple[int, ...]
-    images: dict[str, _Loaded]
+    images: dict[str, Loaded]
     description: dict
 
 
@@ -245,7 +249,7 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     source = load_source(config)
     groups = {**source.splits, "unlabelled": source.unlabelled}
     records = [record for group in groups.values() for record in group]
-    loaded = [_load_one(record, config) for record in tqdm(records, desc="packing")]
+    loaded = [load_one(record, config) for record in tqdm(records, desc="packing")]
     description = {
         "layout": source.layout, "landmark_names": source.landmark_names, "unit": source.unit,
         "sdr_thresholds": source.sdr_thresholds, "paper_rule": source.paper_rule,
@@ -260,14 +264,20 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
                         original_sizes=np.array([image.original_size for image in loaded]),
                         maps=np.stack([image.map for image in loaded]),
+                        digests=np.array([image.digest or "" for image in loaded]),
                         description=np.array(json.dumps(description)))
     write_atomically(path, buffer.getvalue())
     return len(records)
 
 
 def _describe(record: Record) -> dict:
-    points = None if record.landmarks is None else [[None if np.isnan(v) else v for v in p] for p in record.landmarks]
-    return {"id": record.id, "landmarks": points, "spacing": record.spacing, "patient": record.patient}
+    told = {"id": record.id, "landmarks": None if record.landmarks is None else _plain(record.landmarks),
+            "spacing": record.spacing, "patient": record.patient}
+    return told if record.annotators is None else {**told, "annotators": [_plain(one) for one in record.annotators]}
+
+
+def _plain(points: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(value) else value for value in point] for point in points.tolist()]
 
 
 @lru_cache(maxsize=4)
@@ -279,8 +289,9 @@ def _open_pack(path: Path) -> _Pack:
             ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
             sizes = [tuple(size) for size in file["original_sizes"].tolist()]
             level = np.float32(peak / np.iinfo(pixels.dtype).max)
-            images = {name: _Loaded(image * level, size, map_) for name, image, size, map_
-                      in zip(ids, pixels, sizes, file["maps"], strict=True)}
+            digests = file["digests"].tolist() if "digests" in file else [""] * len(ids)
+            images = {name: Loaded(image * level, size, map_, digest or None) for name, image, size, map_, digest
+                      in zip(ids, pixels, sizes, file["maps"], digests, strict=True)}
             return _Pack(tuple(file["size"].tolist()), images, json.loads(str(file["description"])))
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.dataset --pack "
@@ -293,10 +304,10 @@ def _read_pack(config: DatasetConfig) -> DataSource:
         raise UserError(f'{config.root} was packed from layout "{told["layout"]}", dataset.layout is "{config.layout}"')
 
     def record(entry: dict) -> Record:
-        points = entry["landmarks"]
+        landmarks, annotators = (None if entry.get(key) is None else np.array(entry[key], dtype=np.float64)
+                                 for key in ("landmarks", "annotators"))
         spacing = None if entry["spacing"] is None else tuple(entry["spacing"])
-        landmarks = None if points is None else np.array(points, dtype=np.float64)
-        return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"])
+        return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"], annotators=annotators)
 
     groups = {name: tuple(record(e) for e in entries if e["id"] not in config.exclude)
               for name, entries in told["groups"].items()}

@@ -161,8 +161,9 @@ def _cephalo(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
         for label in labels:
             if not label.is_file():
                 raise UserError(f"image {image} has no label file {label}")
-        landmarks = np.mean([read_cephalo(label) for label in labels], axis=0)
-        records.append(Record(image_id(image.name), image, landmarks, spacing))
+        both = np.stack([read_cephalo(label) for label in labels])
+        annotators = None if np.array_equal(*both) else both  # a phantom's two files are one truth
+        records.append(Record(image_id(image.name), image, both.mean(axis=0), spacing, annotators=annotators))
     splits = _by_position(records, 130, 20)
     return DataSource("cephalo", CEPHALO_NAMES, splits, (), "mm", MM_THRESHOLDS, "cephalo", root)
 

@@ -100,13 +100,18 @@ def cell_run(config: Config, cell: Cell) -> Run:
 
 
 def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | None) -> None:
-    """Stages, images per split (of `source`, if it was read), checkpoints found, runs left, steps and time to come."""
+    """Stages, splits and leaks of `source`, if it was read, checkpoints found, runs left, steps and time to come."""
     runs = study_runs(config, stages)
     print(f"study {config.experiment.name} in {config.experiment_dir}; stages {' '.join(stages)}")
     if source is not None:
         counts = ", ".join(f"{len(records)} {name}" for name, records in source.splits.items())
         print(f"data  {config.dataset.name} ({source.layout}) at {source.root}: {counts}; "
               f"{len(source.landmark_names)} landmarks; {len(source.pretraining_records())} images for pre-training")
+        if studies(config, stages):
+            from core.leaks import find_leaks, leak_lines
+
+            for line in leak_lines(find_leaks(source, config.dataset)):
+                print(line)
     if "pretrain" in stages and needs_pretraining(config):
         found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "

@@ -23,7 +23,8 @@ class Record:
 
     NaN = not annotated, landmarks None = no labels. `spacing` is reporting units per stored pixel along each tensor
     axis: mm, for chest 256 / size (pixels of a 256x256 frame); None = unknown, errors are then in pixels. `geometry`
-    is the file's own (None in a pack), `labels` the file of the landmarks where each image has its own.
+    is the file's own (None in a pack), `labels` the file of the landmarks where each image has its own. `annotators`
+    (2, N, D) are the points of two people who marked the image on their own, where that is known.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Record:
     patient: str | None = None
     geometry: Geometry | None = None
     labels: Path | None = None
+    annotators: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class DataSource:
     def pretraining_records(self) -> tuple[Record, ...]:
         """Images for pre-training, labels removed: train + validation + unlabelled, never test."""
         images = (*self.splits["train"], *self.splits["validation"], *self.unlabelled)
-        return tuple(replace(record, landmarks=None) for record in images)
+        return tuple(replace(record, landmarks=None, annotators=None) for record in images)
 
     def require(self, split: str) -> tuple[Record, ...]:
         """The records of `split`; UserError when it is empty or unknown."""

@@ -30,7 +30,8 @@ PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate
 SSL_FREE = (*PLACES, "ssl.workers", "ssl.log_every", "ssl.validate_every", "ssl.save_every")
 CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior")
-SCORING = ("evaluation.split", "evaluation.sdr_thresholds")
+SCORING = ("evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked")
+BEFORE_THE_KEY = {"evaluation.leaked": "keep"}  # what runs did whose config.json does not have it yet
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def check_unchanged(run_dir: Path, config: Config, keys: Iterable[str], free: It
     path = run_dir / "config.json"
     if not path.is_file():
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf8"))), _flat(config.plain())
+    before = BEFORE_THE_KEY | _flat(json.loads(path.read_text(encoding="utf8")))
+    now = _flat(config.plain())
     watched = [key for key in sorted(before.keys() & now.keys())
                if any(key == k or key.startswith(f"{k}.") for k in keys) and key not in free]
     changed = [key for key in watched if before[key] != now[key]]

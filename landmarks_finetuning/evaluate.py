@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,21 @@ from core.dataset import load_images, load_source
 from core.errors import UserError, run_command
 from core.files import write_json
 from core.geometry import apply_maps, inverse
-from core.records import DataSource
+from core.leaks import find_leaks, leaked_ids
+from core.records import DataSource, Record
 from core.runlog import read_metrics, write_run_config
 from core.settings import Config
 from core.study import MEAN_SHAPE, Cell, cell_dir, variant
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
 from landmarks_finetuning.metrics import (
     SMALLEST_SIGMA_PX,
+    annotator_distances,
     bootstrap_interval,
     mean_shape_prediction,
     paper_errors,
     physical_errors,
     round_original,
+    share_within,
     summarise,
 )
 from landmarks_finetuning.predictions import (
@@ -48,7 +52,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         detector.config = load_config(run_dir / "config.json", overrides)
     config = detector.config
     source = load_source(config.dataset)
-    held = load_images(source.require(config.evaluation.split), config.dataset)
+    held = load_images(scored_records(config, source), config.dataset)
     predictions = find_landmarks(detector, held, decoder)
     header = detector.header
     seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
@@ -65,7 +69,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     source = load_source(config.dataset)
     chosen, validation = labelled_subset(config, source, cell)
     training = load_images(chosen, config.dataset)
-    held = load_images(source.require(config.evaluation.split), config.dataset)
+    held = load_images(scored_records(config, source), config.dataset)
     shape = mean_shape_prediction(training.points.numpy(), training.sizes.numpy(), held.sizes.numpy())
     points = apply_maps(shape, inverse(held.maps))
     flat = points.shape[2] == 2
@@ -78,6 +82,22 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     guess = Predictions(held, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
+
+
+def scored_records(config: Config, source: DataSource) -> tuple[Record, ...]:
+    """The images of evaluation.split, where evaluation.leaked is "drop" without those that have a twin elsewhere.
+
+    UserError when none is left.
+    """
+    records = source.require(config.evaluation.split)
+    if config.evaluation.leaked == "keep":
+        return records
+    leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
+    kept = tuple(record for record in records if record.id not in leaked)
+    if not kept:
+        raise UserError(f'evaluation.leaked "drop" leaves none of the {len(records)} {config.evaluation.split} images '
+                        f"of {source.root}: each has a twin on the other side of the split")
+    return kept
 
 
 def score(run_dir: Path, config: Config, source: DataSource, predictions: Predictions, identity: dict) -> dict:
@@ -95,6 +115,10 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [record.patient or record.id for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
+    human = None
+    if all(record.annotators is not None for record in held.records):
+        human = annotator_distances(np.stack([record.annotators for record in held.records]), spacing)
+    leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,
         "phantom": config.dataset.phantom is not None, "split": config.evaluation.split, "unit": source.unit,
@@ -102,13 +126,23 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
         "physical": {**summarise(errors, thresholds),
                      "interval": None if np.isnan(interval).any() else interval},
         "paper": None if published is None else summarise(published, thresholds),
-        "stored_pixels": _in_stored_pixels(points, truth),
+        "stored_pixels": _in_stored_pixels(points, truth), "leaked": config.evaluation.leaked,
+        "without_leaks": _without(leaked, held.records, errors, thresholds) if leaked else None,
+        "human": None if human is None else {**summarise(human, thresholds), "within": share_within(errors, human)},
     }
-    write_table(run_dir / "predictions.csv", table_rows(predictions, errors, published))
+    write_table(run_dir / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(run_dir / "markups", predictions)
     _write_overlays(run_dir / "overlays", config, predictions, source.unit, errors)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
+
+
+def _without(leaked: Sequence[str], records: Sequence[Record], errors: np.ndarray, thresholds: Sequence[float]) -> dict:
+    """What is left of the physical figures without the `leaked` images: {left_out, images, mre, median, sdr}."""
+    kept = [index for index, record in enumerate(records) if record.id not in leaked]
+    scored = kept and not np.isnan(errors[kept]).all()
+    summary = summarise(errors[kept], thresholds) if scored else dict.fromkeys(("mre", "median", "sdr"))
+    return {"left_out": leaked, "images": len(kept), **{key: summary[key] for key in ("mre", "median", "sdr")}}
 
 
 def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -145,8 +179,11 @@ def main() -> None:
         metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set))
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
+    rest = metrics["without_leaks"]
+    known = rest is not None and rest["mre"] is not None
+    clean = f"; without the {len(rest['left_out'])} that leak {rest['mre']:.2f} {unit}" if known else ""
     print(f"{metrics['images']} {metrics['split']} images: mean error {physical['mre']:.2f} {unit} "
-          f"(median {physical['median']:.2f}); within {rates}; files in {arguments.run_dir}")
+          f"(median {physical['median']:.2f}); within {rates}{clean}; files in {arguments.run_dir}")
 
 
 if __name__ == "__main__":

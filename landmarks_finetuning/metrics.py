@@ -46,6 +46,24 @@ def _radial_errors(difference: np.ndarray, pred: np.ndarray, truth: np.ndarray) 
     return np.sqrt(np.square(difference).sum(axis=-1))
 
 
+def annotator_distances(annotators: np.ndarray, spacing: np.ndarray | None = None) -> np.ndarray:
+    """How far two people's points (M, 2, N, D) of the same landmarks lie apart: (M, N), NaN where one has none.
+
+    In mm with a `spacing` (M, D) of mm per pixel, else in pixels.
+    """
+    scale = 1.0 if spacing is None else np.asarray(spacing, dtype=np.float64)[:, None, :]
+    return np.linalg.norm((annotators[:, 0] - annotators[:, 1]) * scale, axis=-1)
+
+
+def share_within(errors: np.ndarray, distances: np.ndarray) -> float | None:
+    """Percent of the errors (M, N) that are at most the distance (M, N) of the same landmark and image.
+
+    None where no landmark has both.
+    """
+    both = ~np.isnan(errors) & ~np.isnan(distances)
+    return 100.0 * float((errors[both] <= distances[both] + ROUNDING_NOISE).mean()) if both.any() else None
+
+
 # ---- the published scorer
 
 

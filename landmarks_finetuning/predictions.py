@@ -51,10 +51,11 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
 
 
 def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
-               published: np.ndarray | None = None) -> list[dict[str, Any]]:
+               published: np.ndarray | None = None, human: np.ndarray | None = None) -> list[dict[str, Any]]:
     """Rows of predictions.csv: one per image and landmark, (x, y[, z]) in stored pixels; NaN = no value.
 
-    `errors` (M, N) adds truth and error columns; `published` (M, N) are the paper's scorer's.
+    `errors` (M, N) adds truth and error columns; `published` (M, N) are the paper's scorer's, `human` (M, N) the
+    distances between two annotators.
     """
     axes = "xyz"[: predictions.points.shape[2]]
     rows = []
@@ -65,6 +66,7 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
             if errors is not None:
                 row |= {f"truth_{a}": v for a, v in zip(axes, record.landmarks[n, ::-1], strict=True)}
                 row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
+                row |= {} if human is None else {"human_distance": human[m, n]}
             rows.append({**row, "confidence": predictions.confidence[m, n]})
     return rows
 

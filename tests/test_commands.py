@@ -251,7 +251,8 @@ def test_changed_key_of_a_finished_study_is_refused(tiny_study, run_main, key, n
     "ddpm.log_every=1", "finetune.save_every=9", "evaluation.overlays=0", "dataset.cache_dir=elsewhere",
     'finetune.learning_rate={"ddpm": 1e-4, "scratch": 0.5}',
 ])  # fmt: skip
-def test_key_that_changes_no_result_is_free(tiny_study, run_main, change):
+def test_key_that_changes_no_result_is_free(tiny_study, run_main, change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where "elsewhere" is made
     status, out, _ = run_main(LAUNCH, "--config", tiny_study, *STAGES, "--set", change, "--dry-run")
     assert status == 0 and "optimiser steps to come: 0" in out
 

@@ -29,11 +29,13 @@ from landmarks_finetuning.report.collect import (
     select,
 )
 from landmarks_finetuning.report.findings import (
+    HUMAN,
     MIN_PATIENTS,
     UNTRAINED,
     comparisons,
     display_name,
     headline,
+    leak_sentence,
     p_text,
     sentences,
     shots_text,
@@ -189,6 +191,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "summary": summary, "comparisons": found.to_dict("records"),
         "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
         "rows": _summary_rows(summary), "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
+        "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
         "show_variants": bool((runs.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
@@ -213,6 +216,15 @@ def _summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
     colours = [figures.colour(backbone, backbones) for backbone in ordered["backbone"]]
     return ordered.assign(best=ordered["mre"] == best, colour=colours,
                           first=~ordered["shots"].duplicated()).to_dict("records")
+
+
+def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:
+    """The distance between the two annotators under the names of the summary's columns, None where not known."""
+    known = runs.dropna(subset=["human_mre"]) if "human_mre" in runs else runs.iloc[:0]
+    if known.empty:
+        return None
+    columns = [column for column in runs if column.startswith("human_")]
+    return {"name": HUMAN, **known.iloc[0][columns].rename(lambda column: column.removeprefix("human_")).to_dict()}
 
 
 def _landmark_rows(landmarks: pd.DataFrame) -> list[dict[str, Any]]:

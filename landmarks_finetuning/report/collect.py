@@ -23,7 +23,8 @@ from landmarks_finetuning.report.provenance import starting_point
 from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
-NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "confidence")
+NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
+           "confidence")
 CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
 
 
@@ -87,6 +88,12 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'metrics.json'} lacks {error}; evaluate that run again") from error
     if metrics.get("paper"):
         row |= _figures(metrics["paper"], "paper_")
+    if metrics.get("human"):
+        row |= _figures(metrics["human"], "human_") | {"human_within": metrics["human"]["within"]}
+    if metrics.get("without_leaks"):
+        rest = metrics["without_leaks"]
+        row |= {"leaked": metrics["leaked"], "leaked_images": len(rest["left_out"]),
+                "without_leaks_mre": np.nan if rest["mre"] is None else rest["mre"]}
     return {"experiment": experiment, **row, **starting_point(folder, row["backbone"]), "path": folder}
 
 
@@ -118,7 +125,8 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
     of_paper = [column for column in runs if column.startswith("paper_") and column != "paper_rule"]
-    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper]
+    known = [column for column in ("human_within", "without_leaks_mre") if column in runs]
+    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *known]
     rows = []
     for key, group in runs.groupby(CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
@@ -175,6 +183,15 @@ def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.
     matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
     return matrix, table.drop_duplicates("image").set_index("image")["patient"]
+
+
+def human_distances(runs: pd.DataFrame) -> np.ndarray:
+    """Distances between the two annotators of the scored images, sorted; empty where no run knows them."""
+    for path in runs["path"] if "human_mre" in runs else ():
+        table = read_predictions(path)
+        if "human_distance" in table:
+            return np.sort(table["human_distance"].dropna().to_numpy())
+    return np.empty(0)
 
 
 def errors_by_draw(group: pd.DataFrame, column: str = "error",

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from core.runlog import read_metrics
-from landmarks_finetuning.report.collect import errors_by_draw, main_variants, select
-from landmarks_finetuning.report.findings import display_name, shots_text
+from landmarks_finetuning.report.collect import errors_by_draw, human_distances, main_variants, select
+from landmarks_finetuning.report.findings import HUMAN, display_name, shots_text
 
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
@@ -121,23 +121,27 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
 
 @styled
 def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]) -> Figure:
-    """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled."""
+    """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled.
+
+    A thin line shows the distances between two annotators where they are known.
+    """
     shots, variants = sorted(runs["shots"].unique()), main_variants(runs)
     columns = 2 if len(shots) == 4 else min(3, len(shots))
     rows = -(-len(shots) // columns)
     figure, axes = new_figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
     reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
-    grid = np.linspace(0, reach, 160)
+    grid, human = np.linspace(0, reach, 160), human_distances(runs)
     for axis, count in zip(axes.flat, shots, strict=False):
         for backbone, variant in variants.items():
             group = select(runs, backbone, variant, count)
             if group.empty:
                 continue
             errors = np.concatenate([e.ravel() for e in errors_by_draw(group)[0].values()])
-            errors = np.sort(errors[~np.isnan(errors)])
-            axis.plot(grid, 100 * np.searchsorted(errors, grid, side="right") / max(len(errors), 1), linewidth=1.8,
+            axis.plot(grid, _percent_within(np.sort(errors[~np.isnan(errors)]), grid), linewidth=1.8,
                       color=colour(backbone, list(variants)), linestyle=_line_style(backbone),
                       label=display_name(backbone))
+        if len(human):
+            axis.plot(grid, _percent_within(human, grid), linewidth=0.9, color=INK, label=HUMAN)
         for threshold in thresholds:
             axis.axvline(threshold, color=INK, linewidth=0.7, alpha=0.45, linestyle=":")
         axis.set_title(shots_text(count), loc="left")
@@ -150,6 +154,10 @@ def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]
         axis.set_visible(False)
     shared_legend(figure, axes)
     return figure
+
+
+def _percent_within(sorted_distances: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    return 100 * np.searchsorted(sorted_distances, grid, side="right") / max(len(sorted_distances), 1)
 
 
 def shared_legend(figure: Figure, axes: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from landmarks_finetuning.report.statistics import SIGNIFICANCE, holm
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
 NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "random": "Untrained encoder",
          "mean_shape": "Mean shape", **PAPER_METHODS}
+HUMAN = "Two doctors"  # the distance between them
 UNTRAINED = "mean_shape"
 STUDIED = "ddpm"
 MIN_PATIENTS = 6  # tested ones, to name a winner: the paired test of 5 cannot give less than 0.0625
@@ -69,6 +70,30 @@ def verdict(result: dict) -> str:
     if not (excludes_zero and significant and agree and beyond_spread):
         return "open"
     return "better" if result["difference"] > 0 else "worse"
+
+
+def leak_sentence(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """How many scored images have a twin on the other side of the split, and the main variants' errors without them.
+
+    Empty where there are none, or where the runs were scored before they were looked for.
+    """
+    known = runs.dropna(subset=["leaked"]) if "leaked" in runs else runs.iloc[:0]
+    if known.empty:
+        return ""
+    first, unit = known.iloc[0], runs["unit"].iloc[0]
+    count = int(first["leaked_images"])
+    opening = (f"{count} {first['split']} {'image has' if count == 1 else 'images have'} a twin among the training, "
+               "validation or pre-training images")
+    if (known["leaked"] == "drop").all():
+        return f"{opening} and {'is' if count == 1 else 'are'} left out of all figures."
+    variants = main_variants(runs)
+    parts = []
+    for row in summary.sort_values(["shots", "mre"]).itertuples():
+        if variants[row.backbone] == row.variant and pd.notna(row.without_leaks_mre):
+            parts.append(f"{_inline_name(row.backbone)} at {shots_text(row.shots)} {row.without_leaks_mre:.2f} "
+                         f"(with them {row.mre:.2f})")
+    rest = f"; without {'it' if count == 1 else 'them'} the mean errors in {unit} are: {', '.join(parts)}"
+    return f"{opening}{rest if parts else ''}."
 
 
 def headline(found: pd.DataFrame, unit: str) -> tuple[str, str]:
