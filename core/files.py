@@ -47,3 +47,9 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def drop_states(run_dir: Path) -> None:
+    """Delete the training states of a run that is done: those of hundreds of runs fill a disk."""
+    for name in ("last.pt", "previous.pt"):
+        (run_dir / name).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from core.claims import Claimed, claim
 from core.config import add_config_arguments, load_config
 from core.errors import Interrupted, RunsFailed, UserError, run_command
-from core.files import write_atomically, write_json
+from core.files import drop_states, write_atomically, write_json
 from core.plan import Run, logged, print_plan, studies, study_runs, time_left
 from core.settings import Config
 from core.study import (
@@ -124,6 +124,7 @@ def attempt(run: Run) -> str | None:
         run_dir = function(run.function)(run.config, *run.arguments)
         if run.function == "finetune_cell":
             function("evaluate")(run_dir)
+            drop_states(run_dir)
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")

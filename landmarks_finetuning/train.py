@@ -22,7 +22,7 @@ from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
 from core.settings import BACKBONES, ENCODER_LEVELS, Config
-from core.study import Cell, cell_dir, check_cell, require_backbone
+from core.study import Cell, cell_dir, check_cell, is_scored, require_backbone
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
 from landmarks_finetuning.heatmaps import draw_target
@@ -145,6 +145,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     check_cell(config, cell)
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
+    if resume is None and is_scored(config, cell):
+        return run_dir  # by a launcher, which left no state
     source = load_source(config.dataset)
     if config.finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
         raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '

@@ -26,6 +26,7 @@ from core.runlog import read_metrics
 from core.ssl_settings import SSL_METHODS
 from core.study import Cell, cell_dir, check_ssl, encoder_path, encoder_studies, ssl_dir, ssl_methods
 from core.train_loop import Training
+from landmarks_finetuning.train import finetune_cell
 from ssl_baselines.train import pretrain_encoder
 
 SSL, FINETUNING, LAUNCH = "ssl_baselines.train", "landmarks_finetuning.train", "core.launch"
@@ -270,6 +271,8 @@ def test_study_from_images_to_scores(make_config, tmp_path, monkeypatch, capsys)
     before, after = load_file(encoder_path(config, "mocov3")), load_file(run_dir / "best.safetensors")
     name = "layer2.0.conv2.weight"
     assert (before[name] - after[f"encoder.{name}"]).abs().max() < 1e-6
+    assert not [*run_dir.glob("*.pt")] and (ssl_dir(config, "mocov3") / "last.pt").is_file()  # what is scored is done
+    assert finetune_cell(config, Cell("mocov3", 2, 0, 0)) == run_dir and not [*run_dir.glob("*.pt")]
     for used in FUNCTIONS:
         monkeypatch.setitem(FUNCTIONS, used, "nowhere:nothing")
     capsys.readouterr()
