@@ -25,13 +25,15 @@ from ssl_baselines.train import build_training
 from ssl_baselines.views import ViewBatches, view_stream
 
 WARM_UP = 2
+VIEW_IMAGES = 1000  # at least: what workers make ahead must not count
 
 
-def view_rate(training: Training, workers: int, batches: int) -> float:
+def view_rate(training: Training, workers: int) -> float:
     """Images per second of views made by `workers` processes (0: this one)."""
     task, plan = training.task, training.plan
-    stream = view_stream(ViewBatches(task.images, task.method.views, plan, 0), 0, batches + WARM_UP, workers, False)
-    for _ in range(WARM_UP):
+    warm, batches = WARM_UP * max(1, workers), -(-VIEW_IMAGES // plan.batch_size)
+    stream = view_stream(ViewBatches(task.images, task.method.views, plan, 0), 0, batches + warm, workers, False)
+    for _ in range(warm):
         next(stream)
     started = time.perf_counter()
     made = sum(len(views[0]) for views in stream)
@@ -55,7 +57,7 @@ def step_rate(training: Training, rounds: int) -> float:
 def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
     """One row of the table."""
     training = build_training(config, method)
-    made = {count: view_rate(training, count, rounds) for count in workers}
+    made = {count: view_rate(training, count) for count in workers}
     stepped = step_rate(training, rounds)
     alone = 1 / made[0] / (1 / made[0] + 1 / stepped)
     views = len(training.task.method.views)
@@ -80,7 +82,7 @@ def main() -> None:
     print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}, {torch.get_num_threads()} threads; "
           f"{config.finetune.encoder}, {config.dataset.image_size[0]}x{config.dataset.image_size[1]}, batch "
           f"{config.ssl.batch_size} x {config.ssl.accumulation}, preset {config.ssl.preset}")
-    headings = " | ".join(f"views, {count} workers" for count in workers)
+    headings = " | ".join("views, here" if count == 0 else f"{count} worker{'s' * (count > 1)}" for count in workers)
     print(f"| method | views of an image | {headings} | step | views' share without workers | fastest views / step |")
     print(f"|---{'|---' * (len(workers) + 4)}|")
     for method in arguments.methods:
