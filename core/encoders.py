@@ -19,7 +19,7 @@ from core.errors import UserError, did_you_mean
 from core.files import atomic_file
 from core.settings import ENCODER_LEVELS, Config
 from core.ssl_settings import SSL_METHODS
-from core.study import encoder_path
+from core.study import check_ssl, encoder_path
 
 HUB = "https://download.pytorch.org/models"
 HUB_FILES = {  # encoder -> torchvision's ImageNet-1K weights (the first edition), with the start of their SHA-256
@@ -141,9 +141,14 @@ def imagenet_weights(config: Config) -> Path:
 
 
 def ssl_weights(config: Config, method: str) -> Path:
-    """The file of a self-supervised backbone: the config's, or what this study's stage `ssl` left."""
+    """The file of a self-supervised backbone: the config's, or what this study's stage `ssl` left.
+
+    Raises UserError when there is none, or it was pre-trained with other settings than the config's.
+    """
     given = getattr(config.finetune.encoder_weights, method)
     path = Path(given) if given is not None else encoder_path(config, method)
+    if given is None:
+        check_ssl(config, method)
     if path.is_file():
         return path
     if given is not None:

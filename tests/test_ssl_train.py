@@ -178,9 +178,10 @@ def test_changed_settings_are_refused(trained, make_values, run_main, tmp_path):
                           ("finetune.encoder", '"resnet50"', '"vgg19"'), ("ssl.iterations", "4", "5")):
         line = refused(run_main, SSL, "--config", path, "--method", method, "--set", f"{key}={new}")
         assert f"{run_dir} was made with {key} = {old}, now it is {new}" in line
-    line = refused(run_main, LAUNCH, "--config", path, "--stages", "finetune", "--set", "ssl.batch_size=8",
-                   f'finetune.backbones=["{method}"]')
-    assert "was made with ssl.batch_size = 4, now it is 8" in line
+    for command in ((LAUNCH, "--stages", "finetune"), (FINETUNING, "--backbone", method, "--shots", "2")):
+        line = refused(run_main, *command, "--config", path, "--set", "ssl.batch_size=8",
+                       f'finetune.backbones=["{method}"]')
+        assert "was made with ssl.batch_size = 4, now it is 8" in line
     ssl = {**TINY_SSL, "workers": 2, "save_every": 7, other: {"out": 9}}
     check_ssl(parse_config({**values, "ssl": ssl, "ddpm": {**values["ddpm"], "learning_rate": 0.5}}, "x"), method)
 
