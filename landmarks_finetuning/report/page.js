@@ -353,4 +353,4 @@ window.addEventListener("beforeprint", openForPrint);
 window.addEventListener("hashchange", () => { readState(); show(); });
 readState();
 show();
-if (state.at && document.getElementById(state.at)) document.getElementById(state.at).scrollIntoView();
+if (state.at && document.getElementById(state.at)) document.getElementById(state.at).scrollIntoView({ behavior: "instant" });
