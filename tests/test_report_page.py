@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from landmarks_finetuning.report import figures
 from landmarks_finetuning.report.build import build_report
+from landmarks_finetuning.report.collect import read_experiment
 from tests.test_report import write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -216,3 +218,16 @@ def test_without_scripts_everything_is_shown(page, tmp_path):
 def test_names_cannot_end_the_script(page):
     text = page.read_text(encoding="utf8")
     assert "<img id" not in text and text.count("</script>") == 3  # two sections' curves and the page's own
+
+
+def test_curves_hold_the_shares_of_the_table(tmp_path):
+    """Of the errors 1, 2, 2.5 and 7: a quarter lies below 2, half within exactly 2, three quarters from 2.5 on."""
+    write_run(tmp_path / "study", "ddpm", 10, 0, [[1, 2], [2.5, 7]])
+    curves = figures.within_curves(read_experiment(tmp_path / "study").runs, [2.0, 2.5])
+    shares = dict(zip(curves.distances, curves.panels[10]["ddpm"], strict=True))
+    assert (shares[0.0], shares[2.0], shares[2.5], shares[6.25]) == (0, 50, 75, 75)
+    assert max(share for distance, share in shares.items() if distance < 2) == 25
+    assert 160 <= len(shares) <= 162
+    page = figures.page_curves(curves, "mm")
+    assert page["panels"][0]["labels"] == "10" and page["thresholds"] == [2.0, 2.5]
+    assert dict(zip(page["distances"], page["panels"][0]["curves"][0]["values"], strict=True))[2.5] == 75

@@ -125,7 +125,7 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
 class WithinCurves:
     """Percent of landmarks within every distance: of each number of shots {backbone: (P,)}, and of the annotators."""
 
-    distances: np.ndarray  # (P,), from 0, evenly spaced, in the data set's unit
+    distances: np.ndarray  # (P,), from 0, with all thresholds among them, in the data set's unit
     thresholds: Sequence[float]
     panels: dict[int, dict[str, np.ndarray]]
     human: np.ndarray | None  # (P,)
@@ -134,7 +134,8 @@ class WithinCurves:
 def within_curves(runs: pd.DataFrame, thresholds: Sequence[float], points: int = 160) -> WithinCurves:
     """The curves of all main variants, all draws pooled, up to 2.5 times the largest of `thresholds`."""
     reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
-    distances, human, panels = np.linspace(0, reach, points), human_distances(runs), {}
+    distances = np.union1d(np.linspace(0, reach, points).round(6), np.asarray(thresholds, dtype=float))
+    human, panels = human_distances(runs), {}
     for shots in sorted(runs["shots"].unique()):
         for backbone, variant in main_variants(runs).items():
             group = select(runs, backbone, variant, shots)
@@ -157,7 +158,7 @@ def page_curves(curves: WithinCurves, unit: str) -> dict[str, Any]:
                                 dashed=backbone == UNTRAINED) for backbone, values in panel.items()]}
               for shots, panel in curves.panels.items()]
     reference = [] if curves.human is None else [entry("human", HUMAN, "currentColor", curves.human, thin=True)]
-    return {"unit": unit, "distances": np.round(curves.distances, 6).tolist(), "panels": panels,
+    return {"unit": unit, "distances": curves.distances.tolist(), "panels": panels,
             "thresholds": list(curves.thresholds), "reference": reference}
 
 

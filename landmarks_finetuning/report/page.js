@@ -231,8 +231,8 @@ class Chart {
   }
 
   nearest(distance) {
-    const { distances } = this.data;
-    return Math.max(0, Math.min(distances.length - 1, Math.round(distance / distances[1])));
+    const off = this.data.distances.map(each => Math.abs(each - distance));
+    return off.indexOf(Math.min(...off));
   }
 
   /** The number of labels that is drawn: the chosen one, or the largest of those the filter leaves. */
