@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,20 +11,15 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from core.errors import UserError
 from core.files import write_atomically
 from landmarks_finetuning.report import figures, paper_figures
 from landmarks_finetuning.report.collect import (
     Experiment,
     aggregate,
-    error_matrix,
-    main_variants,
     per_landmark,
     read_experiment,
     sdr_columns,
-    select,
 )
 from landmarks_finetuning.report.findings import (
     HUMAN,
@@ -40,38 +33,12 @@ from landmarks_finetuning.report.findings import (
     sentences,
     shots_text,
 )
+from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
 from landmarks_finetuning.report.tables import PaperTable, latex_table, metric_title, paper_tables, wide_rows
 
-OVERLAY_WIDTHS = {False: 640, True: 1200}  # pixels of an embedded overlay, of images and of volumes
-IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
+HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
 VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
-
-
-@dataclass
-class Pictures:
-    """Embeds pictures as JPEG data addresses until the page's budget is spent; counts what was left out."""
-
-    left: int = IMAGE_BUDGET_BYTES
-    left_out: int = 0
-
-    def embed(self, path: Path, width: int, quality: int = 82) -> str | None:
-        """A data address of the picture, at most `width` pixels wide, or None when the budget does not allow it."""
-        try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
-        except OSError as error:
-            raise UserError(f"{path} is not a readable picture ({error}); delete it, or make it again") from error
-        if picture.width > width:
-            picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=quality, optimize=True)
-        text = base64.b64encode(buffer.getvalue()).decode()
-        if len(text) > self.left:
-            self.left_out += 1
-            return None
-        self.left -= len(text)
-        return f"data:image/jpeg;base64,{text}"
 
 
 @dataclass
@@ -111,13 +78,14 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     tables = _paper_tables(paper_tables(pd.concat(summaries, ignore_index=True)) if summaries else [], output)
     output.write_tables()
     titles = [page["title"] for page in pages]
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text}
     html = environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
         built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
-        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS)
+        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS, filters=_filters(pages),
+        styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
     path = output.folder / "index.html"
     write_atomically(path, html.encode())
     return path
@@ -180,6 +148,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     landmarks = per_landmark(runs, shots)
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
+    curves, cases = figures.within_curves(runs, thresholds), worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", runs.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", found.assign(**identity))
@@ -190,32 +159,46 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "phantom": bool(first["phantom"]),
         "summary": summary, "comparisons": found.to_dict("records"),
         "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
-        "rows": _summary_rows(summary), "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
+        "rows": _summary_rows(summary, slug, cases),
+        "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
         "show_variants": bool((runs.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
-        "overlays": _overlays(experiment, runs, output.pictures),
+        "overlays": cases, "curves": figures.page_curves(curves, unit),
         "figures": {
             "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
             "bars": output.figure(f"{slug}_bars", paper_figures.error_bars(summary, unit)),
             "iterations": output.figure(f"{slug}_pretraining_iterations",
                                         paper_figures.error_against_iterations(runs, unit)),
-            "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(runs, unit, thresholds)),
+            "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(curves, unit)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
         },
     }
 
 
-def _summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """The aggregate, by shots and then error, the best of each number of shots marked."""
+def _filters(pages: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """The page's filters, (name, title, [(value, text)]), of what the results have; those with a choice."""
+    sections = [section for page in pages for section in page["sections"]]
+    rows = [row for section in sections for row in section["rows"]]
+    starts, labels = {row["backbone"] for row in rows}, sorted({row["shots"] for row in rows})
+    found = [("data", "Data set", [(name, name) for name in sorted({section["dataset"] for section in sections})]),
+             ("start", "Start", sorted(((key, display_name(key)) for key in starts), key=lambda pair: pair[1])),
+             ("labels", "Labels", [(str(count), str(count)) for count in labels])]
+    return [(name, title, values) for name, title, values in found if len(values) > 1]
+
+
+def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The aggregate, by shots and then error, the best of each number of shots marked, with what is shown of each."""
     ordered = summary.sort_values(["shots", "mre"])
     best = ordered.groupby("shots")["mre"].transform("min")
     backbones = sorted(summary["backbone"].unique())
     colours = [figures.colour(backbone, backbones) for backbone in ordered["backbone"]]
-    return ordered.assign(best=ordered["mre"] == best, colour=colours,
+    rows = ordered.assign(best=ordered["mre"] == best, colour=colours,
                           first=~ordered["shots"].duplicated()).to_dict("records")
+    return [{**row, **find_cases(row, cases), "id": f"{slug}:{row['backbone']}:{row['variant']}:{row['shots']}"}
+            for row in rows]
 
 
 def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:
@@ -246,24 +229,3 @@ def _paper_tables(tables: list[PaperTable], output: Output) -> list[dict[str, An
         shown.append({"name": table.name, "title": table.title, "rows": rows, "columns": table.columns,
                       "metrics": [metric_title(metric, table.cells) for metric in metrics]})
     return shown
-
-
-def _overlays(experiment: Experiment, runs: pd.DataFrame, pictures: Pictures) -> list[dict[str, Any]]:
-    """Worst cases first, most labels first: for each trained main variant the first draw's first seed."""
-    wanted = experiment.config.get("report", {}).get("overlays", 4)
-    groups, variants = [], main_variants(runs)
-    for shots in sorted(runs["shots"].unique(), reverse=True):
-        for backbone, variant in variants.items():
-            group = select(runs, backbone, variant, shots)
-            if group.empty or backbone == UNTRAINED:
-                continue
-            run = group.sort_values(["draw", "seed"]).iloc[0]
-            files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
-            errors = error_matrix(run["path"])[0].mean(axis=1).rename(lambda image: image.replace("/", "-"))
-            width = OVERLAY_WIDTHS[bool(run["volumes"])]
-            images = [{"source": pictures.embed(path, width, 78), "image": path.stem.partition("_")[2]}
-                      for path in files]
-            images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
-            if images:
-                groups.append({"backbone": backbone, "shots": int(shots), "draw": int(run["draw"]), "images": images})
-    return groups

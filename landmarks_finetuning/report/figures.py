@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from core.runlog import read_metrics
 from landmarks_finetuning.report.collect import errors_by_draw, human_distances, main_variants, select
-from landmarks_finetuning.report.findings import HUMAN, display_name, shots_text
+from landmarks_finetuning.report.findings import HUMAN, UNTRAINED, display_name, shots_text
 
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
@@ -79,7 +81,7 @@ def styled(draw):
 
 
 def _line_style(backbone: str) -> str:
-    return (0, (4, 3)) if backbone == "mean_shape" else "-"
+    return (0, (4, 3)) if backbone == UNTRAINED else "-"
 
 
 @styled
@@ -119,38 +121,72 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class WithinCurves:
+    """Percent of landmarks within every distance: of each number of shots {backbone: (P,)}, and of the annotators."""
+
+    distances: np.ndarray  # (P,), from 0, with all thresholds among them, in the data set's unit
+    thresholds: Sequence[float]
+    panels: dict[int, dict[str, np.ndarray]]
+    human: np.ndarray | None  # (P,)
+
+
+def within_curves(runs: pd.DataFrame, thresholds: Sequence[float], points: int = 160) -> WithinCurves:
+    """The curves of all main variants, all draws pooled, up to 2.5 times the largest of `thresholds`."""
+    reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
+    distances = np.union1d(np.linspace(0, reach, points).round(6), np.asarray(thresholds, dtype=float))
+    human, panels = human_distances(runs), {}
+    for shots in sorted(runs["shots"].unique()):
+        for backbone, variant in main_variants(runs).items():
+            group = select(runs, backbone, variant, shots)
+            if not group.empty:
+                errors = np.concatenate([e.ravel() for e in errors_by_draw(group)[0].values()])
+                curve = _percent_within(np.sort(errors[~np.isnan(errors)]), distances)
+                panels.setdefault(int(shots), {})[backbone] = curve
+    return WithinCurves(distances, thresholds, panels, _percent_within(human, distances) if len(human) else None)
+
+
+def page_curves(curves: WithinCurves, unit: str) -> dict[str, Any]:
+    """What the page's script draws of `curves`: plain numbers, a list of panels by number of labels."""
+    backbones = sorted({backbone for panel in curves.panels.values() for backbone in panel})
+
+    def entry(key: str, name: str, shade: str, values: np.ndarray, **look: bool) -> dict[str, Any]:
+        return {"key": key, "name": name, "colour": shade, "values": np.round(values, 2).tolist(), **look}
+
+    panels = [{"labels": str(shots),
+               "curves": [entry(backbone, display_name(backbone), colour(backbone, backbones), values,
+                                dashed=backbone == UNTRAINED) for backbone, values in panel.items()]}
+              for shots, panel in curves.panels.items()]
+    reference = [] if curves.human is None else [entry("human", HUMAN, "currentColor", curves.human, thin=True)]
+    return {"unit": unit, "distances": curves.distances.tolist(), "panels": panels,
+            "thresholds": list(curves.thresholds), "reference": reference}
+
+
 @styled
-def cumulative_errors(runs: pd.DataFrame, unit: str, thresholds: Sequence[float]) -> Figure:
-    """Percent of landmarks within every distance, one panel per number of shots, main variants, all draws pooled.
+def cumulative_errors(curves: WithinCurves, unit: str) -> Figure:
+    """Percent of landmarks within every distance, one panel per number of shots.
 
     A thin line shows the distances between two annotators where they are known.
     """
-    shots, variants = sorted(runs["shots"].unique()), main_variants(runs)
-    columns = 2 if len(shots) == 4 else min(3, len(shots))
-    rows = -(-len(shots) // columns)
+    columns = 2 if len(curves.panels) == 4 else min(3, len(curves.panels))
+    rows = -(-len(curves.panels) // columns)
     figure, axes = new_figure(3.3 * columns + 0.8, 2.9 * rows + 0.5, rows, columns, sharey=True)
-    reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
-    grid, human = np.linspace(0, reach, 160), human_distances(runs)
-    for axis, count in zip(axes.flat, shots, strict=False):
-        for backbone, variant in variants.items():
-            group = select(runs, backbone, variant, count)
-            if group.empty:
-                continue
-            errors = np.concatenate([e.ravel() for e in errors_by_draw(group)[0].values()])
-            axis.plot(grid, _percent_within(np.sort(errors[~np.isnan(errors)]), grid), linewidth=1.8,
-                      color=colour(backbone, list(variants)), linestyle=_line_style(backbone),
-                      label=display_name(backbone))
-        if len(human):
-            axis.plot(grid, _percent_within(human, grid), linewidth=0.9, color=INK, label=HUMAN)
-        for threshold in thresholds:
+    backbones = sorted({backbone for panel in curves.panels.values() for backbone in panel})
+    for axis, (shots, panel) in zip(axes.flat, curves.panels.items(), strict=False):
+        for backbone, values in panel.items():
+            axis.plot(curves.distances, values, linewidth=1.8, color=colour(backbone, backbones),
+                      linestyle=_line_style(backbone), label=display_name(backbone))
+        if curves.human is not None:
+            axis.plot(curves.distances, curves.human, linewidth=0.9, color=INK, label=HUMAN)
+        for threshold in curves.thresholds:
             axis.axvline(threshold, color=INK, linewidth=0.7, alpha=0.45, linestyle=":")
-        axis.set_title(shots_text(count), loc="left")
-        axis.set_xlim(0, reach)
+        axis.set_title(shots_text(shots), loc="left")
+        axis.set_xlim(0, curves.distances[-1])
         axis.set_ylim(0, 100)
         axis.set_xlabel(f"distance ({unit})")
     for axis in axes[:, 0]:
         axis.set_ylabel("landmarks within (%)")
-    for axis in list(axes.flat)[len(shots):]:
+    for axis in list(axes.flat)[len(curves.panels):]:
         axis.set_visible(False)
     shared_legend(figure, axes)
     return figure
