@@ -20,7 +20,6 @@ function element(tag, attributes = {}, ...children) {
 }
 
 // ---- the state -----------------------------------------------------------------------------------------------------
-
 const state = { data: new Set(), start: new Set(), labels: new Set(), hide: new Set(), sort: new Map(),
                 curve: null, row: null, at: null };
 
@@ -70,7 +69,6 @@ const filtered = () => FILTERS.some(name => state[name].size);
 const passes = (name, value) => !state[name].size || state[name].has(value);
 
 // ---- filters -------------------------------------------------------------------------------------------------------
-
 /** A comparison has two starts: with two or more chosen both must be among them, with one chosen either. */
 function isShown(item) {
   const { start, rival, labels } = item.dataset;
@@ -102,7 +100,6 @@ function prepareFilters() {
 }
 
 // ---- sorting -------------------------------------------------------------------------------------------------------
-
 /** The headings that name one column each: the last row of the head. */
 const headings = table => [...table.tHead.rows[table.tHead.rows.length - 1].cells];
 
@@ -162,7 +159,6 @@ function prepareSorting(table) {
 }
 
 // ---- the pictures of a row -----------------------------------------------------------------------------------------
-
 /** The row below a result with its run's pictures, copied from the worst cases, or the reason why there are none. */
 function picturesRow(row) {
   const box = element("div", { class: "opened", role: "region", "aria-label": "Pictures of this run" });
@@ -205,7 +201,6 @@ function prepareZoom() {
 }
 
 // ---- error curves --------------------------------------------------------------------------------------------------
-
 /** A step between grid lines, 1, 2 or 5 times a power of ten, that gives about `count` of them. */
 function niceStep(reach, count) {
   const rough = reach / count, power = 10 ** Math.floor(Math.log10(rough));
@@ -326,7 +321,6 @@ class Chart {
 }
 
 // ---- start ---------------------------------------------------------------------------------------------------------
-
 /** A link within the page leads to its place and keeps the state. */
 function follow(event) {
   const link = event.target.closest("a[href^='#']");
