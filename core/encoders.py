@@ -159,7 +159,8 @@ def ssl_weights(config: Config, method: str) -> Path:
 
 def fetch(url: str, path: Path) -> None:
     """Download `url` to `path` and check its SHA-256 against its name; UserError in one line without a network."""
-    advice = f"fetch {url} where there is a network and set finetune.encoder_weights.imagenet to that file"
+    advice = (f"fetch {url} where there is a network and set finetune.encoder_weights.imagenet to that file or its "
+              "folder")
     digest = hashlib.sha256()
     try:
         with urlopen(url, timeout=HUB_TIMEOUT_SECONDS) as answer, atomic_file(path) as file, tqdm(

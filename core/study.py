@@ -155,6 +155,8 @@ def check_cell(config: Config, cell: Cell) -> None:
     others = [f"finetune.{key}.{name}" for key in BY_BACKBONE for name in BACKBONES if name != cell.backbone]
     foreign = [f"finetune.{key}" for key in foreign_keys(cell.backbone)]
     network = ("unet",) if BACKBONES[cell.backbone] == "unet" else ()
+    if cell.backbone == "ddpm" and config.finetune.checkpoint is None and config.finetune.pretraining_iteration is None:
+        network += ("ddpm.checkpoint_iterations",)  # the last one is where it starts
     keys = ("experiment.seed", "dataset", *network, "finetune", *SCORING)
     check_unchanged(cell_dir(config, cell), config, keys, (*CELL_FREE, *others, *foreign))
 

@@ -20,6 +20,7 @@ from core.runlog import read_metrics
 from landmarks_finetuning.report.collect import errors_by_draw, human_distances, main_variants, select
 from landmarks_finetuning.report.findings import HUMAN, UNTRAINED, display_name, shots_text
 
+LEGEND_COLUMN = 2.1  # inches: the longest name at 9 points and its line
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
            "random": "#8A6FD1"}
@@ -197,13 +198,14 @@ def _percent_within(sorted_distances: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 
 def shared_legend(figure: Figure, axes: np.ndarray) -> None:
-    """One legend above all axes, each label once."""
+    """One legend above all axes, each label once, in as many columns as the figure is wide."""
     found = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(4, len(found)), fontsize=9)
+        columns = max(1, min(4, len(found), int(figure.get_figwidth() / LEGEND_COLUMN)))
+        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
 
 
 @styled
