@@ -9,7 +9,18 @@ from core.dataset import load_source
 from core.errors import UserError
 from core.launch import prepare
 from core.plan import duration, print_plan, study_runs, time_left
-from core.study import MEAN_SHAPE, Cell, cell_dir, cells, check_unchanged, is_pretrained, is_scored, variant
+from core.runlog import write_run_config
+from core.study import (
+    MEAN_SHAPE,
+    Cell,
+    cell_dir,
+    cells,
+    check_cell,
+    check_unchanged,
+    is_pretrained,
+    is_scored,
+    variant,
+)
 
 FINETUNE = {"iterations": 20, "shots": [1, 5], "draws": [0, 2], "seeds": [0, 3], "batch_size": 2}
 
@@ -205,3 +216,15 @@ def test_encoders_are_for_images(tmp_path):
                                                                  "image_size": [16] * 3, "phantom": None}}, "tiny")
     with pytest.raises(UserError, match='backbone "imagenet" is a 2D baseline; with is_3d choose'):
         prepare(config, ("encoders",))
+
+
+def test_cells_of_another_checkpoint(tmp_path):
+    """A longer pre-training does not go unnoticed where cells started from its last checkpoint."""
+    before, after = make(tmp_path), make(tmp_path, ddpm={"iterations": 6, "checkpoint_iterations": [2, 6]})
+    for backbone in ("ddpm", "scratch"):
+        cell = Cell(backbone, 1, 0, 0)
+        write_run_config(cell_dir(before, cell), before.plain(), {})
+        check_cell(before, cell)
+    check_cell(after, Cell("scratch", 1, 0, 0))
+    with pytest.raises(UserError, match=r"was made with ddpm.checkpoint_iterations = \[2, 4\], now it is \[2, 6\]"):
+        check_cell(after, Cell("ddpm", 1, 0, 0))
