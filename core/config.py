@@ -40,6 +40,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
                         help="override single values, for example --set ddpm.iterations=2000")
 
 
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """The --resume option of the commands that train."""
+    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
+                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.augment import augment
 from core.checkpoint import save_weights
 from core.claims import claim
-from core.config import add_config_arguments, load_config
+from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.errors import run_command
 from core.files import write_atomically
@@ -165,8 +165,7 @@ def main() -> None:
         prog="python -m ddpm_pretraining.train", description=__doc__,
         epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000")
     add_config_arguments(parser)
-    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
-                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    add_resume_argument(parser)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     with claim(config.experiment_dir / "ddpm"):

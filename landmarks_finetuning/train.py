@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.augment import augment
 from core.checkpoint import save_weights
 from core.claims import claim
-from core.config import add_config_arguments, load_config
+from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.encoders import START_WEIGHTS
 from core.errors import UserError, run_command
@@ -186,8 +186,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, required=True, help="number of labelled images")
     parser.add_argument("--draw", type=int, default=0, help="which labelled subset")
     parser.add_argument("--seed", type=int, default=0, help="initialisation and order")
-    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
-                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    add_resume_argument(parser)
     arguments = parser.parse_args()
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
         raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')

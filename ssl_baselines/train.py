@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from core.checkpoint import save_tensors
 from core.claims import claim
-from core.config import add_config_arguments, load_config
+from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.encoders import build_encoder
 from core.errors import run_command
@@ -170,8 +170,7 @@ def main() -> None:
         epilog="example: python -m ssl_baselines.train --config configs/cephalo.json --method dino")
     add_config_arguments(parser)
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
-    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
-                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+    add_resume_argument(parser)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     with claim(ssl_dir(config, arguments.method)):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import UserError
+
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is first imported: in this process and below it
 
 TINY = {
@@ -110,3 +112,11 @@ def tiny_study(make_values, tmp_path_factory) -> Path:
 def tiny_cell(tiny_study) -> Path:
     """The run folder of the study's fine-tuned and scored cell. Not to be changed."""
     return next(tiny_study.parent.glob("runs/tiny/landmarks/ddpm/*/shots002_draw0_seed0"))
+
+
+def error_of(call, *arguments):
+    """The one-line message of the UserError that `call` raises."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -12,10 +12,10 @@ from safetensors.torch import save
 
 from core.checkpoint import load_state, load_weights, read_pickle, save_state, save_weights
 from core.config import parse_config
-from core.errors import UserError
 from core.files import atomic_file, write_atomically, write_json
 from core.settings import UNet as UNetConfig
 from core.unet import UNet
+from tests.conftest import error_of
 
 TINY = UNetConfig(base_channels=4, channel_multipliers=(1, 2), attention_heads=1, attention_head_channels=4)
 
@@ -28,13 +28,6 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def error_of(call, *arguments):
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_atomic_file_keeps_the_old_file_when_the_block_raises(tmp_path):

@@ -17,7 +17,6 @@ import core.encoders
 from core.checkpoint import load_weights, save_tensors, save_weights
 from core.config import parse_config
 from core.encoders import HUB, HUB_FILES, EncoderUNet, build_encoder_unet, imagenet_weights
-from core.errors import UserError
 from core.launch import check_start_weights, run_study
 from core.settings import BACKBONES, Finetune, LearningRates
 from core.study import Cell, cell_dir, check_cell
@@ -26,6 +25,7 @@ from landmarks_finetuning.detectors.heatmap_unet import DETECTORS, TrainedDetect
 from landmarks_finetuning.report.figures import COLOURS
 from landmarks_finetuning.report.findings import display_name
 from landmarks_finetuning.train import finetune_cell
+from tests.conftest import error_of
 
 SMALL = {"num_init_features": 8, "growth_rate": 4, "block_config": (1, 1, 1, 1)}
 FINETUNING, LAUNCH = "landmarks_finetuning.train", "core.launch"
@@ -61,13 +61,6 @@ def weights(reference, tmp_path):
 
 def grey():
     return torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-def error_of(call, *arguments):
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def same_features(model, reference):

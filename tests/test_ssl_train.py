@@ -19,7 +19,6 @@ import ssl_baselines.train
 from core.checkpoint import read_pickle, read_tensors
 from core.config import parse_config
 from core.encoders import HUB_FILES, build_encoder, imagenet_weights, start_encoder_unet
-from core.errors import UserError
 from core.files import write_atomically
 from core.launch import FUNCTIONS, check_start_weights, prepare, run_study
 from core.runlog import read_metrics
@@ -28,6 +27,7 @@ from core.study import Cell, cell_dir, check_ssl, encoder_path, encoder_studies,
 from core.train_loop import Training
 from landmarks_finetuning.train import finetune_cell
 from ssl_baselines.train import pretrain_encoder
+from tests.conftest import error_of
 
 SSL, FINETUNING, LAUNCH = "ssl_baselines.train", "landmarks_finetuning.train", "core.launch"
 HEAD = {"hidden": 16, "out": 8}
@@ -73,13 +73,6 @@ def refused(run_main, *arguments):
     status, _, error = run_main(*arguments)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
-
-
-def error_of(call, *arguments):
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def same(one, other):
