@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,26 +23,45 @@ from core.files import write_atomically
 from core.geometry import Geometry, apply_maps, compose, resampling_map, upright, upright_axes, upright_map
 from core.images import read_geometry, read_image
 from core.layouts import read_layout
+from core.packs import Loaded, open_pack, read_pack
 from core.phantom import write_phantom_radiographs
 from core.phantom_volume import write_phantom_volumes
-from core.records import SPLITS, DataSource, Record
+from core.records import DataSource, Record
 from core.settings import Dataset as DatasetConfig
 
 CACHE_VERSION = "2"  # of decoding and resizing together
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
+KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
+_kept: dict[tuple, ImageSet] = {}
 
 
 def load_source(config: DatasetConfig) -> DataSource:
-    """The data set that the config names: a folder in one of the layouts, or a pack (.npz). Phantoms are made here."""
-    if Path(config.root).suffix == ".npz":
-        return _read_pack(config)
-    if config.phantom is not None:
+    """The data set that the config names: a folder in one of the layouts, or a pack (.npz). Phantoms are made here.
+
+    The same object again, for all runs of a process, as long as no file of it changes.
+    """
+    if config.phantom is not None and Path(config.root).suffix != ".npz":
         phantom = config.phantom
         write = {2: write_phantom_radiographs, 3: write_phantom_volumes}[len(phantom.size)]
         write(Path(config.root), phantom.count, phantom.size, phantom.seed)
+    places = [config.root, *config.unlabelled_dirs, *([config.description] if config.description else [])]
+    return _read_source(config, tuple(stamp(Path(place)) for place in places))
+
+
+@lru_cache(maxsize=4)
+def _read_source(config: DatasetConfig, _stamps: tuple) -> DataSource:
+    if Path(config.root).suffix == ".npz":
+        return read_pack(config)
     return read_layout(config.layout, config.root, unlabelled_dirs=config.unlabelled_dirs,
                        spacing_mm=config.spacing_mm, exclude=config.exclude, description=config.description,
                        dims=len(config.image_size), check_geometry=config.check_geometry)
+
+
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Place, size and time of a file, or of all files of a folder: another stamp, another content."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    told = [(file, file.stat()) for file in files if file.is_file()]
+    return tuple((str(file.absolute()), status.st_size, status.st_mtime_ns) for file, status in told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +121,19 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
     """Decode, resample and normalise `records`, through the cache; a bad file raises UserError with its name.
 
     Without dataset.resample_mm every image gets exactly dataset.image_size; with it the canvas is the smallest that
-    holds all of them and image_size, and each lies in its middle.
+    holds all of them and image_size, and each lies in its middle. The last few sets stay in memory, so that the runs of
+    a study share what they validate and test on; like all sets they must not be written to.
     """
+    key = (tuple(records), config, tuple(stamp(record.image) for record in records))
+    found = _kept.pop(key, None) or _read_images(key[0], config, progress)
+    if found.images.nbytes <= KEPT_BYTES:
+        _kept[key] = found  # as the last one
+    while len(_kept) > KEPT_SETS:
+        del _kept[next(iter(_kept))]
+    return found
+
+
+def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: str | None) -> ImageSet:
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
     loaded = [load_one(record, config) for record in tqdm(records, progress, leave=False, disable=hidden)]
     sizes = np.array([image.pixels.shape[1:] for image in loaded])
@@ -120,7 +148,7 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
     points = None
     if all(record.landmarks is not None for record in records):
         points = torch.from_numpy(apply_maps(np.stack([record.landmarks for record in records]), maps))
-    return ImageSet(tuple(records), images, points, maps, torch.from_numpy(firsts),
+    return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
                     torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
                     tuple(config.image_size))
 
@@ -158,19 +186,10 @@ def _resize_weights(old: int, new: int, ratio: float) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-class Loaded(NamedTuple):
-    """One image as `load_one` gives it."""
-
-    pixels: np.ndarray  # (C, *size), raw intensities
-    original_size: tuple[int, ...]
-    map: np.ndarray  # (D, D + 1), stored -> network pixels
-    digest: str | None  # of the file's content; None in a pack made without
-
-
 def load_one(record: Record, config: DatasetConfig) -> Loaded:
     """One image upright and resampled, from pack, cache or the file itself."""
     if Path(config.root).suffix == ".npz" and record.image == Path(config.root):
-        pack = _open_pack(Path(config.root))
+        pack = open_pack(Path(config.root))
         if pack.size != config.image_size:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
                             f"{list(config.image_size)}")
@@ -232,13 +251,6 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     return tuple(records[i] for i in sorted(order[:shots]))
 
 
-@dataclass(frozen=True, eq=False)
-class _Pack:
-    size: tuple[int, ...]
-    images: dict[str, Loaded]
-    description: dict
-
-
 def write_pack(config: DatasetConfig, path: Path) -> int:
     """Write the whole data set, resized, with landmarks and splits into one .npz that can stand as dataset.root.
 
@@ -278,42 +290,6 @@ def _describe(record: Record) -> dict:
 
 def _plain(points: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(value) else value for value in point] for point in points.tolist()]
-
-
-@lru_cache(maxsize=4)
-def _open_pack(path: Path) -> _Pack:
-    if not path.is_file():
-        raise UserError(f"dataset.root {path} does not exist")
-    try:
-        with np.load(path) as file:
-            ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
-            sizes = [tuple(size) for size in file["original_sizes"].tolist()]
-            level = np.float32(peak / np.iinfo(pixels.dtype).max)
-            digests = file["digests"].tolist() if "digests" in file else [""] * len(ids)
-            images = {name: Loaded(image * level, size, map_, digest or None) for name, image, size, map_, digest
-                      in zip(ids, pixels, sizes, file["maps"], digests, strict=True)}
-            return _Pack(tuple(file["size"].tolist()), images, json.loads(str(file["description"])))
-    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-        raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.dataset --pack "
-                        f"({error})") from None
-
-
-def _read_pack(config: DatasetConfig) -> DataSource:
-    told = _open_pack(Path(config.root)).description
-    if told["layout"] != config.layout:
-        raise UserError(f'{config.root} was packed from layout "{told["layout"]}", dataset.layout is "{config.layout}"')
-
-    def record(entry: dict) -> Record:
-        landmarks, annotators = (None if entry.get(key) is None else np.array(entry[key], dtype=np.float64)
-                                 for key in ("landmarks", "annotators"))
-        spacing = None if entry["spacing"] is None else tuple(entry["spacing"])
-        return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"], annotators=annotators)
-
-    groups = {name: tuple(record(e) for e in entries if e["id"] not in config.exclude)
-              for name, entries in told["groups"].items()}
-    return DataSource(told["layout"], tuple(told["landmark_names"]), {name: groups[name] for name in SPLITS},
-                      groups["unlabelled"], told["unit"], tuple(told["sdr_thresholds"]), told["paper_rule"],
-                      Path(config.root))
 
 
 def main() -> None:

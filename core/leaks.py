@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from core.checkpoint import write_atomically
-from core.dataset import load_one, resize
+from core.dataset import load_one, resize, stamp
 from core.records import DataSource, Record
 from core.settings import Dataset as DatasetConfig
 
@@ -164,13 +164,6 @@ def _twins(split: str, records: Sequence[Record], digests: list[str | None], ima
 def _key(groups: dict[str, tuple[Record, ...]], config: DatasetConfig) -> str:
     """Of everything a finding depends on; files by place, size and time, so that nothing needs to be read."""
     told = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
-    told += [(split, record.id, record.patient, _stamp(record.image)) for split, group in groups.items()
+    told += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
              for record in group]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-
-
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Place, size and time of a file, or of all files of a series."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    told = [(file, file.stat()) for file in files if file.exists()]
-    return [(str(file.resolve()), status.st_size, status.st_mtime_ns) for file, status in told]

@@ -19,6 +19,8 @@ from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
 from landmarks_finetuning.heatmaps import contour_centroid, probability_maps
 from landmarks_finetuning.report.volume_overlays import draw_case
 
+PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth
+
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -112,4 +114,4 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
     sides = record.geometry is not None and record.geometry.affine is not None
     picture = draw_case(pixels, found, truth, predictions.names, maps, title, spacing, errors, sides)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    picture.save(path, compress_level=PNG_EFFORT)

@@ -135,6 +135,23 @@ def test_cache_is_keyed_by_content(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def test_the_runs_of_a_process_share_images_until_a_file_changes(tmp_path, monkeypatch):
+    path, config = picture(tmp_path / "a.png", np.eye(30, dtype=np.uint8) * 200), configure(tmp_path)
+    record = record_of(path, [[3, 4]])
+    first = load_images([record], config)
+    assert load_images((record,), config, "images") is first
+    assert load_images([record], configure(tmp_path, intensity="percentile")) is not first
+    picture(path, np.eye(30, dtype=np.uint8) * 100 + 50)
+    changed = load_images([record], config)
+    assert changed is not first and load_images([record], config) is changed
+    others = [record_of(picture(tmp_path / f"{n}.png", np.eye(20, dtype=np.uint8) * n)) for n in range(1, 4)]
+    for other in others:
+        load_images([other], config)
+    assert load_images([record], config) is not changed  # three sets are kept
+    monkeypatch.setattr(core.dataset, "KEPT_BYTES", 100)
+    assert load_images(others, config) is not load_images(others, config)  # large ones are not
+
+
 def test_normalise(tmp_path):
     pixels = np.arange(101, dtype=np.float32)[None, None] - 20
     minmax = normalise(pixels, configure(tmp_path))
@@ -179,6 +196,17 @@ def folder(tmp_path):
         "landmarks": ["tip", "base"], "spacing_mm": [0.5, 0.25],
         "splits": {"train": ["a"], "validation": ["b"], "test": ["c"]}}))
     return configure(tmp_path)
+
+
+def test_a_data_set_is_read_once_until_a_file_changes(folder):
+    first = load_source(folder)
+    assert load_source(folder.model_copy()) is first
+    assert load_source(folder.model_copy(update={"spacing_mm": 0.5})) is not first
+    labels = Path(folder.root) / "landmarks.csv"
+    labels.write_text(labels.read_text().replace("a,p1,1,2", "a,p1,7,2"))
+    again = load_source(folder)
+    assert first.splits["train"][0].landmarks[0].tolist() == [2, 1]
+    assert again.splits["train"][0].landmarks[0].tolist() == [2, 7]
 
 
 def test_pack_round_trip(folder, tmp_path):
