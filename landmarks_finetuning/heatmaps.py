@@ -7,6 +7,7 @@ Heatmaps are (B, N, *size).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from core.errors import UserError, did_you_mean
-from landmarks_finetuning.losses import LOG_PROBABILITIES
+from landmarks_finetuning.losses import log_softmax_channels
 
 LOG_2 = float(np.log(2.0))
 
@@ -83,81 +84,128 @@ def _along(axis: int, dims: int, values: Tensor) -> Tensor:
 TARGETS = {"disk": _draw_disk, "gaussian": _draw_gaussian, "pixel": _draw_pixel}
 
 
-# ---- decoding: (raw outputs, log-probabilities, sigma) -> points
+# ---- decoding
+
+
+class LogMaps(NamedTuple):
+    """Log-probabilities of heatmaps (B, N, *size): `scores` less `total`, which is never subtracted for whole maps."""
+
+    scores: Tensor  # (B, N, *size) float32
+    total: Tensor  # (B, N)
+
+
+def log_maps(outputs: Tensor, loss: str) -> LogMaps:
+    """The softmax that `loss` trains, over pixels or over landmarks, of raw outputs (B, N, *size).
+
+    Raises UserError for an unknown loss and for outputs that are not finite.
+    """
+    found = _choose(LOG_MAPS, loss, "finetune.loss")(outputs)
+    if not torch.isfinite(outputs.flatten(2).sum(dim=2)).all():  # a fiftieth of the time that looking at each takes
+        raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
+    return found
+
+
+def probability_maps(outputs: Tensor, loss: str) -> Tensor:
+    """The softmax (B, N, *size) that `loss` trains, over pixels or over landmarks, of raw outputs."""
+    scores, total = log_maps(outputs, loss)
+    return (scores - total[(..., *(None,) * (outputs.ndim - 2))]).exp()
 
 
 def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tensor, Tensor]:
     """Points (B, N, D) and confidences (B, N) in [0, 1], float64 on the CPU, from raw outputs (B, N, *size).
 
-    The probability map is the softmax the network was trained with (`loss`): over the pixels of each heatmap, or
-    over the landmarks at each pixel. Confidence looks at the window of +-2 sigma pixels along each axis around the
-    decoded point: the probability mass in it (softmax over pixels), or the mean probability that its pixels
-    belong to this landmark (softmax over landmarks). `decoder` is a key of DECODERS.
-    Raises UserError for an unknown decoder or loss, a pair of them that does not go together, outputs that are
-    not finite, or a 2D decoder on a volume.
+    `decoder` is a key of DECODERS. Raises UserError as `log_maps`, `find_points` and `confidence` do.
+    """
+    maps = log_maps(outputs, loss)
+    points = find_points(outputs, maps, decoder, loss, sigma)
+    return points, confidence(maps, points, loss, sigma)
+
+
+def find_points(outputs: Tensor, maps: LogMaps, decoder: str, loss: str, sigma: float) -> Tensor:
+    """Points (B, N, D), float64 on the CPU, where `decoder`, a key of DECODERS, sees them in `maps`.
+
+    `outputs` are raw, for the published decoder and to break ties. Raises UserError for an unknown decoder, one
+    that does not go with `loss`, and a 2D decoder on a volume.
     """
     locate = _choose(DECODERS, decoder, "finetune.decoder")
     if decoder == "window_mass" and loss != "cross_entropy_pixels":
         raise UserError(f'finetune.decoder "window_mass" sums probability over pixels, which finetune.loss "{loss}" '
                         "does not learn; choose another decoder, or cross_entropy_pixels")
-    log_probability = _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs)
-    if not torch.isfinite(outputs).all():
-        raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
-    points = locate(outputs, log_probability, sigma)
-    return points, _confidence(log_probability, points, loss, sigma)
+    return locate(outputs, maps.scores, sigma)
 
 
-def confidence_at(outputs: Tensor, points: Tensor, loss: str, sigma: float) -> Tensor:
-    """The confidence of `decode` (B, N) for given points (B, N, D)."""
-    return _confidence(_choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs), points, loss, sigma)
+def confidence(maps: LogMaps, points: Tensor, loss: str, sigma: float) -> Tensor:
+    """Confidences (B, N) in [0, 1], float64 on the CPU, of `points` (B, N, D).
+
+    What lies in the window of +-2 sigma pixels along each axis around the point: the probability mass (softmax over
+    pixels), or the mean probability that its pixels belong to this landmark (softmax over landmarks).
+    """
+    last = torch.tensor(maps.scores.shape[2:]) - 1
+    centre = torch.minimum(points.round().long().clamp(min=0), last).to(maps.scores.device)
+    values, inside = _window(maps.scores, centre, max(1, round(2 * sigma)))
+    mass = (values.flatten(2) - maps.total[..., None]).exp().sum(dim=2)
+    if loss == "cross_entropy_channels":
+        mass = mass / inside.flatten(2).sum(dim=2)
+    return mass.clamp(0, 1).cpu().double()
 
 
-def probability_maps(outputs: Tensor, loss: str) -> Tensor:
-    """The softmax (B, N, *size) that `loss` trains, over pixels or over landmarks, of raw outputs."""
-    return _choose(LOG_PROBABILITIES, loss, "finetune.loss")(outputs).exp()
+def _over_pixels(outputs: Tensor) -> LogMaps:
+    scores = outputs.float()
+    return LogMaps(scores, scores.flatten(2).logsumexp(dim=2))
 
 
-def argmax(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+def _over_landmarks(outputs: Tensor) -> LogMaps:
+    return LogMaps(log_softmax_channels(outputs), outputs.new_zeros(outputs.shape[:2], dtype=torch.float32))
+
+
+LOG_MAPS = {"cross_entropy_pixels": _over_pixels, "cross_entropy_channels": _over_landmarks}
+
+
+# decoders: (raw outputs, log-probabilities up to a constant for each heatmap, sigma) -> points
+
+
+def argmax(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
     """The most probable pixel; where probabilities are equal (they round to 1), the one of the largest raw output."""
-    return _peak(outputs, log_probability).cpu().double()
+    return _peak(outputs, scores).cpu().double()
 
 
-def local_expectation(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+def local_expectation(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
     """Sub-pixel mean of the probability map in the window of +-max(1, round(sigma)) pixels around the argmax."""
-    return _mean_about(_peak(outputs, log_probability), log_probability, max(1, round(sigma)))
+    return _mean_about(_peak(outputs, scores), scores, max(1, round(sigma)))
 
 
-def window_mass(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+def window_mass(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
     """Sub-pixel mean in the window of +-max(1, round(2 sigma)) pixels along each axis that holds the most probability.
 
     Where a map is broad or has several peaks, its mass tells more than its single highest pixel.
     """
-    radius, probability = max(1, round(2 * sigma)), log_probability.exp()
-    mass = POOLING[outputs.ndim - 2](probability, 2 * radius + 1, stride=1, padding=radius)  # outside counts 0
-    return _mean_about(_peak(outputs, mass), log_probability, radius)
+    dims, radius = outputs.ndim - 2, max(1, round(2 * sigma))
+    relative = (scores - scores.amax(dim=tuple(range(2, outputs.ndim)), keepdim=True)).exp()
+    mass = POOLING[dims](relative, 2 * radius + 1, stride=1, padding=radius)  # outside counts 0
+    return _mean_about(_peak(outputs, mass), scores, radius)
 
 
-def _mean_about(peak: Tensor, log_probability: Tensor, radius: int) -> Tensor:
+def _mean_about(peak: Tensor, scores: Tensor, radius: int) -> Tensor:
     """Mean position (B, N, D) of the probability map in the window of +-radius around integer `peak`."""
-    weights, _ = _window(log_probability, peak, radius)
+    values, _ = _window(scores, peak, radius)
+    weights = values.flatten(2).softmax(dim=2).view(values.shape)
     steps = torch.arange(-radius, radius + 1, device=weights.device).expand(1, 1, -1)
     moments = [(weights * _along(axis, peak.shape[-1], steps)).flatten(2).sum(dim=2) for axis in range(peak.shape[-1])]
-    offsets = torch.stack(moments, dim=-1) / weights.flatten(2).sum(dim=2)[..., None]
-    return peak.cpu().double() + offsets.cpu().double()
+    return peak.cpu().double() + torch.stack(moments, dim=-1).cpu().double()
 
 
-def component_centroid(outputs: Tensor, log_probability: Tensor, sigma: float) -> Tensor:
+def component_centroid(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
     """Unweighted centroid of the largest face-connected component above half the probability map's maximum.
 
     With the softmax over landmarks the map is the probability of the landmark at each pixel: the loss leaves the
     background free, so a component may be a cell between neighbours rather than a disk.
     """
-    half_maximum = log_probability.flatten(2).amax(dim=2) - LOG_2
-    masks = log_probability > half_maximum[(..., *(None,) * (outputs.ndim - 2))]
-    return _for_each_heatmap(_largest_component_centroid, masks.cpu().numpy())
+    half_maximum = scores.flatten(2).amax(dim=2) - LOG_2
+    masks = scores > half_maximum[(..., *(None,) * (outputs.ndim - 2))]
+    return _for_each_heatmap(_largest_component_centroid, masks)
 
 
-def contour_centroid(outputs: Tensor, log_probability: Tensor | None = None, sigma: float | None = None) -> Tensor:
+def contour_centroid(outputs: Tensor, scores: Tensor | None = None, sigma: float | None = None) -> Tensor:
     """The published decoder, 2D only, for the paper's scorer: RAW outputs, half maximum, outer contour, moments.
 
     A contour of zero area, or a heatmap whose maximum is not above 0, leaves the point at (0, 0).
@@ -165,7 +213,8 @@ def contour_centroid(outputs: Tensor, log_probability: Tensor | None = None, sig
     if outputs.ndim != 4:
         raise UserError("contour_centroid decodes 2D heatmaps only; choose component_centroid, argmax, "
                         "local_expectation or window_mass for volumes")
-    return _for_each_heatmap(_largest_contour_centroid, outputs.float().cpu().numpy())
+    raw = outputs.float()
+    return _for_each_heatmap(_largest_contour_centroid, raw > raw.amax(dim=(2, 3), keepdim=True) / 2)
 
 
 POOLING = {2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -179,9 +228,8 @@ def _largest_component_centroid(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(labels == largest).mean(axis=0)
 
 
-def _largest_contour_centroid(heatmap: np.ndarray) -> tuple[float, float]:
-    mask = (heatmap > heatmap.max() / 2).astype(np.uint8)
-    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+def _largest_contour_centroid(mask: np.ndarray) -> tuple[float, float]:
+    contours, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:  # nothing exceeds half of a maximum that is not above 0
         return 0.0, 0.0
     moments = cv2.moments(max(contours, key=cv2.contourArea))
@@ -190,40 +238,30 @@ def _largest_contour_centroid(heatmap: np.ndarray) -> tuple[float, float]:
     return moments["m01"] / moments["m00"], moments["m10"] / moments["m00"]
 
 
-def _for_each_heatmap(locate, heatmaps: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array([[locate(heatmap) for heatmap in image] for image in heatmaps], dtype=np.float64))
+def _for_each_heatmap(locate, masks: Tensor) -> Tensor:
+    found = [[locate(mask) for mask in image] for image in masks.cpu().numpy()]
+    return torch.from_numpy(np.array(found, dtype=np.float64))
 
 
-def _peak(outputs: Tensor, log_probability: Tensor) -> Tensor:
+def _peak(outputs: Tensor, scores: Tensor) -> Tensor:
     """Integer position (B, N, D) of each heatmap's maximum probability; the raw outputs break ties."""
-    flat = log_probability.flatten(2)
-    highest = flat == flat.amax(dim=2, keepdim=True)
-    flat = torch.where(highest, outputs.float().flatten(2), -torch.inf).argmax(dim=2)
-    return torch.stack(torch.unravel_index(flat, log_probability.shape[2:]), dim=-1)
+    flat, raw = scores.flatten(2), outputs.float().flatten(2)
+    if flat.data_ptr() != raw.data_ptr():
+        flat = torch.where(flat == flat.amax(dim=2, keepdim=True), raw, -torch.inf)
+    return torch.stack(torch.unravel_index(flat.argmax(dim=2), scores.shape[2:]), dim=-1)
 
 
-def _window(log_probability: Tensor, centre: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, N, 2 radius + 1, ..) around integer centres (B, N, D), 0 outside; and the inside mask."""
-    size = log_probability.shape[2:]
+def _window(scores: Tensor, centre: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Scores (B, N, 2 radius + 1, ..) around integer centres (B, N, D), -inf outside; and the inside mask."""
+    size = scores.shape[2:]
     steps = torch.arange(-radius, radius + 1, device=centre.device)
     flat, inside = torch.zeros((), dtype=torch.long, device=centre.device), torch.tensor(True, device=centre.device)
     for axis, length in enumerate(size):
         index = _along(axis, len(size), centre[..., axis, None] + steps)
         inside = inside & (index >= 0) & (index < length)
         flat = flat * length + index.clamp(0, length - 1)
-    values = log_probability.flatten(2).gather(2, flat.flatten(2)).view(flat.shape).exp()
-    return values * inside, inside
-
-
-def _confidence(log_probability: Tensor, points: Tensor, loss: str, sigma: float) -> Tensor:
-    """Probability mass (softmax over pixels) or mean probability (over landmarks) within +-2 sigma of the points."""
-    last = torch.tensor(log_probability.shape[2:]) - 1
-    centre = torch.minimum(points.round().long().clamp(min=0), last).to(log_probability.device)
-    values, inside = _window(log_probability, centre, max(1, round(2 * sigma)))
-    confidence = values.flatten(2).sum(dim=2)
-    if loss == "cross_entropy_channels":
-        confidence = confidence / inside.flatten(2).sum(dim=2)
-    return confidence.clamp(0, 1).cpu().double()
+    values = scores.flatten(2).gather(2, flat.flatten(2)).view(flat.shape)
+    return values.masked_fill(~inside, -torch.inf), inside
 
 
 def _choose(registry: dict, name: str, key: str):

@@ -58,4 +58,3 @@ def cross_entropy_channels(outputs: Tensor, target: Tensor, absent: Tensor | Non
 
 
 LOSSES = {"cross_entropy_pixels": cross_entropy_pixels, "cross_entropy_channels": cross_entropy_channels}
-LOG_PROBABILITIES = {"cross_entropy_pixels": log_softmax_pixels, "cross_entropy_channels": log_softmax_channels}

@@ -101,7 +101,8 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
         skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
         first = images.firsts[index].numpy() - skipped
         own = map(slice, first.tolist(), (first + images.sizes[index].numpy()).tolist())
-        maps = probability_maps(outputs, predictions.detector.config.finetune.loss)[(0, slice(None), *own)].numpy()
+        seen = probability_maps(outputs, predictions.detector.config.finetune.loss)
+        maps = seen[(0, slice(None), *own)].cpu().numpy()
     if record.geometry is None:
         pixels, to_picture = images.images[index].numpy(), images.maps[index]
     else:

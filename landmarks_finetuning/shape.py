@@ -51,11 +51,11 @@ def shape_size(shape: np.ndarray) -> float:
 
 def add_shape_prior(outputs: Tensor, fitted: np.ndarray, spread_px: float) -> Tensor:
     """Raw outputs (B, N, *size) plus the log of a Gaussian of `spread_px` about `fitted` (B, N, D); NaN adds 0."""
-    places = torch.from_numpy(fitted)
+    places = torch.from_numpy(fitted).to(outputs.device)
     total = outputs.float()
     dims = outputs.ndim - 2
     for axis, length in enumerate(outputs.shape[2:]):
-        off = (torch.arange(length) - places[..., axis, None]) ** 2 / (-2 * spread_px**2)
+        off = (torch.arange(length, device=places.device) - places[..., axis, None]) ** 2 / (-2 * spread_px**2)
         total = total + off.nan_to_num().float().reshape(*off.shape[:2], *(1,) * axis, -1, *(1,) * (dims - axis - 1))
     return total
 

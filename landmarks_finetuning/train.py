@@ -69,7 +69,7 @@ class HeatmapRegression:
         truth, spacings = held.original_points(), held.spacings()
         for chosen, outputs, maps in run_batched(model, held, self.config, self.device):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self._loss(outputs.to(self.device), seen).item()] * len(chosen)
+            losses += [self._loss(outputs, seen).item()] * len(chosen)
             points, _ = locate(outputs, maps, self.config)
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from landmarks_finetuning.losses import LOG_PROBABILITIES, LOSSES, cross_entropy_channels, cross_entropy_pixels
+from landmarks_finetuning.heatmaps import probability_maps
+from landmarks_finetuning.losses import LOSSES, cross_entropy_channels, cross_entropy_pixels
 
 SIZES = [(6, 5), (4, 3, 5)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=["2d", "3d"])
@@ -90,7 +91,7 @@ def test_half_precision_outputs_are_computed_in_float32(loss, size):
 @sizes
 def test_probabilities_sum_to_one_over_what_the_loss_says(size):
     outputs = random_outputs(size)
-    over_pixels = LOG_PROBABILITIES["cross_entropy_pixels"](outputs).exp().flatten(2).sum(dim=2)
-    over_landmarks = LOG_PROBABILITIES["cross_entropy_channels"](outputs).exp().sum(dim=1)
+    over_pixels = probability_maps(outputs, "cross_entropy_pixels").flatten(2).sum(dim=2)
+    over_landmarks = probability_maps(outputs, "cross_entropy_channels").sum(dim=1)
     torch.testing.assert_close(over_pixels, torch.ones(2, 3))
     torch.testing.assert_close(over_landmarks, torch.ones(2, *size))

@@ -21,7 +21,7 @@ from core.geometry import apply_maps, inverse
 from core.settings import BACKBONES, Config
 from core.train_loop import autocast, resolve_device, resolve_precision
 from core.unet import UNet
-from landmarks_finetuning.heatmaps import confidence_at, decode
+from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 
 
@@ -105,7 +105,7 @@ def check_same_network(path: Path, weights: Weights, config: Config, channels: i
 
 
 class Heatmaps(NamedTuple):
-    """Raw float32 outputs (B, N, *size) on the CPU of images `chosen`; maps (B, D, D + 1): stored -> their pixels."""
+    """Raw float32 outputs (B, N, *size), on the device, of images `chosen`; `maps` (B, D, D + 1) from stored pixels."""
 
     chosen: list[int]
     outputs: Tensor
@@ -154,14 +154,14 @@ def run_batched(model: nn.Module, images: ImageSet, config: Config, device: torc
     if images.fits:
         for first in range(0, len(indices), batch):
             some = indices[first : first + batch]
-            yield Heatmaps(some, outputs_of(images.images[some]).cpu(), images.maps[some])
+            yield Heatmaps(some, outputs_of(images.images[some]), images.maps[some])
         return
     for index in indices:
         part, maps = images.seen(index), images.maps[[index]]
         maps[:, :, -1] -= [place.start for place in part]
         image = images.images[(slice(index, index + 1), slice(None), *part)]
         outputs = _over_windows(outputs_of, image, size, config.evaluation.window_overlap, batch)
-        yield Heatmaps([index], outputs.cpu(), maps)
+        yield Heatmaps([index], outputs, maps)
 
 
 def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,
@@ -211,13 +211,14 @@ def locate(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | Non
     decoded again under finetune.shape_prior; confidences are those of the network's own maps there.
     """
     finetune, sigma = config.finetune, sigma_pixels(config)
-    decoder = decoder or finetune.decoder
-    points, confidence = decode(outputs, decoder, finetune.loss, sigma)
+    decoder, loss = decoder or finetune.decoder, finetune.loss
+    seen = log_maps(outputs, loss)
+    points = find_points(outputs, seen, decoder, loss, sigma)
+    sure = confidence(seen, points, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
     if shape is not None and finetune.shape_prior is not None and not raw:
-        fitted = np.stack([fit_shape(shape, found.numpy(), sure.numpy())
-                           for found, sure in zip(points, confidence, strict=True)])
+        fitted = np.stack([fit_shape(shape, *found) for found in zip(points.numpy(), sure.numpy(), strict=True)])
         weighted = add_shape_prior(outputs, fitted, finetune.shape_prior * shape_size(shape))
-        points, _ = decode(weighted, decoder, finetune.loss, sigma)
-        confidence = confidence_at(outputs, points, finetune.loss, sigma)
-    return apply_maps(points.numpy(), inverse(maps)), confidence.numpy()
+        points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
+        sure = confidence(seen, points, loss, sigma)
+    return apply_maps(points.numpy(), inverse(maps)), sure.numpy()
