@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from core import launch, workers
 from core.config import load_config
 from core.plan import study_runs
 from core.study import Cell, cell_dir
+from core.train_loop import StopSignal
 from core.workers import gpus_of_workers, spread, visible_gpus
 from tests import stub_stages
 from tests.conftest import TINY, error_of, merged
@@ -206,6 +208,9 @@ def test_failed_run(study, start):
     assert process.returncode == 1 and "done 6 of 7 runs" in out and "report: " not in out
     assert error == (f"failed: {line}error: 1 of 7 runs failed; the same command tries them again\n  {line}")
     assert seen() == dict.fromkeys(folders(study) | {"report"}, 1)
+    process = start("--workers", "1")  # what failed in an earlier launch has not failed in this one
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 0 and error == "" and seen()[hung] == 2
 
 
 def test_failed_pretraining_fails_what_needs_it(study, start):
@@ -243,6 +248,17 @@ def test_terminal_reaches_the_launcher_alone(study, start):
     process = start("--workers", "1", STUB_HANG=hung)
     pid = owner_of(folder)
     assert os.getpgid(pid) == pid != os.getpgid(process.pid)
+
+
+@pytest.mark.parametrize("first, second, at_once", [
+    (signal.SIGINT, signal.SIGINT, True), (signal.SIGTERM, signal.SIGTERM, True),
+    (signal.SIGTERM, signal.SIGINT, False), (signal.SIGINT, signal.SIGTERM, False)])
+def test_two_kinds_of_signals_ask_for_one_stop(first, second, at_once):
+    """A job that is cancelled gets SIGTERM in every process, and the launcher's SIGINT as well: it still saves."""
+    with StopSignal() as stop, pytest.raises(KeyboardInterrupt) if at_once else nullcontext():
+        signal.raise_signal(first)
+        assert stop.received
+        signal.raise_signal(second)
 
 
 def test_finished_study_starts_no_worker(study, monkeypatch):
