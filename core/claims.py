@@ -83,8 +83,20 @@ def _lock(run_dir: Path, wait: bool) -> int:
                 os.close(descriptor)
 
 
+def held_by(run_dir: Path, pid: int) -> bool:
+    """Whether process `pid` of this machine holds `run_dir`, or was killed while it did and nobody has it since."""
+    try:
+        return (run_dir / LOCK).read_text(errors="replace").startswith(f"{_name(pid)} ")
+    except FileNotFoundError:
+        return False
+
+
 def _identity() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+    return f"{_name(os.getpid())} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+def _name(pid: int) -> str:
+    return f"process {pid} on {socket.gethostname()}"
 
 
 def _let_go() -> None:

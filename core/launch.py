@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ POLL_SECONDS = 5.0  # between two looks at what other processes hold
 NEWS_SECONDS = 60.0  # between two lines about it
 REPORTED = (".json", ".jsonl", ".csv", ".png")  # what of a study a report may show
 REPORTING = (".py", ".j2", ".csv")  # what of the code makes it
+Do = Callable[[list[Run], dict[Path, int | None]], dict[Path, str]]
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -247,21 +249,47 @@ def report_page(config: Config) -> Path:
     return page
 
 
-def run_study(config: Config, stages: tuple[str, ...]) -> Path | None:
+def failures_so_far(config: Config, stages: tuple[str, ...]) -> dict[Path, int | None]:
+    """When each run of the study failed last: what failed since then failed in this launch."""
+    return {run.folder: failed_at(run) for run in study_runs(config, stages)}
+
+
+def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
+              failed_before: dict[Path, int | None] | None = None) -> Path | None:
     """Run what is left of `stages`; returns the report's page when there is one.
 
-    Raises UserError before anything is run when the study cannot be run from end to end, and RunsFailed after the
-    rest is done and reported when single runs failed.
+    `do` is run_all or something like it; `failed_before` the failures_so_far of the launch that this process belongs
+    to, None where it is one by itself. Raises UserError before anything is run when the study cannot be run from end to
+    end, and RunsFailed after the rest is done and reported when single runs failed.
     """
-    failed_before = {run.folder: failed_at(run) for run in study_runs(config, stages)}
+    failed_before = failures_so_far(config, stages) if failed_before is None else failed_before
     runs = prepare(config, stages)
-    failed = run_all(runs, failed_before)
+    failed = (do or run_all)(runs, failed_before)
     worth = not failed or any(run.done for run in runs)
     page = report_page(config) if "report" in stages and worth else None
     if failed:
         listed = "".join(f"\n  {folder}: {why}" for folder, why in failed.items())
         raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again{listed}")
     return page
+
+
+def launched(config: Config, stages: tuple[str, ...], workers: int | None, gpus: int | None, slurm: bool
+             ) -> Path | None:
+    """The study run here, by one process or several, or submitted; returns the report's page when there is one."""
+    do = None
+    if workers is not None or gpus is not None:
+        if slurm:
+            raise UserError("--slurm goes without --workers and --gpus: slurm.tasks says how many share the study, "
+                            "slurm.gpus_per_node how many GPUs each has")
+        from core.workers import gpus_of_workers, spread
+
+        do = partial(spread, gpus=gpus_of_workers(config.experiment.device, workers, gpus))
+    if slurm:
+        from core.cluster import submit
+
+        if submit(config, stages):
+            return None
+    return run_study(config, stages, do)
 
 
 def main() -> None:
@@ -274,6 +302,11 @@ def main() -> None:
                         help="encoders: compare VGG19, DenseNet161 and ResNeXt50 on ImageNet weights")
     parser.add_argument("--shots", nargs="+", type=int, help="numbers of labelled images, instead of the config's")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds, instead of the config's")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="share the runs among N processes, which take the GPUs in turn, or the CPU")
+    parser.add_argument("--gpus", type=int, metavar="N", help="use N GPUs of this machine, a process for each")
+    parser.add_argument("--slurm", action="store_true",
+                        help="submit the study as a job array, as the config's section slurm says, and return")
     parser.add_argument("--dry-run", action="store_true", help="print what is left and how long it takes, and stop")
     arguments = parser.parse_args()
     overrides = list(arguments.set)
@@ -284,7 +317,7 @@ def main() -> None:
     if arguments.dry_run:
         prepare(config, stages)
         return
-    page = run_study(config, stages)
+    page = launched(config, stages, arguments.workers, arguments.gpus, arguments.slurm)
     if page is not None:
         print(f"report: {page}")
 

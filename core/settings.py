@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core.section import Clip, Count, Degrees, Index, NormClip, Rate, Section
+from core.slurm_settings import Slurm
 from core.ssl_settings import SSL, SSL_METHODS
 
 BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet",
@@ -290,6 +291,7 @@ class Config(Section):
     finetune: Finetune = Finetune()
     evaluation: Evaluation = Evaluation()
     report: Report = Report()
+    slurm: Slurm = Slurm()
     run: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
     environment: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
 

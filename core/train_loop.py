@@ -171,10 +171,10 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask the loop to save and stop after the step in hand; a second one stops at once."""
+    """SIGINT and SIGTERM ask the loop to save and stop after the step in hand; the same one again stops at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: set[int] = set()
         self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -183,10 +183,10 @@ class StopSignal:
                 self.handlers[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if self.received:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number in self.received:  # a worker may get SIGTERM from the system, then SIGINT from its launcher
             raise KeyboardInterrupt
-        self.received = True
+        self.received.add(number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
@@ -331,7 +331,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     with RunLog(run_dir, settings.title, training.step, settings.iterations) as log, StopSignal() as stop:
         while not training.finished:
             log.advance(training.optimiser_step())
-            stopping = stop.received  # read once: a signal that comes later waits for the next step
+            stopping = bool(stop.received)  # read once: a signal that comes later waits for the next step
             validating = training.due(settings.validate_every)
             saving = training.due(settings.save_every) or stopping or training.finished
             milestone = training.step in settings.milestones

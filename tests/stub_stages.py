@@ -1,8 +1,9 @@
 """Stages that only write down what they are called for, for tests of the launcher: `python -m tests.stub_stages`.
 
 Every call adds `begin` and `end` lines with the run's folder and the process to $STUB_LOG. $STUB_HANG names a folder
-whose run never ends, pre-training lasts until $STUB_OTHERS other runs have ended, and two launchers of the same
-$STUB_START wait for each other. Imports nothing heavy.
+whose run never ends when it is begun first, but is `saved` at a Ctrl-C (with $STUB_CHILD it has a process that outlives
+it), $STUB_FAIL one that fails; pre-training lasts until $STUB_OTHERS other runs have ended; two launchers of the same
+$STUB_START wait for each other; $STUB_GPUS are the machine's. Imports nothing heavy.
 """
 
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import core.launch as launch
+import core.workers as workers
+from core.cluster import StudyTask
 from core.errors import run_command
 from core.plan import study_runs
 from core.study import cell_dir, ddpm_paths
@@ -43,12 +46,21 @@ def work(folder: Path, *results: Path) -> Path:
     note("begin", folder)
     folder.mkdir(parents=True, exist_ok=True)
     hang = os.environ.get("STUB_HANG")
-    if hang and str(folder).endswith(hang):
-        if os.fork() == 0:  # as a loader's worker that outlives its owner
+    fail = os.environ.get("STUB_FAIL")
+    if fail and str(folder).endswith(fail):
+        raise RuntimeError("out of luck")
+    (folder / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if hang and str(folder).endswith(hang) and sum(line[:2] == ["begin", str(folder)] for line in lines()) == 1:
+        note("hang", folder)
+        if "STUB_CHILD" in os.environ and os.fork() == 0:  # as a loader's worker that outlives its owner
             note("child", folder)
             time.sleep(LIMIT_SECONDS)
             os._exit(0)
-        time.sleep(LIMIT_SECONDS)
+        try:
+            time.sleep(LIMIT_SECONDS)
+        except KeyboardInterrupt:
+            note("saved", folder)
+            raise
     time.sleep(0.2)
     if folder.name == "ddpm":
         wait_until(lambda: sum(line[0] == "end" for line in lines()) >= int(os.environ.get("STUB_OTHERS", 0)))
@@ -83,10 +95,26 @@ FUNCTIONS = {name: f"tests.stub_stages:{name}" for name in ("pretrain", "finetun
                                                             "report")}
 
 
-def main() -> None:
-    """The launcher with these stages, without a look at data."""
+def install() -> None:
+    """Have the launcher call these stages, without a look at data."""
     launch.FUNCTIONS.update(FUNCTIONS)
     launch.prepare, launch.POLL_SECONDS = study_runs, 0.05
+    if "STUB_GPUS" in os.environ:
+        workers.visible_gpus = os.environ["STUB_GPUS"].split
+
+
+class StubTask(StudyTask):
+    """A task of a job array with these stages."""
+
+    def __call__(self) -> str | None:
+        """As usual."""
+        install()
+        return super().__call__()
+
+
+def main() -> None:
+    """The launcher with these stages."""
+    install()
     if "STUB_START" in os.environ:
         start = Path(os.environ["STUB_START"])
         start.mkdir(exist_ok=True)
@@ -95,5 +123,7 @@ def main() -> None:
     launch.main()
 
 
+if __name__ == "__mp_main__":  # in a worker of such a launcher
+    install()
 if __name__ == "__main__":
     run_command(main)

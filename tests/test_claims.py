@@ -183,7 +183,7 @@ def test_killed_owner(study, start):
     """kill -9 of a launcher in the middle of a run: one that waits for it does it, though a child still lives."""
     config = load_config(study)
     hung = cell_dir(config, Cell("scratch", 2, 0, 0))
-    first = start(STUB_HANG=str(hung.relative_to(config.experiment_dir)))
+    first = start(STUB_HANG=str(hung.relative_to(config.experiment_dir)), STUB_CHILD="1")
     stub_stages.wait_until(lambda: ["child", str(hung)] in [line[:2] for line in stub_stages.lines()])
     second = start()
     others = folders(config) - {str(hung.relative_to(config.experiment_dir))}
