@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from core.errors import UserError, did_you_mean
+from core.finetune_settings import fill_in_losses
 from core.section import Section
 from core.settings import Config
 from core.ssl_settings import fill_in_preset, merge
@@ -26,9 +27,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
-    """Fill in ssl.preset and validate plain values; `where` names them in the one-line UserError."""
+    """Fill in ssl.preset and finetune.losses, and validate; `where` names these values in the one-line UserError."""
     try:
-        return Config.model_validate_json(json.dumps(fill_in_preset(values)), strict=True)
+        return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
 
@@ -88,13 +89,14 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(map(str, place))
     if first["type"] == "extra_forbidden":
         model: Any = Config
-        for part in first["loc"][:-1]:
+        for part in (p for p in first["loc"][:-1] if isinstance(p, str)):  # a number is a place in a list
             model = model.model_fields[part].annotation
             model = next((a for a in (model, *getattr(model, "__args__", ())) if hasattr(a, "model_fields")), Section)
         names = sorted(f.alias or n for n, f in model.model_fields.items())
         return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), names)}; valid: {', '.join(names)}"
     if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+        entry = f"{key}: " if any(isinstance(part, int) for part in place) else ""
+        return entry + first["msg"].removeprefix("Value error, ")
     allowed = [e["msg"] for e in error.errors() if e["loc"][:len(place)] == place]  # one for each of a union's branches
     return f"{key}: {', or '.join(m[0].lower() + m[1:] for m in allowed)}, got {first['input']!r}"
 

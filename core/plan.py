@@ -20,6 +20,7 @@ from core.study import (
     encoder_studies,
     is_pretrained,
     needs_pretraining,
+    settings_compared,
     ssl_dir,
     ssl_methods,
 )
@@ -62,8 +63,9 @@ class Run:
 
 
 def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
-    """The configs whose cells `stages` run: the study itself, and one for each encoder compared."""
-    return ([config] if "finetune" in stages else []) + (encoder_studies(config) if "encoders" in stages else [])
+    """The configs whose cells `stages` run: one for each of the settings compared, and of them for each encoder."""
+    chosen = ([config] if "finetune" in stages else []) + (encoder_studies(config) if "encoders" in stages else [])
+    return [each for study in chosen for each in settings_compared(study)]
 
 
 def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
@@ -125,7 +127,7 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         if not run.done and run.failure() is not None:
             print(f"failed last time, to be tried again: {run.folder}: {run.failure()}")
     print(f"optimiser steps to come: {sum(steps_left(run) for run in runs)}")
-    measured = {run.kind: seconds_per_step(run) for run in runs if run.steps}
+    measured = {kind: seconds_per_step(kind, runs) for kind in dict.fromkeys(run.kind for run in runs if run.steps)}
     rates = [f"{kind} {rate:.3g} s" for kind, rate in measured.items() if rate is not None]
     print(f"a step takes, by the runs of this study: {', '.join(rates) or 'no run measured yet'}")
     print(f"training time to come: {time_left(runs)}")
@@ -151,10 +153,14 @@ def steps_left(run: Run) -> int:
     return 0 if run.done else max(0, run.steps - logged(run.folder / "metrics.jsonl")[1])
 
 
-def seconds_per_step(run: Run) -> float | None:
-    """Mean over the runs of its variant, finished or begun, whatever their shots; None when none was measured."""
-    of_cell = run.function == "finetune_cell"
-    paths = run.folder.parent.glob("*/metrics.jsonl") if of_cell else [run.folder / "metrics.jsonl"]
+def seconds_per_step(kind: str, runs: list[Run]) -> float | None:
+    """Mean over all runs that lie beside those of `kind` in `runs`, whatever their shots; None when none was measured.
+
+    Finished or begun: of fine-tuning those of the same variants, which differ in labels, draw and seed.
+    """
+    folders = {run.folder if run.function != "finetune_cell" else run.folder.parent for run in runs if run.kind == kind}
+    paths = {path for folder in folders for pattern in ("metrics.jsonl", "shots*/metrics.jsonl")
+             for path in folder.glob(pattern)}
     measured = [logged(path) for path in paths]
     steps = sum(count for _, count in measured)
     return sum(seconds for seconds, _ in measured) / steps if steps else None
@@ -163,13 +169,11 @@ def seconds_per_step(run: Run) -> float | None:
 def time_left(runs: list[Run]) -> str:
     """How long one process trains for what is left of `runs`, from the rates of this study; scoring is not counted."""
     steps: dict[str, int] = {}
-    rates: dict[str, float | None] = {}
     for run in runs:
         left = steps_left(run)
         if left:
             steps[run.kind] = steps.get(run.kind, 0) + left
-            if run.kind not in rates:
-                rates[run.kind] = seconds_per_step(run)
+    rates = {kind: seconds_per_step(kind, runs) for kind in steps}
     known = [count * rates[kind] for kind, count in steps.items() if rates[kind] is not None]
     parts = [f"about {duration(sum(known))}"] if known or not steps else []
     unknown = [f"{count} steps of {kind}" for kind, count in steps.items() if rates[kind] is None]

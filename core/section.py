@@ -1,4 +1,4 @@
-"""What the models of the config are built from: the section itself, common types and gradient clipping."""
+"""What the models of the config are built from: the section itself, common types, clipping and augmentation."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ class NormClip(Clip):
     """Gradient clipping, by norm unless told otherwise: giving the limit alone leaves it on."""
 
     mode: Literal["none", "value", "norm"] = "norm"
+
+
+class Augmentation(Section):
+    """Random similarity applied to image and landmarks together, and intensity changes."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = Field(
+        2.0, description="largest angle, either way; of volumes about each axis, or three: about x, y and z")
+    scale: float = Field(0.02, ge=0, lt=1, description="factor drawn from 1 +- scale")
+    translation: float = Field(0.02, ge=0, lt=1, description="fraction of the size, each axis")
+    intensity: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and gamma; 0 = off")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.section import Clip, Count, Degrees, Index, NormClip, Rate, Section
+from core.finetune_settings import Finetune
+from core.section import Augmentation, Count, Index, NormClip, Section
 from core.slurm_settings import Slurm
 from core.ssl_settings import SSL, SSL_METHODS
 
@@ -27,28 +28,6 @@ class Experiment(Section):
     compile: bool = Field(False, description="torch.compile the network's training step")
     activation_checkpointing: bool = Field(
         False, description="diffusion U-Net: recompute activations going back: less memory for about a third more time")
-
-
-class Augmentation(Section):
-    """Random similarity applied to image and landmarks together, and intensity changes."""
-
-    probability: float = Field(0.5, ge=0, le=1)
-    rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = Field(
-        2.0, description="largest angle, either way; of volumes about each axis, or three: about x, y and z")
-    scale: float = Field(0.02, ge=0, lt=1, description="factor drawn from 1 +- scale")
-    translation: float = Field(0.02, ge=0, lt=1, description="fraction of the size, each axis")
-    intensity: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and gamma; 0 = off")
-
-
-class StrongAugmentation(Augmentation):
-    """What few labels want, by measurement (docs/results.md)."""
-
-    probability: float = Field(1.0, ge=0, le=1)
-    rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = Field(
-        10.0, description="largest angle, either way; of volumes about each axis, or three: about x, y and z")
-    scale: float = Field(0.1, ge=0, lt=1, description="factor drawn from 1 +- scale")
-    translation: float = Field(0.05, ge=0, lt=1, description="fraction of the size, each axis")
-    intensity: float = Field(0.3, ge=0, lt=1, description="strength of brightness, contrast and gamma; 0 = off")
 
 
 class PhantomData(Section):
@@ -172,93 +151,6 @@ class DDPM(Section):
         return self
 
 
-class LearningRates(Section):
-    """The peak learning rate of each start."""
-
-    ddpm: Rate = 1e-3
-    scratch: Rate = 1e-3
-    imagenet: Rate = 1e-4
-    random: Rate = 1e-3
-    mocov3: Rate = 1e-3
-    simclrv2: Rate = 1e-3
-    dino: Rate = 1e-3
-
-
-class EncoderWeights(Section):
-    """A file for each start that has one: a state dict by torchvision's names, or one of our encoders."""
-
-    imagenet: str | None = Field(None, description="or a folder of torchvision's files; null = fetched")
-    mocov3: str | None = Field(None, description="null = this study's own pre-training")
-    simclrv2: str | None = Field(None, description="null = this study's own pre-training")
-    dino: str | None = Field(None, description="null = this study's own pre-training")
-
-
-class Finetune(Section):
-    """Supervised training of the detector on a few labelled images."""
-
-    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random", "mocov3", "simclrv2", "dino"], ...] = Field(
-        ("ddpm", "scratch"), description="starts to compare; from imagenet on: 2D, a U-Net around finetune.encoder")
-    shots: tuple[Count, ...] = Field((1, 5, 10, 25, 50), min_length=1)
-    draws: tuple[Index, ...] = Field((0, 1, 2), min_length=1)
-    seeds: tuple[Index, ...] = Field((0,), min_length=1)
-    selection: Literal["first", "random"] = Field("random", description="first k images (the paper) or a seeded draw")
-    pretraining_iteration: int | None = Field(None, description="which EMA checkpoint; null = the last one")
-    checkpoint: str | None = Field(None, description="a weights file instead: ours (.safetensors) or published (.pt)")
-    encoder: Literal["densenet161", "vgg19", "resnext50_32x4d", "resnet50"] = Field(
-        "densenet161", description="of every backbone but ddpm and scratch")
-    encoder_weights: EncoderWeights = EncoderWeights()
-    timestep: int | None = Field(None, ge=0, description="null: no timestep embedding (the paper), or a fixed one")
-    loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
-    target: Literal["disk", "gaussian", "pixel"] = "gaussian"
-    sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
-    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = (
-        "local_expectation")
-    shape_prior: float | None = Field(
-        0.2, gt=0, description="how far a landmark may lie from where the others' common shape puts it, of the shape's "
-        "size (standard deviation); null = each landmark by itself")
-    validation: Literal["official", "none"] | int = Field(
-        "official", description="official: all validation labels; N: held out of the shots; none: fixed schedule"
-    )
-    iterations: int | None = Field(400, gt=0, description="optimiser steps; null where epochs are given")
-    epochs: int | None = Field(None, gt=0)
-    learning_rate: LearningRates = LearningRates()
-    weight_decay: float = Field(0.01, ge=0)
-    scheduler: Literal["plateau", "cosine", "constant"] = "cosine"
-    plateau_factor: float = Field(0.5, gt=0, lt=1)
-    plateau_patience: int = Field(13, ge=0)
-    warmup_iterations: int = Field(0, ge=0)
-    early_stop_patience: int | None = Field(None, gt=0, description="validations without improvement; null = off")
-    validate_every: int | None = Field(None, gt=0, description="optimiser steps; null = every epoch")
-    batch_size: int = Field(8, gt=0)
-    accumulation: int = Field(1, gt=0)
-    accumulation_reduction: Literal["mean", "sum"] = "mean"
-    sampling: Literal["stream", "epoch"] = "stream"
-    clip: Clip = Clip()
-    ema_decay: float | None = Field(None, ge=0, lt=1, description="null = no moving average")
-    augmentation: StrongAugmentation = StrongAugmentation()
-    log_every: int = Field(10, gt=0)
-    save_every: int = Field(100, gt=0)
-
-    @model_validator(mode="after")
-    def _budget_and_validation(self) -> Finetune:
-        if (self.iterations is None) == (self.epochs is None):
-            raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
-        needs_validation = self.scheduler == "plateau" or self.early_stop_patience is not None
-        if self.validation == "none" and needs_validation:
-            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine or constant, '
-                             "early_stop_patience null")
-        if self.decoder == "window_mass" and self.loss != "cross_entropy_pixels":
-            raise ValueError('finetune.decoder "window_mass" needs finetune.loss "cross_entropy_pixels"')
-        if self.shape_prior is not None and self.loss != "cross_entropy_pixels":
-            raise ValueError('finetune.shape_prior needs finetune.loss "cross_entropy_pixels"; set it to null')
-        if isinstance(self.validation, int) and self.validation < 1:
-            raise ValueError('finetune.validation must be "official", "none" or a number of at least 1')
-        if isinstance(self.validation, int) and self.validation >= min(self.shots):
-            raise ValueError(f"finetune.validation {self.validation} leaves no training image at {min(self.shots)} "
-                             "shots")
-        return self
-
-
 class Evaluation(Section):
     """How predictions are scored."""
 
@@ -307,7 +199,8 @@ class Config(Section):
                 raise ValueError(f"{stage}.augmentation.rotation_degrees must be one number when is_3d is false")
         if self.is_3d and self.dataset.layout != "folder":
             raise ValueError(f'dataset.layout "{self.dataset.layout}" holds radiographs; is_3d needs layout "folder"')
-        if self.is_3d and self.finetune.decoder == "contour_centroid":
+        decoders = {entry.decoder for entry in (self.finetune, *self.finetune.losses)}
+        if self.is_3d and "contour_centroid" in decoders:
             raise ValueError('finetune.decoder "contour_centroid" is 2D only; choose component_centroid, argmax, '
                              "local_expectation or window_mass")
         levels = len(self.unet.channel_multipliers)
@@ -320,9 +213,12 @@ class Config(Section):
         if fixed is not None and fixed >= self.ddpm.num_train_timesteps:
             raise ValueError(f"finetune.timestep {fixed} must be below ddpm.num_train_timesteps")
         iteration, kept = self.finetune.pretraining_iteration, self.ddpm.checkpoint_iterations
-        if iteration is not None and iteration not in kept:
+        if iteration not in (None, "best", *kept):
             raise ValueError(f"finetune.pretraining_iteration {iteration} is not one of ddpm.checkpoint_iterations "
                              f"{list(kept)}")
+        other = self.finetune.transfer_from
+        if other is not None and Path(other).resolve() == self.experiment_dir.resolve():
+            raise ValueError(f"finetune.transfer_from {other} is this study's own folder; name another one")
         for backbone in self.finetune.backbones:
             self.check_backbone(backbone)
         return self

@@ -22,7 +22,7 @@ from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
 from core.settings import BACKBONES, ENCODER_LEVELS, Config
-from core.study import Cell, cell_dir, check_cell, is_scored, require_backbone
+from core.study import Cell, cell_dir, check_cell, is_scored, require_backbone, single_setting
 from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
 from landmarks_finetuning.heatmaps import draw_target
@@ -191,7 +191,7 @@ def main() -> None:
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
         raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
-    config = load_config(arguments.config, [*arguments.set, *encoder])
+    config = single_setting(load_config(arguments.config, [*arguments.set, *encoder]), arguments.backbone)
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)

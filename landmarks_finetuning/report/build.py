@@ -31,7 +31,15 @@ from landmarks_finetuning.report.findings import (
     leak_sentence,
     p_text,
     sentences,
+    setting_sentence,
     shots_text,
+)
+from landmarks_finetuning.report.iterations import (
+    choice_sentence,
+    iteration_means,
+    main_family,
+    training_petaflop,
+    with_chosen,
 )
 from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
 from landmarks_finetuning.report.tables import PaperTable, latex_table, metric_title, paper_tables, wide_rows
@@ -142,6 +150,11 @@ def _samples(folder: Path, pictures: Pictures) -> list[dict[str, str]]:
 
 def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Output) -> dict[str, Any]:
     """Everything the page says about one data set and split of an experiment."""
+    every, iterations = runs, iteration_means(runs)
+    iterations = iterations.assign(petaflop=[training_petaflop(row, experiment.path / "ddpm")
+                                             for row in iterations.itertuples()])
+    runs = with_chosen(every, iterations)
+    tried = main_family(runs, iterations)
     first, summary = runs.iloc[0], aggregate(runs)
     unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
     thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
@@ -149,28 +162,29 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     curves, cases = figures.within_curves(runs, thresholds), worst_cases(experiment, slug, runs, output.pictures)
-    output.add_table("runs", runs.drop(columns="path"))
+    output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", found.assign(**identity))
-    output.add_table("pretraining_iterations", paper_figures.iteration_means(runs).assign(**identity))
+    output.add_table("pretraining_iterations", iterations.drop(columns="paths", errors="ignore").assign(**identity))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
         "phantom": bool(first["phantom"]),
         "summary": summary, "comparisons": found.to_dict("records"),
         "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
+        "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
-        "runs": runs.to_dict("records"), "several_runs": len(runs) > len(summary),
-        "show_variants": bool((runs.groupby("backbone")["variant"].nunique() > 1).any()),
+        "runs": every.to_dict("records"), "several_runs": len(every) > len(summary),
+        "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
         "overlays": cases, "curves": figures.page_curves(curves, unit),
         "figures": {
             "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
             "bars": output.figure(f"{slug}_bars", paper_figures.error_bars(summary, unit)),
             "iterations": output.figure(f"{slug}_pretraining_iterations",
-                                        paper_figures.error_against_iterations(runs, unit)),
+                                        paper_figures.error_against_iterations(tried, unit)),
             "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(curves, unit)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),

@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 
 from core.errors import UserError
+from core.finetune_settings import LossSettings
 from core.runlog import read_metrics
+from core.study import MEAN_SHAPE, VARIANT_KEYS
 from landmarks_finetuning.metrics import bootstrap_interval, macro_mean, patient_sums, within
 from landmarks_finetuning.report.provenance import starting_point
 from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
@@ -25,6 +27,8 @@ from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "confidence")
+SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(VARIANT_KEYS.values())})-)")
+LOSS_SLUGS = {VARIANT_KEYS[key] for key in LossSettings.model_fields}
 CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
 
 
@@ -215,12 +219,34 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
     return by_draw, patients.reindex(first.index).to_numpy()
 
 
+def slug_parts(variant: str) -> list[str]:
+    """"target-pixel_iter-8000" -> ["target-pixel", "iter-8000"], see core.study.variant."""
+    return SLUG_PARTS.split(variant)
+
+
+def loss_setting(variant: str) -> str:
+    """What of a variant's name is about the loss and the decoder: the settings of finetune.losses; "" for defaults."""
+    return "_".join(part for part in slug_parts(variant) if part.partition("-")[0] in LOSS_SLUGS)
+
+
 def main_variants(runs: pd.DataFrame) -> dict[str, str]:
-    """{backbone: the variant with most scored runs}; of equals "default", then the first by name."""
+    """{backbone: the variant that is compared with the other backbones'}.
+
+    Pre-trained on this data set rather than another, with the loss setting that most trained runs have (so that all
+    share one), then with most scored runs; of equals the default, then the first by name.
+    """
+    if runs.empty:
+        return {}
+    start, settings = runs["pretraining_dataset"], runs["variant"].map(loss_setting)
+    away = start.notna() & (start != runs["dataset"])
+    counts = settings[~away & (runs["backbone"] != MEAN_SHAPE)].value_counts()
+    usual = min(counts.index, key=lambda setting: (-counts[setting], setting), default="")  # "" is the default's
     chosen = {}
-    for backbone, group in runs.groupby("backbone"):
-        counts = group["variant"].value_counts()
-        chosen[backbone] = min(counts.index, key=lambda v: (-counts[v], v != "default", v))
+    for backbone, group in runs.assign(away=away, other=settings != usual).groupby("backbone"):
+        known = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
+        ranks = {row.Index: (row.away, row.other, -row.runs, row.Index != "default", row.Index)
+                 for row in known.itertuples()}
+        chosen[backbone] = min(ranks, key=ranks.get)
     return chosen
 
 

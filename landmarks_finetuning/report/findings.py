@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from landmarks_finetuning.report.collect import compare, main_variants, select
+from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, select
 from landmarks_finetuning.report.statistics import SIGNIFICANCE, holm
 
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
@@ -94,6 +94,17 @@ def leak_sentence(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
                          f"(with them {row.mre:.2f})")
     rest = f"; without {'it' if count == 1 else 'them'} the mean errors in {unit} are: {', '.join(parts)}"
     return f"{opening}{rest if parts else ''}."
+
+
+def setting_sentence(runs: pd.DataFrame) -> str:
+    """Which of several losses what is said here is about; empty where there is one."""
+    trained = runs[runs["backbone"] != UNTRAINED]
+    found = {setting: setting or "the default" for setting in sorted(set(trained["variant"].map(loss_setting)))}
+    if len(found) < 2:
+        return ""
+    shown = [found[loss_setting(variant)] for backbone, variant in main_variants(runs).items() if backbone != UNTRAINED]
+    return (f"{len(found)} settings of the loss were run ({', '.join(found.values())}). Verdicts and curves are about "
+            f"{_list(list(dict.fromkeys(shown)))}; the table of results and the paper's tables have all of them.")
 
 
 def headline(found: pd.DataFrame, unit: str) -> tuple[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,8 +9,6 @@ from matplotlib.figure import Figure
 from landmarks_finetuning.report.collect import main_variants
 from landmarks_finetuning.report.figures import INK, colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import STUDIED, UNTRAINED, display_name, shots_text
-
-ITERATION = re.compile(r"(^|_)iter-\d+")  # of a variant's slug
 
 
 @styled
@@ -38,40 +34,30 @@ def error_bars(summary: pd.DataFrame, unit: str) -> Figure | None:
     return figure
 
 
-def iteration_means(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean validation error by number of labels and pre-training iteration, 0 being the run from scratch.
-
-    Columns shots, iteration, validation_mre (mean over draws and seeds of the error logged at the kept step), runs. The
-    diffusion model's variants that differ in the iteration alone make one family; the one with most iterations is
-    shown, beside the main from-scratch variant. Empty where fewer than two iterations were fine-tuned.
-    """
-    known = runs[runs["pretraining_iteration"].notna() & runs["validation_mre"].notna()]
-    families = known["variant"].map(lambda variant: ITERATION.sub("", variant).strip("_") or "default")
-    studied = known["backbone"] == STUDIED
-    counts = known[studied].groupby(families[studied])["pretraining_iteration"].nunique()
-    if counts.empty or counts.max() < 2:
-        return pd.DataFrame()
-    scratch = (known["backbone"] == "scratch") & (known["variant"] == main_variants(runs).get("scratch"))
-    chosen = known[(studied & (families == counts.idxmax())) | scratch]
-    chosen = chosen.assign(iteration=chosen["pretraining_iteration"].astype(int),
-                           validation_mre=chosen["validation_mre"].astype(float))
-    grouped = chosen.groupby(["shots", "iteration"])["validation_mre"]
-    return grouped.agg(validation_mre="mean", runs="size").reset_index()
-
-
 @styled
-def error_against_iterations(runs: pd.DataFrame, unit: str) -> Figure | None:
-    """The paper's figure 2: validation error against the pre-training iteration, a line per number of labels."""
-    means = iteration_means(runs)
+def error_against_iterations(means: pd.DataFrame, unit: str) -> Figure | None:
+    """The paper's figure 2: validation error against the pre-training iteration, a line per number of labels.
+
+    `means` are the rows of one family of `iteration_means`, with petaflop; where all of that is known a second panel
+    has the total training compute as its axis. A ring marks the chosen iteration. None for no rows.
+    """
     if means.empty:
         return None
-    figure, axes = new_figure(6.4, 3.6)
-    axis, shots = axes[0, 0], sorted(means["shots"].unique())
-    for index, (count, group) in enumerate(means.groupby("shots")):
-        axis.plot(group["iteration"], group["validation_mre"], color=colour(STUDIED), marker="os^Dv"[index % 5],
-                  alpha=0.35 + 0.65 * (index + 1) / len(shots), linewidth=1.8, label=shots_text(count))
-    axis.set_xlabel("pre-training iterations (0: from scratch)")
-    axis.set_ylabel(f"validation error ({unit})")
-    axis.set_ylim(bottom=0)
+    axes_of = [("iteration", "pre-training iterations (0: from scratch)")]
+    if means["petaflop"].notna().all():
+        axes_of.append(("petaflop", "training compute (petaFLOP), fine-tuning included"))
+    figure, axes = new_figure(4.6 * len(axes_of) + 1.0, 3.8, 1, len(axes_of), sharey=True)
+    shots = sorted(means["shots"].unique())
+    for axis, (column, title) in zip(axes[0], axes_of, strict=True):
+        for index, (count, group) in enumerate(means.groupby("shots")):
+            group, shade = group.sort_values(column), 0.35 + 0.65 * (index + 1) / len(shots)
+            axis.plot(group[column], group["validation_mre"], color=colour(STUDIED), marker="os^Dv"[index % 5],
+                      alpha=shade, linewidth=1.8, label=shots_text(count))
+            best = group[group["chosen"]]
+            axis.plot(best[column], best["validation_mre"], "o", markersize=11, markerfacecolor="none",
+                      markeredgecolor=INK, label="chosen")
+        axis.set_xlabel(title)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel(f"validation error ({unit})")
     shared_legend(figure, axes)
     return figure

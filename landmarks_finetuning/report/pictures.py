@@ -90,4 +90,4 @@ def find_cases(row: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, st
     if not cases:
         return {"missing": "This report was made without overlays (report.overlays is 0)."}
     return {"missing": "This page shows overlays of each start’s variant with most runs alone; those of this run are "
-                       f"in landmarks/{row['backbone']}/{row['variant']}."}
+                       f"in landmarks/{row['backbone']}/{row['variant'].replace('iter-best', 'iter*')}."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from core.errors import UserError
 from core.runlog import read_metrics
 
 UNKNOWN = "unknown"
+ITERATION = re.compile(r"(?:iter|step)(\d+)$")  # ema_iter008000, ema_model_epoch800_step6000
 
 
 def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
     """{"pretraining_dataset", "pretraining_iteration", "validation_mre"} of the run in `folder`; None where not known.
 
-    The iteration is 0 from scratch and None for a given checkpoint; data set and iteration are the diffusion model's
-    only. validation_mre is the one logged at the step that was kept, that of the lowest validation loss.
+    The iteration is 0 from scratch, of a given checkpoint the one in its name; data set and iteration are the diffusion
+    model's only. validation_mre is the one logged at the step that was kept, that of the lowest validation loss.
     """
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
     kept = min(lines, key=lambda line: line["validation_loss"], default={})
@@ -30,7 +32,10 @@ def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf8"))
     finetune, checkpoints = config.get("finetune", {}), config.get("ddpm", {}).get("checkpoint_iterations")
     if finetune.get("checkpoint"):
-        return start | {"pretraining_dataset": checkpoint_dataset(Path(finetune["checkpoint"]))}
+        path = Path(finetune["checkpoint"])
+        named = ITERATION.search(path.stem)
+        return start | {"pretraining_dataset": checkpoint_dataset(path),
+                        "pretraining_iteration": int(named.group(1)) if named else None}
     iteration = finetune.get("pretraining_iteration") or max(checkpoints or [0]) or None
     return start | {"pretraining_dataset": config.get("dataset", {}).get("name"), "pretraining_iteration": iteration}
 

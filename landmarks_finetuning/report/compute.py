@@ -1,0 +1,62 @@
+"""What training costs, in floating-point operations: machine-free, counted on the network that was trained."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.runlog import read_metrics
+from core.settings import UNet as UNetConfig
+
+
+@lru_cache
+def training_flops(unet: UNetConfig, out_channels: int, size: tuple[int, ...], timed: bool) -> int:
+    """Operations (an addition and a multiplication are two) of one image's forward and backward pass through a U-Net.
+
+    Of grey images of `size`; `timed`: with a time embedding. Counted by torch's FlopCounterMode (convolutions, matrix
+    products, attention; no element-wise operation) without computing anything.
+    """
+    import torch  # imports for seconds, which only this figure should cost
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from core.unet import UNet
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = UNet(unet, 1, out_channels, size)
+        timesteps = torch.zeros(1, dtype=torch.long) if timed else None
+        model(torch.empty(1, 1, *size), timesteps).sum().backward()
+    return counter.get_total_flops()
+
+
+def images_seen(lines: list[dict[str, Any]], last_step: float = np.inf) -> float:
+    """Images that the training steps up to `last_step` saw, by the rates in a metrics.jsonl."""
+    return sum(line["images_per_second"] * line["seconds"] for line in lines
+               if "images_per_second" in line and line["step"] <= last_step)
+
+
+def finetuning_flops(folder: Path) -> float:
+    """Training operations of a fine-tuned U-Net, whether its last step was kept or not; NaN where not known."""
+    config, metrics = _read(folder / "config.json"), _read(folder / "metrics.json")
+    timed = config.get("finetune", {}).get("timestep") is not None
+    return _flops(config, read_metrics(folder / "metrics.jsonl"), np.inf, len(metrics["landmark_names"]), timed)
+
+
+def pretraining_flops(folder: Path, iteration: int) -> float:
+    """Training operations of the diffusion pre-training in `folder` up to `iteration`; NaN where not known."""
+    return _flops(_read(folder / "config.json"), read_metrics(folder / "metrics.jsonl"), iteration, 1, True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+
+
+def _flops(config: dict[str, Any], lines: list[dict[str, Any]], last_step: float, outputs: int, timed: bool) -> float:
+    seen, size = images_seen(lines, last_step), config.get("dataset", {}).get("image_size")
+    if not seen or not size or "unet" not in config:
+        return np.nan
+    unet = UNetConfig.model_validate_json(json.dumps(config["unet"]), strict=True)
+    return seen * training_flops(unet, outputs, tuple(size), timed)
