@@ -1,36 +1,22 @@
-"""heatmaps.npz: what a detector sees on two test images, small enough to keep, for the report's comparison of methods."""
+"""heatmaps.npz: what a detector sees on two test images, small enough to keep, for the report to compare methods."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from core.files import write_atomically
 from landmarks_finetuning.predictions import Case, Predictions, case_of
+from landmarks_finetuning.report.heatmap_figure import FlatCase
 from landmarks_finetuning.report.overlays import map_points, shaded
 
 LONGEST_SIDE = 400  # of the kept picture, in pixels
 
 
-class FlatCase(NamedTuple):
-    """One image flattened for a picture; points are (row, column) pixels of `picture`, NaN where there is none.
-
-    picture (h, w) uint8; heat and target (k, l) uint8 of another grid over the same field: each landmark's map, 255 at
-    its own maximum, the largest of all landmarks at each pixel; found and truth (N, 2).
-    """
-
-    picture: np.ndarray
-    heat: np.ndarray
-    target: np.ndarray
-    found: np.ndarray
-    truth: np.ndarray
-
-
 def example_indices(count: int) -> list[int]:
-    """The first and the middle one of `count` scored images: the same ones for every method, chosen before any result."""
+    """The first and the middle one of `count` scored images: the same for every method, fixed beforehand."""
     return sorted({0, count // 2})
 
 
@@ -43,15 +29,6 @@ def write_heatmaps(path: Path, predictions: Predictions) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
-
-
-def read_heatmaps(path: Path) -> dict[str, FlatCase]:
-    """{image: its FlatCase} of a file that `write_heatmaps` made; none where there is no file."""
-    if not path.is_file():
-        return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return {str(image): FlatCase(*(arrays[f"{name}_{k}"] for name in FlatCase._fields))
-                for k, image in enumerate(arrays["images"])}
 
 
 def flatten(case: Case) -> FlatCase:
@@ -80,6 +57,6 @@ def flatten(case: Case) -> FlatCase:
 
 
 def _strongest(maps: np.ndarray) -> np.ndarray:
-    """(N, k, l) -> (k, l) uint8; a map without a value above 0, as of a landmark that is not annotated, adds nothing."""
+    """(N, k, l) -> (k, l) uint8; a map without a value above 0, as of a landmark without annotation, adds nothing."""
     peaks = np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
     return np.rint(255 * (maps / peaks).clip(0, 1).max(axis=0)).astype(np.uint8)

@@ -122,7 +122,7 @@ def case_of(predictions: Predictions, index: int) -> Case:
 
 
 def _heatmaps(predictions: Predictions, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities and targets (N, *own) of what the image itself fills of the network's input; None: not annotated."""
+    """Probabilities and targets (N, *own) where the image itself fills the network's input; None: not annotated."""
     images, config = predictions.images, predictions.detector.config
     [(_, outputs, maps)] = predictions.detector.heatmaps(images, [index])
     skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
