@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.errors import UserError
 from landmarks_finetuning.heatmap_files import example_indices, flatten, write_heatmaps
 from landmarks_finetuning.predictions import Case, Predictions, case_of
 from landmarks_finetuning.report.build import build_report
@@ -172,6 +173,13 @@ def test_runs_without_the_file_have_no_figure(tmp_path):
     page = build_report([write_run(tmp_path / "study", "ddpm", 10, 0, [[1, 1]]).parents[3]])
     assert "What each method sees" not in page.read_text(encoding="utf8")
     assert not list(page.parent.glob("figures/*heatmaps*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "heatmaps.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"heatmaps\.npz is damaged"):
+        read_heatmaps(tmp_path / "heatmaps.npz")
 
 
 def test_methods_that_saw_other_images_are_shown_on_the_shared_ones(study):

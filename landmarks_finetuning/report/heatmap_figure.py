@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from core.errors import UserError
 from landmarks_finetuning.report.collect import error_matrix, select
 from landmarks_finetuning.report.findings import display_name, shots_text
 from landmarks_finetuning.report.order import best_first
@@ -39,12 +41,18 @@ class FlatCase(NamedTuple):
 
 
 def read_heatmaps(path: Path) -> dict[str, FlatCase]:
-    """{image: its FlatCase} of a run's FILE; empty where there is none, as of runs scored before it was written."""
+    """{image: its FlatCase} of a run's FILE; empty where there is none, as of runs scored before it was written.
+
+    Raises UserError for a file that is damaged.
+    """
     if not path.is_file():
         return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return {str(image): FlatCase(*(arrays[f"{name}_{k}"] for name in FlatCase._fields))
-                for k, image in enumerate(arrays["images"])}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {str(image): FlatCase(*(arrays[f"{name}_{k}"] for name in FlatCase._fields))
+                    for k, image in enumerate(arrays["images"])}
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, or evaluate that run again") from error
 
 
 def draw_heat(picture: np.ndarray, heat: np.ndarray, found: np.ndarray | None, truth: np.ndarray) -> Image.Image:
