@@ -21,6 +21,7 @@ from core.runlog import read_metrics, write_run_config
 from core.settings import Config
 from core.study import MEAN_SHAPE, Cell, cell_dir, variant
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
+from landmarks_finetuning.heatmap_files import write_heatmaps
 from landmarks_finetuning.metrics import (
     SMALLEST_SIGMA_PX,
     annotator_distances,
@@ -101,7 +102,7 @@ def scored_records(config: Config, source: DataSource) -> tuple[Record, ...]:
 
 
 def score(run_dir: Path, config: Config, source: DataSource, predictions: Predictions, identity: dict) -> dict:
-    """Write predictions.csv, markups of volumes, overlays/ and metrics.json; returns what metrics.json holds.
+    """Write predictions.csv, markups of volumes, overlays/, heatmaps.npz and metrics.json; returns what that holds.
 
     The paper's scorer wants a square 2D input and a disk with an area; otherwise its figures are left out.
     """
@@ -133,6 +134,8 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
     write_table(run_dir / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(run_dir / "markups", predictions)
     _write_overlays(run_dir / "overlays", config, predictions, source.unit, errors)
+    if config.evaluation.overlays and predictions.detector is not None:
+        write_heatmaps(run_dir / "heatmaps.npz", predictions)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
 

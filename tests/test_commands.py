@@ -16,6 +16,7 @@ from core.checkpoint import load_weights
 from core.config import load_config
 from core.launch import run_study
 from core.study import Cell, cell_dir
+from landmarks_finetuning.report.heatmap_figure import read_heatmaps
 
 PROJECT = Path(__file__).parents[1]
 LAUNCH, PRETRAINING, SAMPLING = "core.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
@@ -302,6 +303,12 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
     assert len(metrics["training_images"]) == 2 and not {"151", "152"} & set(metrics["training_images"])
     worst = table.groupby("image")["error"].mean().sort_values(ascending=False).index[:2]
     assert sorted(p.name for p in (run_dir / "overlays").iterdir()) == [f"rank00{i + 1}_{worst[i]}.png" for i in (0, 1)]
+    examples = read_heatmaps(run_dir / "heatmaps.npz")
+    assert list(examples) == ["151", "153"]  # the first and the middle one, drawn at 400 / 300 of the stored rows
+    truth = np.array([line.split(",") for line in (phantom / "400_junior/153.txt").read_text().split()], dtype=float)
+    height, width = Image.open(phantom / "jpg/153.jpg").size[::-1]
+    scale = np.array(examples["153"].picture.shape) / (height, width)
+    assert np.allclose(examples["153"].truth, (truth[:, ::-1] + 0.5) * scale - 0.5, atol=0.6)
     for name in ("predictions.csv", "metrics.json"):
         assert (run_dir / name).read_bytes() == (tiny_cell / name).read_bytes()
     status, _, _ = run_main(EVALUATING, run_dir, "--decoder", "argmax", "--set", "evaluation.split=validation")

@@ -55,10 +55,10 @@ def browse(page: Path, tmp_path: Path, *options: str, address: str = "", script:
 
 
 def rows(dom: str, table: str, column: int = 0) -> list[tuple[str, bool]]:
-    """(text of the cell in `column`, whether it is hidden) of each row of a table, in the order of the page."""
+    """(first line of the cell in `column`, whether it is hidden) of each row of a table, in the order of the page."""
     body = re.search(rf'<table[^>]*id="{re.escape(table)}".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
     found = re.findall(r"<tr([^>]*)>(.*?)</tr>", body, re.S)
-    cells = [(tag, re.findall(r"<td[^>]*>(.*?)</td>", inner, re.S)[column]) for tag, inner in found]
+    cells = [(tag, re.findall(r"<td[^>]*>(.*?)</td>", inner, re.S)[column].partition("<br")[0]) for tag, inner in found]
     return [(html.unescape(re.sub("<[^>]*>", "", cell)).strip(), " hidden" in tag) for tag, cell in cells]
 
 
@@ -74,8 +74,8 @@ def answer(dom: str) -> str:
 @needs_browser
 def test_the_address_filters_and_sorts(page, tmp_path):
     dom = browse(page, tmp_path, "--dump-dom", address=SHARED)
-    assert shown(dom, f"{TABLE}-results", 4) == ["20.00", "10.50", "9.50", "2.50"]  # as numbers: 10.5 above 9.5
-    assert [text for text, hidden in rows(dom, f"{TABLE}-results") if hidden] == ["1"]
+    assert shown(dom, f"{TABLE}-results", 3) == ["20.00", "10.50", "9.50", "2.50"]  # as numbers: 10.5 above 9.5
+    assert [text for text, hidden in rows(dom, f"{TABLE}-results") if hidden] == ["1 + 20"]
     assert shown(dom, f"{TABLE}-comparisons") == ["10", "10", "10"]
     assert [text for text, hidden in rows(dom, f"{TABLE}-runs") if hidden] == ["1"]
     assert "Filtered: 5 of 6 results" in dom
@@ -85,7 +85,7 @@ def test_the_address_filters_and_sorts(page, tmp_path):
 @needs_browser
 def test_two_starts_and_a_data_set(page, tmp_path):
     dom = browse(page, tmp_path, "--dump-dom", address="#start=ddpm&start=scratch&data=cephalo&labels=10&labels=99")
-    assert shown(dom, f"{TABLE}-results", 4) == ["2.50", "9.50"]
+    assert shown(dom, f"{TABLE}-results", 3) == ["2.50", "9.50"]
     assert shown(dom, f"{TABLE}-comparisons", 2) == ["From scratch (best)"]  # not the others of ddpm
     assert shown(dom, f"{TABLE}-runs", 3) == ["0", "1", "0"]
     hidden = re.findall(r'<div data-data="(\w+)" hidden', dom)
@@ -168,6 +168,29 @@ def test_a_row_shows_its_pictures_or_says_that_there_are_none(page, tmp_path):
 
 
 @needs_browser
+def test_filters_reach_the_papers_tables(page, tmp_path):
+    """Ours and theirs of one start and number of labels stay, and of one data set its own table alone."""
+    everything = browse(page, tmp_path, "--dump-dom")
+    dom = browse(page, tmp_path, "--dump-dom", address="#start=ddpm&labels=10&data=cephalo")
+    ours, theirs = (shown(dom, "table2_cephalo-table", column) for column in (1, 2))
+    assert ours == ["Diffusion pre-training", "–"]
+    assert theirs == ["DDPM (Gaussian heatmaps)", "DDPM (contour-hugging)"]
+    assert len(shown(everything, "table2_cephalo-table")) > 15 and set(shown(dom, "table2_cephalo-table")) == {"10"}
+    assert re.findall(r'<section class="card paper" id="(\w+)" hidden', dom) == ["table1_chest"]
+    assert not re.findall(r'<section class="card paper" id="(\w+)" hidden', everything)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 1600])
+def test_the_results_do_not_scroll_sideways(page, tmp_path, width):
+    """At the width of a laptop's screen, with the longest name and every interval of two digits before the point."""
+    script = f"""const box = document.getElementById("{TABLE}-results").parentElement;
+      document.title = innerWidth + " " + (box.scrollWidth - box.clientWidth);"""
+    dom = browse(page, tmp_path, "--dump-dom", f"--window-size={width},900", script=script)
+    assert answer(dom) == f"{width} 0"
+
+
+@needs_browser
 def test_a_link_keeps_the_view(page, tmp_path):
     script = 'document.querySelector("nav a").click(); document.title = location.hash;'
     dom = browse(page, tmp_path, "--dump-dom", address="#labels=10", script=script)
@@ -210,7 +233,7 @@ def test_without_scripts_everything_is_shown(page, tmp_path):
       document.title = parts.length + " " + parts.filter(part => !part.checkVisibility()).length
         + " " + document.getElementById("filters").checkVisibility();"""
     dom = browse(bare, tmp_path, "--dump-dom", address=SHARED, script=script)
-    assert shown(dom, f"{TABLE}-results", 4) == ["12.00", "2.50", "9.50", "10.50", "20.00"]
+    assert shown(dom, f"{TABLE}-results", 3) == ["12.00", "2.50", "9.50", "10.50", "20.00"]
     parts, hidden, controls = answer(dom).split()
     assert int(parts) > 40 and (hidden, controls) == ("0", "false")
 

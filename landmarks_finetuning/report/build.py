@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +22,7 @@ from landmarks_finetuning.report.collect import (
     read_experiment,
     sdr_columns,
 )
+from landmarks_finetuning.report.filters import page_filters, published_names, row_keys
 from landmarks_finetuning.report.findings import (
     HUMAN,
     MIN_PATIENTS,
@@ -34,6 +36,7 @@ from landmarks_finetuning.report.findings import (
     setting_sentence,
     shots_text,
 )
+from landmarks_finetuning.report.heatmap_figure import heatmap_rows, whole_figure
 from landmarks_finetuning.report.iterations import (
     choice_sentence,
     iteration_means,
@@ -42,10 +45,12 @@ from landmarks_finetuning.report.iterations import (
     with_chosen,
 )
 from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
-from landmarks_finetuning.report.tables import PaperTable, latex_table, metric_title, paper_tables, wide_rows
+from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
+from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
 
 HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
+HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
 VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
 
 
@@ -83,7 +88,7 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     (output.folder / "tables").mkdir(parents=True, exist_ok=True)
     pages = [_experiment_context(experiment, output) for experiment in experiments]
     summaries = [summary for page in pages for summary in page.pop("summaries")]
-    tables = _paper_tables(paper_tables(pd.concat(summaries, ignore_index=True)) if summaries else [], output)
+    tables = _paper_tables(pd.concat(summaries, ignore_index=True), output) if summaries else []
     output.write_tables()
     titles = [page["title"] for page in pages]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
@@ -92,7 +97,7 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     html = environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
         built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
-        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS, filters=_filters(pages),
+        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS, filters=page_filters(pages),
         styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
     path = output.folder / "index.html"
     write_atomically(path, html.encode())
@@ -118,6 +123,7 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
         "unfinished": experiment.unfinished.to_dict("records"),
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
+        "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
         "config": json.dumps(config, indent=2, ensure_ascii=False),
         "environment": _flat(experiment.config.get("environment") or {}),
@@ -161,7 +167,8 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     landmarks = per_landmark(runs, shots)
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
-    curves, cases = figures.within_curves(runs, thresholds), worst_cases(experiment, slug, runs, output.pictures)
+    curves, heatmaps = figures.within_curves(runs, thresholds), _heatmaps(runs, slug, output)
+    cases = worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", found.assign(**identity))
@@ -179,7 +186,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "runs": every.to_dict("records"), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
-        "overlays": cases, "curves": figures.page_curves(curves, unit),
+        "overlays": cases, "heatmaps": heatmaps, "curves": figures.page_curves(curves, unit),
         "figures": {
             "shots": output.figure(f"{slug}_error_against_shots", figures.error_against_shots(summary, unit)),
             "bars": output.figure(f"{slug}_bars", paper_figures.error_bars(summary, unit)),
@@ -190,17 +197,6 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
         },
     }
-
-
-def _filters(pages: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """The page's filters, (name, title, [(value, text)]), of what the results have; those with a choice."""
-    sections = [section for page in pages for section in page["sections"]]
-    rows = [row for section in sections for row in section["rows"]]
-    starts, labels = {row["backbone"] for row in rows}, sorted({row["shots"] for row in rows})
-    found = [("data", "Data set", [(name, name) for name in sorted({section["dataset"] for section in sections})]),
-             ("start", "Start", sorted(((key, display_name(key)) for key in starts), key=lambda pair: pair[1])),
-             ("labels", "Labels", [(str(count), str(count)) for count in labels])]
-    return [(name, title, values) for name, title, values in found if len(values) > 1]
 
 
 def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,6 +220,17 @@ def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:
     return {"name": HUMAN, **known.iloc[0][columns].rename(lambda column: column.removeprefix("human_")).to_dict()}
 
 
+def _heatmaps(runs: pd.DataFrame, slug: str, output: Output) -> list[dict[str, Any]]:
+    """Write figures/<slug>_heatmaps.png; the rows of the page's figure, those that its budget allows."""
+    rows = heatmap_rows(runs)
+    if rows:
+        buffer = io.BytesIO()
+        whole_figure(rows).save(buffer, "PNG")
+        write_atomically(output.folder / "figures" / f"{slug}_heatmaps.png", buffer.getvalue())
+    shown = [{**row, "source": output.pictures.embed_picture(row["picture"], HEATMAPS_WIDTH)} for row in rows]
+    return [row for row in shown if row["source"]]
+
+
 def _landmark_rows(landmarks: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per landmark: every backbone's error and which is the smallest; the last row is the mean."""
     rows = [(str(name), values) for name, values in landmarks.iterrows()]
@@ -233,13 +240,14 @@ def _landmark_rows(landmarks: pd.DataFrame) -> list[dict[str, Any]]:
             for index, (name, values) in enumerate(rows)]
 
 
-def _paper_tables(tables: list[PaperTable], output: Output) -> list[dict[str, Any]]:
+def _paper_tables(summary: pd.DataFrame, output: Output) -> list[dict[str, Any]]:
     """Write the paper's tables as CSV and LaTeX; what the page shows of each."""
-    shown = []
-    for table in tables:
+    shown, published = [], published_names(summary)
+    for table in paper_tables(summary):
         output.add_table(table.name, table.cells)
         write_atomically(output.folder / "tables" / f"{table.name}.tex", latex_table(table).encode())
         metrics, rows = wide_rows(table.cells)
+        rows = [{**row, "keys": row_keys(row, published)} for row in rows]
         shown.append({"name": table.name, "title": table.title, "rows": rows, "columns": table.columns,
                       "metrics": [metric_title(metric, table.cells) for metric in metrics]})
     return shown

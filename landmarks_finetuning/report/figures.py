@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from core.runlog import read_metrics
-from landmarks_finetuning.report.collect import errors_by_draw, human_distances, main_variants, select
+from landmarks_finetuning.report.collect import errors_by_draw, human_distances, select
 from landmarks_finetuning.report.findings import HUMAN, UNTRAINED, display_name, shots_text
+from landmarks_finetuning.report.order import best_first
 
 LEGEND_COLUMN = 2.1  # inches: the longest name at 9 points and its line
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
@@ -91,10 +92,11 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
 
     With one draw the bars are the 95 % interval over patients.
     """
-    figure, axes = new_figure(7.2, 4.0)
+    figure, axes = new_figure(7.2, 4.4)
     axis, backbones = axes[0, 0], sorted(summary["backbone"].unique())
     several = summary.groupby("backbone")["variant"].nunique()
-    methods = list(summary.groupby(["backbone", "variant"]))
+    order = list(best_first(summary))
+    methods = sorted(summary.groupby(["backbone", "variant"]), key=lambda item: order.index(item[0][0]))
     for index, ((backbone, variant), group) in enumerate(methods):
         group = group.sort_values("shots")
         single = np.stack([group["mre"] - group["interval_low"], group["interval_high"] - group["mre"]])
@@ -118,7 +120,7 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
         axis.set_ylim(bottom=0)
     axis.set_xlabel("labelled training images")
     axis.set_ylabel(f"mean radial error ({unit})")
-    axis.legend(loc="best", fontsize=9)
+    shared_legend(figure, axes)
     return figure
 
 
@@ -138,7 +140,7 @@ def within_curves(runs: pd.DataFrame, thresholds: Sequence[float], points: int =
     distances = np.union1d(np.linspace(0, reach, points).round(6), np.asarray(thresholds, dtype=float))
     human, panels = human_distances(runs), {}
     for shots in sorted(runs["shots"].unique()):
-        for backbone, variant in main_variants(runs).items():
+        for backbone, variant in best_first(runs).items():
             group = select(runs, backbone, variant, shots)
             if not group.empty:
                 errors = np.concatenate([e.ravel() for e in errors_by_draw(group)[0].values()])
@@ -204,7 +206,8 @@ def shared_legend(figure: Figure, axes: np.ndarray) -> None:
         handles, labels = axis.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
     if found:
-        columns = max(1, min(4, len(found), int(figure.get_figwidth() / LEGEND_COLUMN)))
+        column = max(LEGEND_COLUMN, 0.6 + 0.072 * max(map(len, found)))
+        columns = max(1, min(4, len(found), int(figure.get_figwidth() / column)))
         figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
 
 
@@ -256,9 +259,9 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 @styled
 def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
     """Training and validation loss and validation error, a column per number of shots, a line per draw and seed."""
-    variants, shots = main_variants(runs), sorted(runs["shots"].unique())
-    curves = [(run, read_metrics(run.path / "metrics.jsonl")) for run in runs.itertuples()
-              if variants[run.backbone] == run.variant]
+    variants, shots = best_first(runs), sorted(runs["shots"].unique())
+    curves = [(run, read_metrics(run.path / "metrics.jsonl")) for backbone, variant in variants.items()
+              for run in runs.itertuples() if (run.backbone, run.variant) == (backbone, variant)]
     curves = [(run, lines) for run, lines in curves if lines]
     if not curves:
         return None
@@ -272,7 +275,7 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
             points = np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None])
             if len(points):
                 axis.plot(*points.T, color=colour(run.backbone, list(variants)), linewidth=1.3, alpha=0.8,
-                          label=display_name(run.backbone))
+                          marker="o" if len(points) == 1 else None, markersize=4, label=display_name(run.backbone))
     for axis in axes.flat:
         _loss_axis(axis)
         axis.set_xlabel("")

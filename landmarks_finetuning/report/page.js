@@ -6,7 +6,6 @@
 //   curve, hide           the curves' number of labels; methods that are not drawn
 //   row                   the row of a results table whose pictures are open
 //   at                    the part of the page a link led to
-
 const FILTERS = ["data", "start", "labels"];
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
@@ -71,17 +70,19 @@ const passes = (name, value) => !state[name].size || state[name].has(value);
 // ---- filters -------------------------------------------------------------------------------------------------------
 /** A comparison has two starts: with two or more chosen both must be among them, with one chosen either. */
 function isShown(item) {
-  const { start, rival, labels } = item.dataset;
+  const { start, rival, labels, sets } = item.dataset;
+  if (sets && state.data.size && !JSON.parse(sets).some(name => state.data.has(name))) return false;
   const starts = [start, rival].filter(value => value !== undefined);
   const chosen = starts.filter(value => state.start.has(value)).length;
   const needed = Math.min(starts.length, state.start.size);
-  return chosen >= needed && (labels === undefined || passes("labels", labels));
+  return chosen >= needed && (labels === "any" || passes("labels", labels));
 }
 
 function showFilters() {
   for (const input of all("#filters input")) input.checked = state[input.name].has(input.value);
   for (const part of all("[data-data]")) part.hidden = !passes("data", part.dataset.data);
   for (const item of all("[data-labels]")) item.hidden = !isShown(item);
+  for (const part of all(".paper")) part.hidden = all("tr[data-labels]", part).every(row => row.hidden);
   const rows = all(".results tr[data-labels]");
   const shown = rows.filter(row => !row.closest("[hidden]")).length;
   document.getElementById("status").textContent = `${filtered() ? "Filtered: " : ""}${shown} of ${rows.length} results`;

@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from landmarks_finetuning.report.collect import main_variants
 from landmarks_finetuning.report.figures import INK, colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import STUDIED, UNTRAINED, display_name, shots_text
+from landmarks_finetuning.report.order import best_first
 
 
 @styled
 def error_bars(summary: pd.DataFrame, unit: str) -> Figure | None:
     """Mean radial error by number of labels and trained method (main variants) with 95 % intervals over patients."""
-    variants = main_variants(summary.loc[summary["backbone"] != UNTRAINED])
+    variants = best_first(summary.loc[summary["backbone"] != UNTRAINED])
     shots, count = sorted(summary["shots"].unique()), len(variants)
     if not variants:
         return None

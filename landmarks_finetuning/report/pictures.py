@@ -12,8 +12,9 @@ import pandas as pd
 from PIL import Image
 
 from core.errors import UserError
-from landmarks_finetuning.report.collect import Experiment, error_matrix, main_variants, select
+from landmarks_finetuning.report.collect import Experiment, error_matrix, select
 from landmarks_finetuning.report.findings import UNTRAINED
+from landmarks_finetuning.report.order import best_first
 
 OVERLAY_WIDTHS = {False: 640, True: 1200}  # pixels of an embedded overlay, of images and of volumes
 IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
@@ -33,6 +34,10 @@ class Pictures:
                 picture = picture.convert("RGB")
         except OSError as error:
             raise UserError(f"{path} is not a readable picture ({error}); delete it, or make it again") from error
+        return self.embed_picture(picture, width, quality)
+
+    def embed_picture(self, picture: Image.Image, width: int, quality: int = 82) -> str | None:
+        """The same of a picture (RGB) that was just drawn."""
         if picture.width > width:
             picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
@@ -52,7 +57,7 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
     is missing and where it is, empty where nothing is. Empty where the config wants no pictures.
     """
     wanted = experiment.config.get("report", {}).get("overlays", 4)
-    groups, variants = [], main_variants(runs)
+    groups, variants = [], best_first(runs)
     for shots in sorted(runs["shots"].unique(), reverse=True) if wanted else ():
         for backbone, variant in variants.items():
             group = select(runs, backbone, variant, shots)

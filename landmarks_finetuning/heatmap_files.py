@@ -1,0 +1,62 @@
+"""heatmaps.npz: what a detector sees on two test images, small enough to keep, for the report to compare methods."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from core.files import write_atomically
+from landmarks_finetuning.predictions import Case, Predictions, case_of
+from landmarks_finetuning.report.heatmap_figure import FlatCase
+from landmarks_finetuning.report.overlays import map_points, shaded
+
+LONGEST_SIDE = 400  # of the kept picture, in pixels
+
+
+def example_indices(count: int) -> list[int]:
+    """The first and the middle one of `count` scored images: the same for every method, fixed beforehand."""
+    return sorted({0, count // 2})
+
+
+def write_heatmaps(path: Path, predictions: Predictions) -> None:
+    """Write `path` (.npz): images (ids), and for the k-th of them FlatCase's arrays as <field>_<k>."""
+    chosen = example_indices(len(predictions.images.records))
+    arrays = {"images": np.array([predictions.images.records[index].id for index in chosen])}
+    for k, index in enumerate(chosen):
+        arrays |= {f"{name}_{k}": array for name, array in flatten(case_of(predictions, index))._asdict().items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def flatten(case: Case) -> FlatCase:
+    """The picture of an image with a detector's heatmaps and known landmarks; of a volume its maximum projection.
+
+    A volume, whose axes run up, back and to the patient's left, is seen from the side with up at the top. Pixels of the
+    picture are square in mm.
+    """
+    size = np.array(case.pixels.shape[1:3])
+    extent = size * (1.0 if case.spacing is None else np.array(case.spacing[:2]))
+    shape = tuple(np.maximum(np.rint(extent * LONGEST_SIDE / extent.max()), 1).astype(int).tolist())
+    volume = case.pixels.ndim > 3
+
+    def seen(values: np.ndarray) -> np.ndarray:
+        """(.., rows, columns[, depth]) -> (.., rows, columns) as the picture has them."""
+        flat = values.max(axis=tuple(range(3, values.ndim))) if volume else values
+        return flat[:, ::-1] if volume else flat
+
+    def placed(points: np.ndarray) -> np.ndarray:
+        rows, columns = points[:, 0], points[:, 1]
+        return map_points(np.stack([size[0] - 1 - rows if volume else rows, columns], axis=1), size, shape)
+
+    picture = np.rint(shaded(seen(case.pixels), shape).mean(axis=2)).astype(np.uint8)
+    return FlatCase(picture, *(_strongest(seen(maps)) for maps in (case.probabilities, case.targets)),
+                    placed(case.found), placed(case.truth))
+
+
+def _strongest(maps: np.ndarray) -> np.ndarray:
+    """(N, k, l) -> (k, l) uint8; a map without a value above 0, as of a landmark without annotation, adds nothing."""
+    peaks = np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
+    return np.rint(255 * (maps / peaks).clip(0, 1).max(axis=0)).astype(np.uint8)
