@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LEADER_WORKS = timedelta(days=1)  # samples of volumes take long; when the leader dies, torchrun ends the others
-GRACE = timedelta(seconds=5)  # for the leader to tell of an error that all meet, and for torchrun to end the bereaved
+GRACE = timedelta(seconds=5)  # for the leader to be the one who tells of an error that all meet
+BEREAVED_SECONDS = 15.0  # for torchrun to end this process when another one has died
 SAVING_SECONDS = 600  # after Ctrl-C, before torchrun kills
 
 
@@ -163,10 +164,19 @@ def join() -> Iterator[Ranks]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        time.sleep(GRACE.total_seconds())
+        time.sleep(BEREAVED_SECONDS)
         print(f"error: {job.name} was left by another process of the job, whose machine says why", file=sys.stderr)
         raise SystemExit(1) from None
     dist.destroy_process_group()
+
+
+def recorded(main: Callable[[], None]) -> Callable[[], None]:
+    """`main`, leaving for torchrun what ends it unexpectedly where torchrun has started it."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
 
 
 def distributed_command(module: str, processes: int | str, *arguments: str) -> list[str]:
@@ -188,7 +198,7 @@ def tell_failure(failed: ChildFailedError) -> int:
         hint = " (memory may have run out)" if failure.exitcode == -signal.SIGKILL else ""
         print(f"error: rank {rank} (process {failure.pid} on {socket.gethostname()}) {how}{hint}; the others were "
               "stopped, and the same command goes on from what was saved", file=sys.stderr)
-    elif isinstance(failure.message, dict):  # recorded: an exception nobody expected, below its traceback
+    elif failure.exitcode == 1 and isinstance(failure.message, dict):  # unexpected: its traceback stands above
         print(f"error: rank {rank} (process {failure.pid} on {socket.gethostname()}) failed: "
               f"{failure.message['message'].splitlines()[0]}", file=sys.stderr)
     return max(failure.exitcode, 1)

@@ -8,6 +8,7 @@ whole micro-batch and uses its part, so images are augmented and noised alike ho
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -72,7 +73,8 @@ class Replicated(Training):
         """See Training."""
         model, average, _ = super().prepare(model)
         devices = [torch.cuda.current_device()] if self.settings.device.type == "cuda" else None
-        return model, average, DistributedDataParallel(model, devices, broadcast_buffers=False,
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels: one memory
+        return model, average, DistributedDataParallel(model, devices, forward_sync_buffers=False,
                                                        gradient_as_bucket_view=True)
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from core.checkpoint import save_weights
 from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
-from core.distributed import ALONE, Ranks, join
+from core.distributed import ALONE, Ranks, join, recorded
 from core.errors import run_command
 from core.files import write_atomically
 from core.runlog import write_run_config
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(recorded(main))
