@@ -4,8 +4,11 @@ import math
 import os
 import signal
 import socket
+import sys
 from contextlib import closing
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -31,12 +34,14 @@ MEAN = {"batch_size": 3, "accumulation": 2, "clip": {"mode": "norm", "limit": 0.
 SUM = {"batch_size": 4, "accumulation": 3, "accumulation_reduction": "sum", "sampling": "epoch", "min_timestep": 1,
        "clip": {"mode": "value", "limit": 0.01}}
 EVEN = {"batch_size": 2, "accumulation": 2, "clip": {"mode": "norm", "limit": 0.5}, "iterations": 2,
-        "checkpoint_iterations": [1, 2], "validate_every": 1, "unet": {"channel_multipliers": [1], "blocks_per_level": 1}}
+        "checkpoint_iterations": [1, 2], "validate_every": 1,
+        "unet": {"channel_multipliers": [1], "blocks_per_level": 1}}
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def member(function, rank, count, port, arguments):
-    """One process of a job, as torchrun would start it."""
+def member(function, rank, count, port, said, arguments):
+    """One process of a job, as torchrun would start it, speaking into the file `said`."""
+    sys.stderr = said.open("w")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
@@ -48,23 +53,33 @@ def member(function, rank, count, port, arguments):
 
 
 def together(function, *arguments, count=2):
-    """Run function(ranks, *arguments) in `count` processes; returns their exit statuses."""
+    """Run function(ranks, *arguments) in `count` processes; returns their exit statuses and what they said."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    members = [PROCESSES.Process(target=member, args=(function, rank, count, port, arguments)) for rank in range(count)]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(300)
-        process.kill()  # nothing where it has ended
-    return [process.exitcode for process in members]
+    with TemporaryDirectory() as folder:
+        said = [Path(folder) / f"stderr{rank}" for rank in range(count)]
+        members = [PROCESSES.Process(target=member, args=(function, rank, count, port, said[rank], arguments))
+                   for rank in range(count)]
+        for process in members:
+            process.start()
+        for process in members:
+            process.join(300)
+            process.kill()  # nothing where it has ended
+        return [process.exitcode for process in members], "".join(path.read_text() for path in said)
 
 
 def pretrain_all(ranks, studies):
     """Pre-train by every one of the plain configs."""
     for values in studies:
         pretrain(parse_config(values, "test"), ranks=ranks)
+
+
+def succeeded(studies):
+    """Whether two processes have pre-trained by all of `studies`."""
+    statuses, said = together(pretrain_all, studies)
+    assert statuses == [0, 0], said
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +130,7 @@ def test_two_processes_equal_one(study):
     """Micro-batches of 3 cut in the middle and mean, whole ones and sum; both clippings; then shares of the network."""
     pairs = [(study("mean2", **MEAN), study("mean1", **MEAN)), (study("sum2", **SUM), study("sum1", **SUM)),
              (study("full2", "full", **EVEN), study("full1", "full", **EVEN))]
-    assert together(pretrain_all, [split for split, _ in pairs]) == [0, 0]
+    assert succeeded([split for split, _ in pairs])
     pretrain_all(ALONE, [alone for _, alone in pairs])
     start = study("start", **MEAN, iterations=1, checkpoint_iterations=[1], learning_rate=1e-12)
     pretrain_all(ALONE, [start])
@@ -132,9 +147,9 @@ def test_resume_with_another_number_of_processes(study):
                   "checkpoint_iterations": [step]}
         return study(name, sharding, **{**EVEN, **recipe})
 
-    assert together(pretrain_all, [until(1, "changing"), until(1, "sharded", "full")]) == [0, 0]
+    assert succeeded([until(1, "changing"), until(1, "sharded", "full")])
     pretrain_all(ALONE, [until(2, "changing"), until(2, "sharded"), until(3, "straight")])
-    assert together(pretrain_all, [until(3, "changing"), until(3, "sharded", "full")]) == [0, 0]
+    assert succeeded([until(3, "changing"), until(3, "sharded", "full")])
     for name in ("changing", "sharded"):
         state, wanted = (read_pickle(folder(until(3, n)) / "last.pt") for n in (name, "straight"))
         assert state["step"] == wanted["step"] == 3
@@ -163,14 +178,14 @@ def stop_second(ranks, values):
         raise
 
 
-def test_all_stop_at_the_same_step(study, capfd):
+def test_all_stop_at_the_same_step(study):
     values = study("stopped", batch_size=4, save_every=100)
-    assert together(stop_second, values) == [130, 130]
+    statuses, error = together(stop_second, values)
+    assert statuses == [130, 130] and error.count("interrupted: ") == 1, error
     said = [folder(values).joinpath(f"stopped{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1] and said[0].startswith("saved at step 3 of 6; continue with: python -m core.distributed "
                                                      "--nproc-per-node 2 -m ddpm_pretraining.train --config ")
     assert read_pickle(folder(values) / "last.pt")["step"] == 3
-    assert capfd.readouterr().err.count("interrupted: ") == 1
 
 
 def go_bad(ranks, values):
@@ -185,11 +200,12 @@ def go_bad(ranks, values):
     pretrain(parse_config(values, "test"), ranks=ranks)
 
 
-def test_non_finite_loss_of_one_process_ends_all(study, capfd):
+def test_non_finite_loss_of_one_process_ends_all(study):
     values = study("nan", batch_size=4)
-    assert together(go_bad, values) == [2, 2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: loss is nan at step 3, batch of ")
+    statuses, said = together(go_bad, values)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert statuses == [2, 2] and len(errors) == 1, said
+    assert errors[0].startswith("error: loss is nan at step 3, batch of ")
     assert read_pickle(folder(values) / "last.pt")["step"] == 2
 
 
