@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,23 @@ class RunLog:
             self.board.add_scalar(name, value, step)
         shown = {"loss": "loss", "validation_loss": "val", "images_per_second": "img/s"}
         self.bar.set_postfix({short: f"{values[name]:.4g}" for name, short in shown.items() if name in values})
+
+
+class NoLog(nullcontext):
+    """The log of a process that is not the one to speak."""
+
+    def __init__(self, run_dir: Path, title: str, step: int, total: int) -> None:
+        super().__init__(self)
+
+    def advance(self, images: int) -> None:
+        """Nothing."""
+
+    def interval(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ class Experiment(Section):
     seed: Index = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
+    sharding: Literal["none", "full"] = Field(
+        "none", description="diffusion pre-training by several processes: full = each holds a share of the network")
     compile: bool = Field(False, description="torch.compile the network's training step")
     activation_checkpointing: bool = Field(
         False, description="diffusion U-Net: recompute activations going back: less memory for about a third more time")

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
-import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.batches import BatchPlan
 from core.checkpoint import load_state, save_state
+from core.distributed import ALONE, Ranks
 from core.errors import Interrupted, UserError
-from core.runlog import RunLog
+from core.runlog import NoLog, RunLog
 from core.section import Clip
+from core.stop_signal import StopSignal
 
 
 class Task(Protocol):
@@ -42,55 +44,6 @@ class Task(Protocol):
 
     def improved(self, model: nn.Module, step: int) -> None:
         """Called when the validation loss is the lowest so far."""
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which images each optimiser step sees: a pure function of the step.
-
-    `stream` draws from endless permutations, every micro-batch full. `epoch` cuts each permutation into micro-batches
-    (`drop_last` as given), groups them by `accumulation`, and the last partial group steps too (the published code).
-    """
-
-    count: int
-    batch_size: int
-    accumulation: int
-    sampling: str
-    drop_last: bool
-    seed: int
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every image is seen about once."""
-        return max(1, math.ceil(self._micro_batches / self.accumulation))
-
-    @property
-    def smallest_batch(self) -> int:
-        """Images in the smallest micro-batch."""
-        full = self.sampling == "stream" or (self.drop_last and self.count >= self.batch_size)
-        return self.batch_size if full else self.count % self.batch_size or self.batch_size
-
-    @property
-    def _micro_batches(self) -> int:
-        whole = self.count // self.batch_size if self.drop_last else math.ceil(self.count / self.batch_size)
-        return max(1, whole)
-
-    def groups(self, step: int) -> list[np.ndarray]:
-        """The micro-batches (index arrays) of optimiser step `step` (0-based)."""
-        if self.sampling == "epoch":
-            epoch, group = divmod(step, self.steps_per_epoch)
-            order = self._permutation(epoch)
-            first, last = group * self.accumulation, min((group + 1) * self.accumulation, self._micro_batches)
-            return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(first, last)]
-        start = step * self.batch_size * self.accumulation
-        positions = np.arange(start, start + self.batch_size * self.accumulation)
-        epochs, offsets = np.divmod(positions, self.count)
-        orders = {int(epoch): self._permutation(int(epoch)) for epoch in np.unique(epochs)}
-        drawn = np.array([orders[int(e)][o] for e, o in zip(epochs, offsets, strict=True)])
-        return list(drawn.reshape(self.accumulation, self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -170,39 +123,14 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
 
 
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to save and stop after the step in hand; the same one again stops at once."""
-
-    def __init__(self) -> None:
-        self.received: set[int] = set()
-        self.handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number in self.received:  # a worker may get SIGTERM from the system, then SIGINT from its launcher
-            raise KeyboardInterrupt
-        self.received.add(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
 class Training:
     """Model, EMA, optimiser and schedule of one run, and how they are stepped, saved and restored."""
 
-    def __init__(self, model: nn.Module, task: Task, plan: BatchPlan, settings: LoopSettings) -> None:
-        self.task, self.plan, self.settings = task, plan, settings
-        layout = memory_format(next(model.parameters()).ndim, settings.device)
-        self.model = model.to(settings.device, memory_format=layout)
-        self.forward = torch.compile(self.model) if settings.compile else self.model
-        decayed = settings.ema_decay is not None
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if decayed else self.model
+    def __init__(self, model: nn.Module, task: Task, plan: BatchPlan, settings: LoopSettings,
+                 ranks: Ranks = ALONE) -> None:
+        self.task, self.plan, self.settings, self.ranks = task, plan, settings, ranks
+        self.model, self.ema, forward = self.prepare(model)
+        self.forward = torch.compile(forward) if settings.compile else forward
         self.parameters = list(self.model.parameters())
         self.averaged, self.averages = averaged_tensors(self.model), averaged_tensors(self.ema)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate,
@@ -211,6 +139,13 @@ class Training:
             self.optimizer, factor=settings.plateau_factor, patience=settings.plateau_patience)
         self.step, self.best, self.since_best = 0, math.inf, 0
         self.pending: list[Tensor] = []  # losses of the steps since the last check, on the device
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The network, its moving average and what is called to train it, on the device."""
+        layout = memory_format(next(model.parameters()).ndim, self.settings.device)
+        model = model.to(self.settings.device, memory_format=layout)
+        averaged = self.settings.ema_decay is not None
+        return model, copy.deepcopy(model).requires_grad_(False) if averaged else model, model
 
     def state(self) -> dict[str, Any]:
         """Everything stateful, for last.pt."""
@@ -256,14 +191,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * self.learning_rate_factor()
         groups = self.plan.groups(self.step)
-        share = 1.0 if settings.accumulation_reduction == "sum" else 1.0 / len(groups)
-        total = torch.zeros((), device=settings.device)
-        for micro, indices in enumerate(groups):
-            generator = step_generator(settings.seed, self.step, micro, settings.device)
-            with autocast(settings.device, settings.precision):
-                loss = self.task.loss(self.forward, indices, generator)
-            (loss * share).backward()
-            total += loss.detach() / len(groups)
+        total = self.accumulate(groups)
         if settings.clip.mode == "value":
             nn.utils.clip_grad_value_(self.parameters, settings.clip.limit)
         elif settings.clip.mode == "norm":
@@ -277,9 +205,26 @@ class Training:
         self.step += 1
         return sum(len(indices) for indices in groups)
 
+    def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
+        """Add up the gradients of a step's micro-batches; returns their mean loss, on the device."""
+        settings = self.settings
+        share = 1.0 if settings.accumulation_reduction == "sum" else 1.0 / len(groups)
+        total = torch.zeros((), device=settings.device)
+        for micro, indices in enumerate(groups):
+            generator = step_generator(settings.seed, self.step, micro, settings.device)
+            with autocast(settings.device, settings.precision):
+                loss = self.task.loss(self.forward, indices, generator)
+            (loss * share).backward()
+            total += loss.detach() / len(groups)
+        return total
+
+    def recent_losses(self) -> Tensor:
+        """(steps,) losses of the steps since the last check."""
+        return torch.stack(self.pending)
+
     def check_losses(self) -> float:
         """Mean loss since the last check; UserError with step and files at the first non-finite one."""
-        losses = torch.stack(self.pending).tolist()
+        losses = self.recent_losses().tolist()
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 step = self.step - len(losses) + offset
@@ -289,23 +234,49 @@ class Training:
         self.pending.clear()
         return sum(losses) / len(losses)
 
-    def validate(self, log: RunLog) -> None:
+    @contextmanager
+    def whole_average(self) -> Iterator[nn.Module | None]:
+        """The weights that count (EMA where there is one) for the leader's use."""
+        yield self.ema
+
+    def validate(self, log: RunLog | NoLog) -> None:
         """Log the task's figures, keep the best, step the plateau schedule."""
-        self.ema.eval()
+        with self.whole_average() as average:
+            figures = self.ranks.told(self._figures(average) if self.ranks.leads else {})
+            if not figures:
+                return
+            log.write(self.step, figures)
+            loss = figures["validation_loss"]
+            if self.settings.scheduler == "plateau":
+                self.plateau.step(loss)
+            self.since_best += 1
+            if loss < self.best:
+                self.best, self.since_best = loss, 0
+                if self.ranks.leads:
+                    self.task.improved(average, self.step)
+                self.ranks.wait()
+
+    def _figures(self, average: nn.Module) -> dict[str, float]:
+        average.eval()
         with torch.no_grad(), autocast(self.settings.device, self.settings.precision):
-            figures = self.task.validate(self.ema, self.step)
-        self.ema.train()
+            figures = self.task.validate(average, self.step)
+        average.train()
         self.model.train()
-        if not figures:
-            return
-        log.write(self.step, figures)
-        loss = figures["validation_loss"]
-        if self.settings.scheduler == "plateau":
-            self.plateau.step(loss)
-        self.since_best += 1
-        if loss < self.best:
-            self.best, self.since_best = loss, 0
-            self.task.improved(self.ema, self.step)
+        return figures
+
+    def milestone(self) -> None:
+        """Let the task keep the weights that count, and look at them."""
+        with self.whole_average() as average:
+            if self.ranks.leads:
+                self.task.milestone(average, self.step)
+            self.ranks.wait()
+
+    def save(self, run_dir: Path) -> None:
+        """Write last.pt."""
+        state = self.state()
+        if self.ranks.leads:
+            save_state(run_dir, state)
+        self.ranks.wait()
 
     def due(self, every: int) -> bool:
         """Whether something done every `every` steps is due now."""
@@ -324,14 +295,19 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     `resume` is None (start), "last" or "previous". Raises Interrupted after saving when SIGINT or SIGTERM came, and
     UserError for a non-finite loss or a damaged state.
     """
-    settings, task = training.settings, training.task
+    settings, ranks = training.settings, training.ranks
     if resume:
         training.restore(load_state(run_dir, resume, resume_command), run_dir / f"{resume}.pt")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLog(run_dir, settings.title, training.step, settings.iterations) as log, StopSignal() as stop:
+        if training.step != ranks.told(training.step):
+            raise UserError(f"{run_dir} holds another step here than on rank 0: all machines must share that folder")
+    if ranks.leads:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    open_log = RunLog if ranks.leads else NoLog
+    with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
+          StopSignal(once=ranks.count > 1) as stop):
         while not training.finished:
             log.advance(training.optimiser_step())
-            stopping = bool(stop.received)  # read once: a signal that comes later waits for the next step
+            stopping = ranks.any(bool(stop.received))  # read once: a signal that comes later waits for the next step
             validating = training.due(settings.validate_every)
             saving = training.due(settings.save_every) or stopping or training.finished
             milestone = training.step in settings.milestones
@@ -339,11 +315,11 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
                 log.write(training.step, {"loss": training.check_losses(), **log.interval(),
                                           "learning_rate": training.optimizer.param_groups[0]["lr"]})
             if milestone:
-                task.milestone(training.ema, training.step)
+                training.milestone()
             if validating or training.finished:
                 training.validate(log)
             if saving or training.finished:
-                save_state(run_dir, training.state())
+                training.save(run_dir)
             if stopping and not training.finished:
                 raise Interrupted(f"saved at step {training.step} of {settings.iterations}; "
                                   f"continue with: {resume_command} --resume")

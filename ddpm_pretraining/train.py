@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from core.checkpoint import save_weights
 from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
+from core.distributed import ALONE, Ranks, join, recorded
 from core.errors import run_command
 from core.files import write_atomically
 from core.runlog import write_run_config
@@ -50,13 +52,17 @@ class Denoising:
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Mean noise-prediction loss of one micro-batch."""
+        return self.part_loss(model, indices, generator, slice(None))
+
+    def part_loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator, part: slice) -> Tensor:
+        """Mean loss of a part of a micro-batch, whose randomness is drawn for the whole of it."""
         chosen = torch.from_numpy(indices)
         images = self.training.images[chosen].to(self.device)
         images, _ = augment(images, None, self.config.ddpm.augmentation, generator,
                             self.training.crops(chosen.to(self.device)))
         timesteps = self.diffusion.draw_timesteps(len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
-        return self.diffusion.losses(model, images, noise, timesteps).mean()
+        return self.diffusion.losses(model, images[part], noise[part], timesteps[part]).mean()
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -135,26 +141,38 @@ def loop_settings(config: Config) -> LoopSettings:
         milestones=frozenset(pictures | set(ddpm.checkpoint_iterations)))
 
 
-def pretrain(config: Config, resume: str | None = None) -> Path:
-    """Pre-train as the config says; returns the run's folder. A finished run returns at once."""
+def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) -> Path:
+    """Pre-train as the config says, with the other processes of `ranks`; returns the run's folder.
+
+    A finished run returns at once.
+    """
     run_dir = config.experiment_dir / "ddpm"
-    if resume is None and (run_dir / "last.pt").exists():
+    if resume is None and ranks.told((run_dir / "last.pt").exists()):
         resume = "last"
-    check_pretraining(config)
-    source = load_source(config.dataset)
-    images = load_images(source.pretraining_records(), config.dataset, "images")
-    held = source.splits["validation"]
-    validation = load_images(held, config.dataset) if held else None
+    with ranks.leader_first():
+        check_pretraining(config)
+        source = load_source(config.dataset)
+        images = load_images(source.pretraining_records(), config.dataset, "images" if ranks.leads else None)
+        held = source.splits["validation"]
+        validation = load_images(held, config.dataset) if held else None
     torch.manual_seed(config.experiment.seed)
     channels = images.images.shape[1]
     model = UNet(config.unet, channels, channels, config.dataset.image_size)
     model.activation_checkpointing = config.experiment.activation_checkpointing
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
-    training = Training(model, Denoising(config, run_dir, images, validation), plan, settings)
-    write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
-                                               "precision": settings.precision, "device": str(settings.device)})
-    command = f"python -m ddpm_pretraining.train --config {shlex.quote(str(run_dir / 'config.json'))}"
+    task = Denoising(config, run_dir, images, validation)
+    if ranks.count == 1:
+        training = Training(model, task, plan, settings)
+    else:
+        from core.parallel import TRAININGS  # imports for seconds
+
+        training = TRAININGS[config.experiment.sharding](model, task, plan, settings, ranks)
+    if ranks.leads:
+        write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
+                                                   "precision": settings.precision, "device": str(settings.device),
+                                                   "processes": ranks.count})
+    command = f"{ranks.command('ddpm_pretraining.train')} --config {shlex.quote(str(run_dir / 'config.json'))}"
     train(training, run_dir, resume, command)
     return run_dir
 
@@ -163,15 +181,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ddpm_pretraining.train", description=__doc__,
-        epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000")
+        epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000; "
+        "on 4 GPUs: python -m core.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
     add_config_arguments(parser)
     add_resume_argument(parser)
+    parser.add_argument("--claimed", action="store_true", help="the launcher that starts this command holds the run")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
-    with claim(config.experiment_dir / "ddpm"):
-        run_dir = pretrain(config, arguments.resume)
-    print(f"pre-training is done: {run_dir}")
+    with join() as ranks:
+        config = load_config(arguments.config, arguments.set)
+        with nullcontext() if arguments.claimed or not ranks.leads else claim(config.experiment_dir / "ddpm"):
+            run_dir = pretrain(config, arguments.resume, ranks)
+        if ranks.leads:
+            print(f"pre-training is done: {run_dir}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(recorded(main))

@@ -14,8 +14,8 @@ from core.cluster import REQUEUES, StudyTask, submit
 from core.config import load_config
 from core.errors import Interrupted
 from core.plan import study_runs
+from core.stop_signal import StopSignal
 from core.study import Cell, cell_dir
-from core.train_loop import StopSignal
 from tests import stub_stages
 from tests.conftest import TINY, error_of, merged
 

@@ -16,8 +16,8 @@ import torch
 from core import launch, workers
 from core.config import load_config
 from core.plan import study_runs
+from core.stop_signal import StopSignal
 from core.study import Cell, cell_dir
-from core.train_loop import StopSignal
 from core.workers import gpus_of_workers, spread, visible_gpus
 from tests import stub_stages
 from tests.conftest import TINY, error_of, merged
