@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.convolutions import CONV
 from core.runlog import environment
 from core.train_loop import memory_format
-from core.unet import CONV
 
 WARM_UP = 2
 PRECISIONS = ("bf16", "float32")
