@@ -19,7 +19,7 @@ from core.convolutions import CONV
 from core.runlog import environment
 from core.train_loop import memory_format
 
-WARM_UP = 2
+WARM_UP = 1
 PRECISIONS = ("bf16", "float32")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -87,6 +86,12 @@ def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
     return out.sample if isinstance(network, UNet2DModel) else out
 
 
+def placed(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network on the images' device, its weights lying as its makers have them: ours as `core.train_loop` does."""
+    layout = memory_format(images.ndim, images.device) if isinstance(network, UNet) else torch.contiguous_format
+    return network.to(images.device, memory_format=layout)
+
+
 class TrainingStep:
     """One DDPM optimiser step of a network: noise, forward, L2 loss, backward, AdamW, moving average.
 
@@ -95,8 +100,7 @@ class TrainingStep:
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         device = images.device
-        layout = memory_format(images.ndim, device) if isinstance(network, UNet) else torch.contiguous_format
-        self.network, self.images = network.to(device, memory_format=layout), images.to(memory_format=layout)
+        self.network, self.images = network, images
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         self.diffusion, self.generator = Diffusion(DDPM(), device), step_generator(0, 0, 0, device)
         self.add_noise = self.diffusion.add_noise
@@ -104,7 +108,7 @@ class TrainingStep:
             self.add_noise = DDPMScheduler(DDPM().num_train_timesteps).add_noise
             self.average = partial(EMAModel(network.parameters(), decay=DECAY).step, network.parameters())
         else:
-            averages = averaged_tensors(copy.deepcopy(network).requires_grad_(False))
+            averages = [tensor.detach().clone() for tensor in averaged_tensors(network)]
             self.average = partial(torch._foreach_lerp_, averages, averaged_tensors(network), 1 - DECAY)
 
     def loss(self, precision: str) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks import train_suite
+from benchmarks import data_suite, memory_suite, predict_suite, train_suite
 from benchmarks.measuring import machine
 from core.errors import run_command
 from core.files import write_json
@@ -26,7 +26,8 @@ from core.train_loop import resolve_device
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-SUITES: dict[str, ModuleType] = {"train": train_suite}
+SUITES: dict[str, ModuleType] = {"train": train_suite, "data": data_suite, "predict": predict_suite,
+                                 "memory": memory_suite}
 
 
 def draw(path: Path, title: str, unit: str, values: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ from benchmarks.measuring import (
     table,
     time_interleaved,
 )
-from benchmarks.networks import NETWORKS, ONLY_2D, TrainingStep, step_flops
+from benchmarks.networks import NETWORKS, ONLY_2D, TrainingStep, placed, step_flops
 from core.errors import UserError
 
 REFERENCE = "lucidrains"
@@ -29,11 +29,11 @@ def peak_memory(name: str, base: int, size: list[int], batch: int, linear_attent
                 device: str) -> dict[str, float]:
     """Peak MiB of three steps in this process, which must be fresh, less what a step of a tiny network takes."""
     place = torch.device(device)
-    TrainingStep(NETWORKS[name](8, (8,) * len(size), linear_attention).to(place),
-                 torch.rand((1, 1, *(8,) * len(size)), device=place))(precision)
+    tiny, images = (torch.rand((count, 1, *shape), device=place)
+                    for count, shape in ((1, (8,) * len(size)), (batch, size)))
+    TrainingStep(placed(NETWORKS[name](8, (8,) * len(size), linear_attention), tiny), tiny)(precision)
     before = peak_mib(place)
-    images = torch.rand((batch, 1, *size), device=place)
-    step = TrainingStep(NETWORKS[name](base, tuple(size), linear_attention), images)
+    step = TrainingStep(placed(NETWORKS[name](base, tuple(size), linear_attention), images), images)
     for _ in range(3):
         step(precision)
     return {"mib": peak_mib(place) - before}
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     steps, rows = {}, []
     for name in wanted:
         torch.manual_seed(0)
-        step = TrainingStep(NETWORKS[name](**shape), images)
+        step = TrainingStep(placed(NETWORKS[name](**shape), images), images)
         flops = step_flops(name, batch=options.batch, **shape)
         for precision in options.precisions:
             steps[f"{name}, {precision}"] = partial(step, precision)

@@ -1,4 +1,4 @@
-"""Convolutions of the diffusion U-Net in any number of dimensions: plain, weight-standardised, to half and double size."""
+"""Convolutions of the diffusion U-Net in any number of dimensions: plain, standardised, to half and double size."""
 
 from __future__ import annotations
 
