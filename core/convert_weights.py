@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import PUBLISHED_NAMES, Weights, full_header, published_network, read_pickle
+from core.convolutions import CONV
 from core.errors import UserError
 from core.files import atomic_file
-from core.unet import CONV, UNet
+from core.unet import UNet
 
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them
     "features.conv0.weight": ("densenet161", "densenet121", "densenet169", "densenet201"),

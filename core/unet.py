@@ -7,52 +7,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from core.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample
 from core.settings import UNet as UNetConfig
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
-    """F.conv3d, in float32 where torch's bf16 weight gradient is wrong: on a CPU, inputs of depth 2 (torch 2.14)."""
-    if x.shape[2] == 2 and x.device.type == "cpu" and x.dtype != torch.float64:
-        with torch.autocast("cpu", enabled=False):
-            return F.conv3d(x.float(), weight.float(), None if bias is None else bias.float(), padding=padding)
-    return F.conv3d(x, weight, bias, padding=padding)
-
-
-class Conv3d(nn.Conv3d):
-    """nn.Conv3d of stride 1 through `conv3d`."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return conv3d(x, weight, bias, self.padding[0])
-
-
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
-CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: conv3d}
-
-
-class StandardizedConv(nn.Module):
-    """3^D convolution whose weights are standardised over each filter (Qiao et al. 2019): biased variance."""
-
-    def __init__(self, dims: int, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        reference = CONV[dims](channels_in, channels_out, 3, padding=1)
-        self.weight, self.bias = reference.weight, reference.bias
-        self.convolve = CONV_FUNCTION[dims]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, *size) -> (B, channels_out, *size); eps is 1e-3 in half precision, else 1e-5."""
-        eps = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-3
-        weight = self.weight.flatten(1)
-        if weight.dtype == torch.bfloat16:
-            weight = weight.float()
-        variance, mean = torch.var_mean(weight, dim=1, keepdim=True, correction=0)
-        weight = ((weight - mean) * torch.rsqrt(variance + eps)).view_as(self.weight)
-        return self.convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
 
 
 class Block(nn.Module):
@@ -68,7 +32,7 @@ class Block(nn.Module):
         x = self.norm(self.proj(x))
         if scale_shift is not None:
             scale, shift = scale_shift
-            x = x * (scale + 1) + shift
+            x = torch.addcmul(shift, x, scale + 1)
         return F.silu(x)
 
 
@@ -118,6 +82,23 @@ class Attention(nn.Module):
         return to_image(F.linear(out, self.to_out.weight.flatten(1), self.to_out.bias), x)
 
 
+class TransposedProduct(torch.autograd.Function):
+    """(B, P, M), (B, P, N) -> (B, M, N), first^T second, whose gradients lie in memory as the inputs do."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(first, second)
+        return first.transpose(1, 2) @ second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a product."""
+        first, second = ctx.saved_tensors
+        return second @ gradient.transpose(1, 2), first @ gradient
+
+
 class LinearAttention(Attention):
     """Attention of linear cost (Shen et al. 2021): softmax of q over features and of k over positions."""
 
@@ -125,17 +106,23 @@ class LinearAttention(Attention):
         super().__init__(dims, channels, heads, head_channels)
         self.scale = head_channels**-0.5
         self.to_out = nn.Sequential(CONV[dims](heads * head_channels, channels, 1), nn.GroupNorm(1, channels))
-        own_head = torch.block_diag(*[torch.ones(head_channels, head_channels)] * heads)
+        own_head = torch.block_diag(*[torch.full((head_channels, head_channels), self.scale)] * heads)
         self.register_buffer("own_head", own_head, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C, *size). All heads share one product; `own_head` keeps each to its own features."""
-        query, key, value = self.project(x)
-        query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2) * self.scale
-        context = key.softmax(dim=1).transpose(1, 2) @ value
+        """(B, C, *size) -> (B, C, *size).
+
+        Products associate: neither the values nor what each position reads of them are ever formed. Keys meet the
+        input itself, the small (features, C) result meets both weights, `own_head` keeping each head to its own.
+        """
+        rows = x.flatten(2).transpose(1, 2)
+        to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)
+        query, key = F.linear(rows, to_query), F.linear(rows, to_key)
+        query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
+        seen = TransposedProduct.apply(key.softmax(dim=1).to(key.dtype), rows.to(key.dtype))
         project, norm = self.to_out
-        out = F.linear(query @ (context * self.own_head), project.weight.flatten(1), project.bias)
-        return norm(to_image(out, x))
+        read = (F.linear(seen, to_value) * self.own_head) @ project.weight.flatten(1).t()
+        return norm(to_image(torch.baddbmm(project.bias, query, read), x))
 
 
 def to_image(rows: Tensor, like: Tensor) -> Tensor:
@@ -166,18 +153,6 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)."""
         return x + self.fn(x)
-
-
-class Unshuffle(nn.Module):
-    """2^D pixels to channels, order (channel, offsets in axis order)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C * 2^D, *size / 2)."""
-        dims = x.ndim - 2
-        halves = [n for size in x.shape[2:] for n in (size // 2, 2)]
-        x = x.reshape(*x.shape[:2], *halves)
-        offsets, positions = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
-        return x.permute(0, 1, *offsets, *positions).flatten(1, 1 + dims)
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -228,13 +203,11 @@ class UNet(nn.Module):
         levels = list(zip(widths[:-1], widths[1:], strict=True))
         for level, (narrow, wide) in enumerate(levels):
             last = level == len(levels) - 1
-            down = conv(narrow, wide, 3, padding=1) if last else nn.Sequential(
-                Unshuffle(), conv(narrow * 2**dims, wide, 1))
+            down = conv(narrow, wide, 3, padding=1) if last else Downsample(dims, narrow, wide)
             blocks = [block(narrow, narrow) for _ in range(config.blocks_per_level)]
             self.downs.append(nn.ModuleList([*blocks, attention(level, narrow), down]))
         for level, (narrow, wide) in reversed(list(enumerate(levels))):
-            up = conv(wide, narrow, 3, padding=1) if level == 0 else nn.Sequential(
-                nn.Upsample(scale_factor=2, mode="nearest"), conv(wide, narrow, 3, padding=1))
+            up = conv(wide, narrow, 3, padding=1) if level == 0 else Upsample(dims, wide, narrow)
             blocks = [block(wide + narrow, wide) for _ in range(config.blocks_per_level)]
             self.ups.append(nn.ModuleList([*blocks, attention(level, wide), up]))
         middle = widths[-1]
@@ -246,9 +219,14 @@ class UNet(nn.Module):
         self.final_conv = conv(base, out_channels, 1)
 
     def embed_input(self, x: Tensor) -> Tensor:
-        """First 1x1 convolution; the published network's zero input channels add nothing, so they are skipped."""
-        weight = self.init_conv.weight[:, -self.channels:]
-        return self.init_conv._conv_forward(x, weight, self.init_conv.bias)
+        """First 1x1 convolution; the published network's zero input channels add nothing, so they are skipped.
+
+        The layout of the weights is taken up here: one channel lies alike in either, and one map in the other layout
+        would be copied in every block that meets it.
+        """
+        weight, wide = self.init_conv.weight[:, -self.channels:], self.final_res_block.block1.proj.weight
+        layout = CHANNELS_LAST[x.ndim - 2] if wide.stride(1) == 1 else torch.contiguous_format
+        return self.init_conv._conv_forward(x, weight, self.init_conv.bias).contiguous(memory_format=layout)
 
     def run(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
         """part(*inputs); under activation checkpointing its intermediate results are computed again, not kept."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from core.augment import augment, draw_crops
 from core.config import parse_config
+from core.convolutions import Downsample
 from core.dataset import ImageSet, load_images, resize
 from core.errors import UserError
 from core.geometry import apply_maps, compose, inverse, resampling_map, upright, upright_map
@@ -28,7 +29,7 @@ from core.records import Record
 from core.settings import Augmentation
 from core.settings import Dataset as DatasetConfig
 from core.settings import UNet as UNetConfig
-from core.unet import UNet, Unshuffle
+from core.unet import UNet
 from landmarks_finetuning.detectors.heatmap_unet import _over_windows, run_batched, window_starts, window_weight
 from landmarks_finetuning.heatmaps import decode, draw_target
 from landmarks_finetuning.losses import LOSSES, cross_entropy_pixels
@@ -363,7 +364,7 @@ def test_the_network_treats_every_axis_alike(size):
             if parameter.ndim == dims + 2:
                 parameter.copy_(parameter.permute(order).clone())
         for module in turned.modules():
-            if isinstance(module, nn.Sequential) and isinstance(module[0], Unshuffle):
+            if isinstance(module, Downsample):
                 weight = module[1].weight  # its input channels count the offsets along the axes
                 offsets = weight.view(weight.shape[0], -1, *(2,) * dims)
                 weight.copy_(offsets.permute(order).reshape(weight.shape).clone())

@@ -1,6 +1,7 @@
 """The network against the published outputs, PyTorch's own operations and naive loops, in 2D and 3D."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from core.checkpoint import load_weights, save_weights
+from core.convolutions import CHANNELS_LAST, CONV, Downsample, Standardize, StandardizedConv, Upsample
 from core.settings import UNet as UNetConfig
-from core.unet import CONV, Attention, LinearAttention, SinusoidalEmbedding, StandardizedConv, UNet, Unshuffle
+from core.unet import Attention, LinearAttention, SinusoidalEmbedding, TransposedProduct, UNet
 
 OFFICIAL = Path(__file__).parent / "fixtures/official_ddpm_base8"
 TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 2), attention_heads=2, attention_head_channels=4)
@@ -53,12 +55,60 @@ def test_published_size_has_558_5_million_parameters():
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 558.5
 
 
-def test_unshuffle_order():
-    x = torch.randn(2, 3, 4, 6)
-    assert torch.equal(Unshuffle()(x), F.pixel_unshuffle(x, 2))
-    volume = torch.randn(1, 2, 4, 2, 6)
-    loop = [volume[:, c, z::2, y::2, x::2] for c in range(2) for z in range(2) for y in range(2) for x in range(2)]
-    assert torch.equal(Unshuffle()(volume), torch.stack(loop, dim=1))
+@SIZES
+def test_downsampling_is_an_unshuffle_and_a_1x1_convolution(size):
+    """Channel order (channel, offsets in axis order), spelt out by slices; torch has the same for images."""
+    layer, x = Downsample(len(size), 3, 5).double(), torch.randn(2, 3, *size, dtype=torch.float64)
+    parts = [x[(slice(None), c, *(slice(offset, None, 2) for offset in offsets))]
+             for c in range(3) for offsets in product(range(2), repeat=len(size))]
+    stacked = torch.stack(parts, dim=1)
+    if len(size) == 2:
+        assert torch.equal(stacked, F.pixel_unshuffle(x, 2))
+    torch.testing.assert_close(layer(x), layer[1](stacked), rtol=0, atol=1e-12)
+
+
+@SIZES
+def test_upsampling_is_repetition_and_a_convolution(size):
+    layer, x = Upsample(len(size), 3, 5).double(), torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = layer[1](F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Downsample, Upsample])
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 6, 4), (4, 2, 2), (6, 6, 6)])
+def test_half_precision_gradients_of_resampling_volumes(kind, size):
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        layer, x = kind(3, 32, 32), torch.randn(2, 32, *size)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            layer(x).float().square().sum().backward()
+        gradients.append(layer[1].weight.grad)
+    torch.testing.assert_close(*gradients, atol=0.03 * gradients[1].abs().max().item(), rtol=0)
+
+
+@SIZES
+def test_gradients_of_own_functions(size):
+    """Against differences of the function's own values, in either memory layout."""
+    weight = torch.randn(3, 2, *(3,) * len(size), dtype=torch.float64)
+    layouts = (torch.contiguous_format, CHANNELS_LAST[len(size)])
+    for layout in layouts:
+        given = weight.contiguous(memory_format=layout).requires_grad_()
+        assert torch.autograd.gradcheck(lambda w: Standardize.apply(w, 1e-5, torch.float64), given)
+    pair = [torch.randn(2, 5, columns, dtype=torch.float64, requires_grad=True) for columns in (3, 4)]
+    assert torch.autograd.gradcheck(TransposedProduct.apply, pair)
+
+
+def test_every_feature_map_lies_channels_last():
+    """One map in the other layout, as the first 1x1 convolution gives it, would be copied in every block it meets."""
+    model = UNet(TINY, 1, 1, (16, 16)).to(memory_format=torch.channels_last)
+    strides = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _inputs, out, name=name: strides.update({name: out}))
+    model(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]))
+    maps = {name: out for name, out in strides.items() if out.ndim == 4 and out.shape[1] > 1}
+    assert len(maps) > 40
+    assert [name for name, out in maps.items() if not out.is_contiguous(memory_format=torch.channels_last)] == []
 
 
 @SIZES
