@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+INTERRUPTED = 130  # exit status, as a shell's after Ctrl-C
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file or key and the valid choices."""
@@ -37,7 +39,7 @@ def damaged(path: Path, reason: BaseException | str) -> UserError:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn its outcome into an exit status.
 
-    0 done, 1 runs failed, 2 user's mistake, 130 interrupted.
+    0 done, 1 runs failed, 2 user's mistake, INTERRUPTED.
     """
     try:
         main()
@@ -49,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(1)
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except KeyboardInterrupt:
         print("interrupted: what was saved stays; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

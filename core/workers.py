@@ -5,20 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 
 from core import launch
 from core.claims import held_by
-from core.errors import Interrupted, UserError, run_command
+from core.errors import INTERRUPTED, Interrupted, UserError, run_command
+from core.files import write_json
 from core.plan import Run, logged, time_left
 
 
@@ -56,13 +57,17 @@ def spread(runs: list[Run], failed_before: dict[Path, int | None], gpus: Sequenc
     """As core.launch.run_all, by a process for each of `gpus`; returns {folder: why it failed}.
 
     What the workers print goes to <experiment>/logs/worker<n>.log. A run whose worker is killed is continued by another
-    one. Raises Interrupted when SIGINT or SIGTERM came and every worker has saved and ended. What is to have all GPUs
-    to itself has its place here, before the workers start.
+    one. Raises Interrupted when SIGINT or SIGTERM came and every worker has saved and ended. The diffusion model is
+    pre-trained on all GPUs together before the workers start.
     """
     if all(run.done for run in runs):
         return {}
+    cards = [gpu for gpu in dict.fromkeys(gpus) if gpu is not None]
+    for run in runs:
+        if run.function == "pretrain" and not run.done and len(cards) > 1:
+            pretrain_together(run, cards)
     team = Team(runs, failed_before)
-    with team.obeyed():
+    with handing_on(team.stop):
         for number, gpu in enumerate(gpus, 1):
             if not team.stopping:
                 team.start(number, gpu, len(gpus))
@@ -72,6 +77,42 @@ def spread(runs: list[Run], failed_before: dict[Path, int | None], gpus: Sequenc
     failed = failures(runs, failed_before)
     return failed | {run.folder: "no worker was left to do it; their logs say more"
                      for run in runs if not run.done and run.folder not in failed}
+
+
+def pretrain_together(run: Run, gpus: list[str]) -> None:
+    """Pre-train by one job of a process for each of `gpus`, which claims the run itself.
+
+    Where the job fails, which it has said, the run is left to the workers. Raises Interrupted when SIGINT or SIGTERM
+    came and the job has saved and ended.
+    """
+    from core.distributed import distributed_command  # imports for seconds
+
+    images = run.config.ddpm.batch_size * run.config.ddpm.accumulation  # at least one for each process
+    gpus, module = gpus[:images], launch.FUNCTIONS["pretrain"].partition(":")[0]
+    path = run.config.experiment_dir / "logs" / "pretrain.json"
+    write_json(path, run.config.plain())
+    print(f"pre-training on GPUs {', '.join(gpus)} together", flush=True)
+    job = subprocess.Popen(distributed_command(module, len(gpus), "--config", str(path)),
+                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}, start_new_session=True)
+    with handing_on(job.send_signal):
+        status = job.wait()
+    if status == INTERRUPTED:
+        raise Interrupted("the pre-training has saved and stopped; the same command goes on from there")
+    if status:
+        print(f"pre-training on {len(gpus)} GPUs together ended with status {status}; the workers see to it",
+              file=sys.stderr, flush=True)
+
+
+@contextmanager
+def handing_on(to: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `to` while the block runs."""
+    handlers = {number: signal.signal(number, lambda number, _: to(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def failures(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path, str]:
@@ -111,17 +152,7 @@ class Team:
         self.living[process] = log
         print(f"{name}: process {process.pid}, output in {log}", flush=True)
 
-    @contextmanager
-    def obeyed(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are handed on to the workers while the block runs."""
-        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def stop(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+    def stop(self, _number: int) -> None:
         """Ask every worker to save and end; a second time: to end at once."""
         self.stopping = True
         for process in self.living:

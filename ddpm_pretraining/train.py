@@ -185,11 +185,10 @@ def main() -> None:
         "on 4 GPUs: python -m core.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
     add_config_arguments(parser)
     add_resume_argument(parser)
-    parser.add_argument("--claimed", action="store_true", help="the launcher that starts this command holds the run")
     arguments = parser.parse_args()
     with join() as ranks:
         config = load_config(arguments.config, arguments.set)
-        with nullcontext() if arguments.claimed or not ranks.leads else claim(config.experiment_dir / "ddpm"):
+        with claim(config.experiment_dir / "ddpm") if ranks.leads else nullcontext():
             run_dir = pretrain(config, arguments.resume, ranks)
         if ranks.leads:
             print(f"pre-training is done: {run_dir}")

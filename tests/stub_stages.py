@@ -3,7 +3,8 @@
 Every call adds `begin` and `end` lines with the run's folder and the process to $STUB_LOG. $STUB_HANG names a folder
 whose run never ends when it is begun first, but is `saved` at a Ctrl-C (with $STUB_CHILD it has a process that outlives
 it), $STUB_FAIL one that fails; pre-training lasts until $STUB_OTHERS other runs have ended; two launchers of the same
-$STUB_START wait for each other; $STUB_GPUS are the machine's. Imports nothing heavy.
+$STUB_START wait for each other; $STUB_GPUS are the machine's, which pre-train together with $STUB_TOGETHER. Imports
+nothing heavy.
 """
 
 import os
@@ -95,12 +96,23 @@ FUNCTIONS = {name: f"tests.stub_stages:{name}" for name in ("pretrain", "finetun
                                                             "report")}
 
 
+def pretrain_together(run, gpus) -> None:
+    """In place of torchrun's job; without $STUB_TOGETHER it is left to the workers."""
+    if "STUB_TOGETHER" in os.environ:
+        print(f"pre-training on GPUs {', '.join(gpus)} together", flush=True)
+        note("together", run.folder)
+        run.folder.mkdir(parents=True)
+        for path in run.results:
+            path.write_text("{}")
+
+
 def install() -> None:
     """Have the launcher call these stages, without a look at data."""
     launch.FUNCTIONS.update(FUNCTIONS)
     launch.prepare, launch.POLL_SECONDS = study_runs, 0.05
     if "STUB_GPUS" in os.environ:
         workers.visible_gpus = os.environ["STUB_GPUS"].split
+    workers.pretrain_together = pretrain_together
 
 
 class StubTask(StudyTask):

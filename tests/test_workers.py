@@ -15,6 +15,7 @@ import torch
 
 from core import launch, workers
 from core.config import load_config
+from core.errors import Interrupted
 from core.plan import study_runs
 from core.stop_signal import StopSignal
 from core.study import Cell, cell_dir
@@ -286,3 +287,59 @@ def test_minutely_news(study, tmp_path, monkeypatch, capsys):
         team.tell()
     assert capsys.readouterr().out == (f"worker 1 on GPU 0: {runs[0].folder}: step 4 of 6\n"
                                        "worker 1 on GPU 0: waits for the others\n")
+
+
+# --- pre-training on all GPUs together ---
+
+
+@pytest.fixture
+def together(study, monkeypatch):
+    """together(code) -> the first run of the study, its pre-training, done by Python `code` in place of a job."""
+    calls = []
+
+    def use(code):
+        def command(module, processes, *arguments):
+            calls.append((module, processes, arguments))
+            return [sys.executable, "-c", code]
+
+        monkeypatch.setattr("core.distributed.distributed_command", command)
+        return study_runs(load_config(study), STAGES)[0], calls
+
+    return use
+
+
+def test_one_job_pretrains_on_all_gpus(together):
+    run, calls = together("import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == 'a,b'")
+    workers.pretrain_together(run, ["a", "b", "c", "d"][:2])
+    [(module, processes, (option, path))] = calls
+    assert (module, processes, option) == ("ddpm_pretraining.train", 2, "--config")
+    assert load_config(path) == run.config.model_copy(update={"schema_": None})
+
+
+def test_no_gpu_is_without_an_image(together):
+    run, calls = together("")
+    workers.pretrain_together(run, [str(n) for n in range(99)])
+    assert calls[0][1] == run.config.ddpm.batch_size * run.config.ddpm.accumulation
+
+
+def test_a_failed_job_is_left_to_the_workers(together, capsys):
+    run, _ = together("raise SystemExit(1)")
+    workers.pretrain_together(run, ["0", "1"])
+    assert "ended with status 1; the workers see to it" in capsys.readouterr().err
+
+
+def test_a_stop_reaches_the_job_which_saves(together):
+    code = "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); " \
+           "os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    run, _ = together(code)
+    with pytest.raises(Interrupted, match="has saved and stopped"):
+        workers.pretrain_together(run, ["0", "1"])
+
+
+def test_workers_start_when_the_job_is_done(start, study):
+    process = start("--gpus", "2", STUB_GPUS="0 1", STUB_TOGETHER="1")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert [line[0] for line in stub_stages.lines()][0] == "together"
+    assert out.index("pre-training on GPUs 0, 1 together") < out.index("worker 1 on GPU 0")
+    assert set(seen("begin")) == folders(study) - {"ddpm"} | {"report"}
