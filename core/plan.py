@@ -154,16 +154,21 @@ def steps_left(run: Run) -> int:
 
 
 def seconds_per_step(kind: str, runs: list[Run]) -> float | None:
-    """Mean over all runs that lie beside those of `kind` in `runs`, whatever their shots; None when none was measured.
+    """Mean over what was done of `kind`, finished or begun, whatever the shots; None when nothing was measured.
 
-    Finished or begun: of fine-tuning those of the same variants, which differ in labels, draw and seed.
+    Of fine-tuning in the variants of `runs`, or, for the diffusion U-Net, where these are all new, in its other ones.
     """
     folders = {run.folder if run.function != "finetune_cell" else run.folder.parent for run in runs if run.kind == kind}
-    paths = {path for folder in folders for pattern in ("metrics.jsonl", "shots*/metrics.jsonl")
-             for path in folder.glob(pattern)}
-    measured = [logged(path) for path in paths]
-    steps = sum(count for _, count in measured)
-    return sum(seconds for seconds, _ in measured) / steps if steps else None
+    paths = [{path for folder in folders for pattern in ("metrics.jsonl", "shots*/metrics.jsonl")
+              for path in folder.glob(pattern)}]
+    if BACKBONES.get(kind) == "unet":
+        paths.append({path for folder in folders for path in folder.parent.glob("*/shots*/metrics.jsonl")})
+    for some in paths:
+        measured = [logged(path) for path in some]
+        steps = sum(count for _, count in measured)
+        if steps:
+            return sum(seconds for seconds, _ in measured) / steps
+    return None
 
 
 def time_left(runs: list[Run]) -> str:
