@@ -61,8 +61,21 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
-                "decoder": decoder or config.finetune.decoder}
+                "decoder": decoder or config.finetune.decoder,
+                "validation_mre": validation_error(detector, source, decoder)}
     return score(run_dir, config, source, predictions, identity)
+
+
+def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:
+    """Mean radial error on the images that chose the detector's weights, decoded as those scored; None without any."""
+    header = detector.header
+    cell = Cell(header["backbone"], header["shots"], header["draw"], header["seed"])
+    _, records = labelled_subset(detector.config, source, cell)
+    if not records:
+        return None
+    images = load_images(records, detector.config.dataset)
+    points = find_landmarks(detector, images, decoder).points
+    return float(np.nanmean(physical_errors(points, images.original_points(), images.spacings())))
 
 
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:

@@ -40,6 +40,7 @@ class HeatmapRegression:
         self.device = resolve_device(config.experiment.device)
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
+        self.shape = np.array(header["shape"], dtype=np.float64)
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
         finetune = self.config.finetune
@@ -61,7 +62,7 @@ class HeatmapRegression:
         return [self.training.records[i].image.name for i in indices]
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Loss and physical mean radial error on the validation images."""
+        """Loss and physical mean radial error on the validation images, decoded as in scoring."""
         held = self.validation
         if held is None:
             return {}
@@ -70,7 +71,7 @@ class HeatmapRegression:
         for chosen, outputs, maps in run_batched(model, held, self.config, self.device):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points, _ = locate(outputs, maps, self.config)
+            points, _ = locate(outputs, maps, self.config, shape=self.shape)
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 

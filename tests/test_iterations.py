@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from core.runlog import read_metrics
 from core.settings import UNet
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, loss_setting, main_variants, read_experiment
@@ -212,3 +213,11 @@ def test_compute_counts_the_images_of_the_logs(root):
     build_report([root])
     table = pd.read_csv(page.parent / "tables/pretraining_iterations.csv").set_index(["shots", "iteration"])["petaflop"]
     assert np.isnan(table[10, 4000]) and table[10, 0] == pytest.approx(tuning, rel=1e-5)
+
+
+def test_the_error_that_training_logs_is_that_of_scoring(tiny_cell):
+    """By the decoder and under the shape prior that the test images are scored with."""
+    lines = [line for line in read_metrics(tiny_cell / "metrics.jsonl") if "validation_loss" in line]
+    kept = min(lines, key=lambda line: line["validation_loss"])
+    metrics = json.loads((tiny_cell / "metrics.json").read_text())
+    assert metrics["validation_mre"] == pytest.approx(kept["validation_mre"], abs=1e-3)

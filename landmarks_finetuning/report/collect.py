@@ -98,7 +98,10 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
         rest = metrics["without_leaks"]
         row |= {"leaked": metrics["leaked"], "leaked_images": len(rest["left_out"]),
                 "without_leaks_mre": np.nan if rest["mre"] is None else rest["mre"]}
-    return {"experiment": experiment, **row, **starting_point(folder, row["backbone"]), "path": folder}
+    start = starting_point(folder, row["backbone"])
+    if metrics.get("validation_mre") is not None:  # of runs scored before there was one, what training logged
+        start["validation_mre"] = metrics["validation_mre"]
+    return {"experiment": experiment, **row, **start, "path": folder}
 
 
 def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
