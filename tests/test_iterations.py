@@ -182,7 +182,7 @@ def test_names_of_variants(variant, name, setting):
 
 
 def test_flops_of_the_published_network():
-    """Its forward pass at 256x256 is known to take 3.49 TFLOP, of which ours saves some; with the backward pass thrice."""
+    """The forward pass at 256x256 is known to take 3.49 TFLOP, of which ours saves some; training takes thrice that."""
     assert 0.9 < training_flops(UNet(base_channels=256), 1, (256, 256), True) / (3 * 3.49e12) < 1
 
 
