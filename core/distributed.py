@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LEADER_WORKS = timedelta(days=1)  # samples of volumes take long; when the leader dies, torchrun ends the others
-GRACE = timedelta(seconds=5)  # for the leader to be the one who tells of an error that all meet
+GRACE = timedelta(seconds=10)  # for the leader to be the one who tells of an error that all meet
 BEREAVED_SECONDS = 15.0  # for torchrun to end this process when another one has died
 SAVING_SECONDS = 600  # after Ctrl-C, before torchrun kills
 

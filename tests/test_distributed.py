@@ -35,7 +35,7 @@ def job(tmp_path, module, *arguments):
     paths = f"{tmp_path}:{PROJECT}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(distributed_command(module, 2, *map(str, arguments)), cwd=PROJECT, env=environment, text=True,
-                          capture_output=True, timeout=150, check=False)
+                          capture_output=True, timeout=600, check=False)
     lines = done.stderr.replace("\r", "\n").splitlines()
     return done.returncode, done.stdout, [line for line in lines if line.strip() and "pre-train phantom: " not in line]
 

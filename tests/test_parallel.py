@@ -5,10 +5,12 @@ import os
 import signal
 import socket
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +24,10 @@ from core.distributed import ALONE, join
 from core.errors import Interrupted, UserError, run_command
 from core.parallel import Replicated, Sharded, deal
 from core.runlog import read_metrics
+from core.train_loop import Training
 from ddpm_pretraining.train import Denoising, pretrain
 from tests.conftest import error_of, merged
+from tests.test_train_loop import INPUTS, TARGETS, Regression, make_training
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["core.parallel", "ddpm_pretraining.train", "torch.utils.tensorboard"])
@@ -223,6 +227,43 @@ def test_deal(sizes, count, wanted):
     groups = [np.arange(size) for size in sizes]
     dealt = [[(micro, part.start, part.stop) for micro, part in deal(groups, rank, count)] for rank in range(count)]
     assert dealt == wanted
+
+
+@dataclass
+class DealtRegression(Regression):
+    """A task on numbers that draws one more number for each image of a micro-batch."""
+
+    def part_loss(self, model, indices, generator, part=slice(None)):
+        """Mean squared error of a part of a micro-batch."""
+        drawn = torch.randn(len(indices), 1, generator=generator)
+        return (model(INPUTS[indices]) - TARGETS[indices] - drawn)[part].square().mean()
+
+    loss = part_loss
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("plan", "count"), [((12, 3, 2, "stream"), 2), ((12, 3, 2, "stream"), 4),
+                                             ((12, 5, 1, "epoch"), 3), ((12, 5, 2, "epoch"), 2)])
+def test_shares_add_up(monkeypatch, reduction, plan, count):
+    """What DDP averages, without the processes: gradients and losses of every share, against all in one."""
+    def accumulated(training):
+        total = training.accumulate(training.plan.groups(1))
+        return [parameter.grad for parameter in training.parameters], total
+
+    def make():
+        return make_training(DealtRegression(), BatchPlan(*plan, False, 0), accumulation_reduction=reduction)
+
+    for name in ("prepare", "exchanging"):
+        monkeypatch.setattr(Replicated, name, getattr(Training, name, lambda self, last: nullcontext()))
+    shares = []
+    for rank in range(count):
+        alone = make()
+        ranks = SimpleNamespace(rank=rank, count=count, check_device=lambda device: None)
+        shares.append(accumulated(Replicated(alone.model, alone.task, alone.plan, alone.settings, ranks)))
+    wanted, loss = accumulated(make())
+    gradients = [torch.stack(parts).mean(0) for parts in zip(*(share for share, _ in shares), strict=True)]
+    torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(total for _, total in shares), loss)
 
 
 @pytest.mark.parametrize(("training", "plan", "count", "message"), [
