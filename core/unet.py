@@ -6,6 +6,7 @@ Parameter names are those of the published weights, so its checkpoints load with
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,12 @@ from core.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv,
 from core.settings import UNet as UNetConfig
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations on `x` keep its type; the meta device knows no autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm whose output has its input's type: autocast on CUDA would make it float32, twice the memory.
 
@@ -27,7 +34,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -130,7 +137,7 @@ class LinearAttention(Attention):
         rows = x.flatten(2).transpose(1, 2)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)
         query, key = F.linear(rows, to_query), F.linear(rows, to_key)
-        with torch.autocast(x.device.type, enabled=False):  # as in GroupNorm
+        with no_autocast(x):  # as in GroupNorm
             query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
             key = key.softmax(dim=1)
         seen = TransposedProduct.apply(key, rows.to(key.dtype))
