@@ -6,49 +6,13 @@ caching allocator's "allocated". Not seen: what libraries take inside one operat
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import torch
-from torch import UntypedStorage, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.measuring import parameters
+from benchmarks.measuring import LiveBytes, parameters
 from benchmarks.networks import TrainingStep, ours
 from core.convolutions import CHANNELS_LAST
-
-
-class LiveBytes(TorchDispatchMode):
-    """`live`: bytes of all storages that operations have given out and that are still held; `peak`: its maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it gives out."""
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self.count(value.untyped_storage())
-        return out
-
-    def count(self, storage: UntypedStorage) -> None:
-        """Add a storage not seen before, and take it off again when nothing holds it any more."""
-        if storage not in self.known:
-            size = storage.nbytes()
-            self.known[storage] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.freed, size)
-
-    def freed(self, size: int) -> None:
-        """A storage of `size` bytes is gone."""
-        self.live -= size
 
 
 def lie_channels_last(network: nn.Module) -> None:

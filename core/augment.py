@@ -67,8 +67,12 @@ def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = 
     # grid_sample's frame: u = (i + 0.5) / half - 1 on each axis, axes reversed (x first)
     matrix = inverse * half / old_half[:, None]
     shift = (inverse @ (half - 0.5) + offset + 0.5) / old_half - 1
-    theta = torch.cat((matrix.flip(1, 2), shift.flip(1)[..., None]), dim=2)
-    grid = F.affine_grid(theta.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
+    matrix, shift = matrix.flip(1).to(images.dtype), shift.flip(1).to(images.dtype)
+    place = (-1, *(1,) * len(size), len(size))
+    grid = shift.view(place)
+    for axis in reversed(range(len(size))):  # affine_grid, axis by axis: only the last product is of the grid's size
+        steps = (torch.arange(size[axis], device=images.device, dtype=images.dtype) * 2 + 1) / size[axis] - 1
+        grid = torch.addcmul(grid, steps.view(-1, *(1,) * (len(size) - axis)), matrix[:, :, axis].reshape(place))
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -6,6 +6,7 @@ Parameter names are those of the published weights, so its checkpoints load with
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,31 @@ from core.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv,
 from core.settings import UNet as UNetConfig
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations on `x` keep its type; the meta device knows no autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm whose output has its input's type: autocast on CUDA would make it float32, twice the memory.
+
+    Statistics are computed in float32 all the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, C, *size)."""
+        with no_autocast(x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Standardised convolution, GroupNorm, optional scale and shift, SiLU."""
 
     def __init__(self, dims: int, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
         self.proj = StandardizedConv(dims, channels_in, channels_out)
-        self.norm = nn.GroupNorm(groups, channels_out)
+        self.norm = GroupNorm(groups, channels_out)
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, C, *size) -> (B, C', *size)."""
@@ -105,7 +124,7 @@ class LinearAttention(Attention):
     def __init__(self, dims: int, channels: int, heads: int, head_channels: int) -> None:
         super().__init__(dims, channels, heads, head_channels)
         self.scale = head_channels**-0.5
-        self.to_out = nn.Sequential(CONV[dims](heads * head_channels, channels, 1), nn.GroupNorm(1, channels))
+        self.to_out = nn.Sequential(CONV[dims](heads * head_channels, channels, 1), GroupNorm(1, channels))
         own_head = torch.block_diag(*[torch.full((head_channels, head_channels), self.scale)] * heads)
         self.register_buffer("own_head", own_head, persistent=False)
 
@@ -118,8 +137,10 @@ class LinearAttention(Attention):
         rows = x.flatten(2).transpose(1, 2)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)
         query, key = F.linear(rows, to_query), F.linear(rows, to_key)
-        query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
-        seen = TransposedProduct.apply(key.softmax(dim=1).to(key.dtype), rows.to(key.dtype))
+        with no_autocast(x):  # as in GroupNorm
+            query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
+            key = key.softmax(dim=1)
+        seen = TransposedProduct.apply(key, rows.to(key.dtype))
         project, norm = self.to_out
         read = (F.linear(seen, to_value) * self.own_head) @ project.weight.flatten(1).t()
         return norm(to_image(torch.baddbmm(project.bias, query, read), x))
@@ -136,7 +157,7 @@ class PreNorm(nn.Module):
     def __init__(self, channels: int, fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = GroupNorm(1, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from core.checkpoint import load_weights, save_weights
 from core.convolutions import CHANNELS_LAST, CONV, Downsample, Standardize, StandardizedConv, Upsample
@@ -255,6 +256,28 @@ def test_input_slot_is_a_zero_channel_in_front():
     joined = torch.cat((torch.zeros_like(x), x), dim=1)
     torch.testing.assert_close(model.embed_input(x), model.init_conv(joined))
     assert UNet(TINY.model_copy(update={"input_slot": False}), 2, 1, (8, 8)).init_conv.in_channels == 2
+
+
+class AutocastStates(TorchFunctionMode):
+    """Notes whether autocast is on where a norm or a softmax is computed, and the types that come out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.__name__ in ("group_norm", "softmax"):
+            self.seen.add((function.__name__, torch.is_autocast_enabled("cpu"), out.dtype))
+        return out
+
+
+def test_norms_and_softmaxes_stay_in_half_precision():
+    """Autocast on CUDA makes them float32, on a CPU it does not: so it must be off there."""
+    model, states = UNet(TINY, 1, 1, (8, 8)), AutocastStates()
+    with states, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 1, 8, 8), torch.tensor([1]))
+    assert states.seen == {("group_norm", False, torch.bfloat16), ("softmax", False, torch.bfloat16)}
 
 
 def kinds(config, size):
