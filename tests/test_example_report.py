@@ -27,7 +27,8 @@ def test_the_committed_tables_show_spreads():
     with (TARGET / "tables/summary.csv").open(encoding="utf8") as file:
         rows = list(csv.DictReader(file))
     assert {row["backbone"] for row in rows} >= {"ddpm", "scratch", "mean_shape"}
-    assert all(int(row["draws"]) == 2 and float(row["mre_spread"]) > 0 for row in rows)
+    spreads = {row["backbone"]: float(row["mre_spread"]) for row in rows if int(row["draws"]) == 2}
+    assert spreads.keys() >= {"ddpm", "scratch"} and min(spreads.values()) > 0
 
 
 @pytest.fixture
