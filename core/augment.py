@@ -68,12 +68,12 @@ def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = 
     matrix = inverse * half / old_half[:, None]
     shift = (inverse @ (half - 0.5) + offset + 0.5) / old_half - 1
     matrix, shift = matrix.flip(1).to(images.dtype), shift.flip(1).to(images.dtype)
-    place = (-1, *(1,) * len(size), len(size))
+    place = (-1, len(size), *(1,) * len(size))
     grid = shift.view(place)
     for axis in reversed(range(len(size))):  # affine_grid, axis by axis: only the last product is of the grid's size
         steps = (torch.arange(size[axis], device=images.device, dtype=images.dtype) * 2 + 1) / size[axis] - 1
-        grid = torch.addcmul(grid, steps.view(-1, *(1,) * (len(size) - axis)), matrix[:, :, axis].reshape(place))
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        grid = torch.addcmul(grid, steps.view(-1, *(1,) * (len(size) - axis - 1)), matrix[:, :, axis].reshape(place))
+    return F.grid_sample(images, grid.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def change_intensity(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -81,7 +81,8 @@ def change_intensity(images: Tensor, strength: float, generator: torch.Generator
     shape = (images.shape[0], *(1,) * (images.ndim - 1))
     gamma, contrast, brightness = (
         (torch.rand(shape, generator=generator, device=images.device) * 2 - 1) * strength for _ in range(3))
-    return ((images.clamp(0, 1) ** torch.exp(gamma) - 0.5) * (1 + contrast) + 0.5 + brightness / 2).clamp(0, 1)
+    images = images.clamp(0, 1) ** torch.exp(gamma)
+    return torch.addcmul((brightness - contrast) / 2, images, 1 + contrast).clamp_(0, 1)  # contrast about 0.5
 
 
 def augment(images: Tensor, points: Tensor | None, settings: Augmentation, generator: torch.Generator,
