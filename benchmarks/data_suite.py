@@ -26,11 +26,11 @@ from benchmarks.measuring import median_ms, table, time_interleaved
 from core.augment import augment
 from core.dataset import load_images
 from core.errors import UserError
+from core.finetune_settings import StrongAugmentation
 from core.images import find_images, read_image
 from core.phantom import write_phantom_radiographs
 from core.records import Record
 from core.settings import Dataset as DatasetConfig
-from core.settings import StrongAugmentation
 from core.train_loop import BatchPlan, step_generator
 
 FULL_SIZE = (2400, 1935)  # of a cephalogram

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.augment import augment, change_intensity, draw_affines, move_points, warp_images
-from core.settings import Augmentation
+from core.section import Augmentation
 
 STRONG = Augmentation(probability=1, rotation_degrees=20, scale=0.1, translation=0.05)
 SIZES = pytest.mark.parametrize("size", [(48, 64), (28, 36, 32)], ids=["2D", "3D"])

@@ -26,7 +26,7 @@ from core.errors import UserError
 from core.geometry import apply_maps, compose, inverse, resampling_map, upright, upright_map
 from core.images import read_geometry, read_image
 from core.records import Record
-from core.settings import Augmentation
+from core.section import Augmentation
 from core.settings import Dataset as DatasetConfig
 from core.settings import UNet as UNetConfig
 from core.unet import UNet

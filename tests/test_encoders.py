@@ -17,8 +17,9 @@ import core.encoders
 from core.checkpoint import load_weights, save_tensors, save_weights
 from core.config import parse_config
 from core.encoders import HUB, HUB_FILES, EncoderUNet, build_encoder_unet, imagenet_weights
+from core.finetune_settings import LearningRates
 from core.launch import check_start_weights, run_study
-from core.settings import BACKBONES, Finetune, LearningRates
+from core.settings import BACKBONES, Finetune
 from core.study import Cell, cell_dir, check_cell
 from core.train_loop import BatchPlan, Training
 from landmarks_finetuning.detectors.heatmap_unet import DETECTORS, TrainedDetector, build_detector

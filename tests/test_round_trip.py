@@ -18,7 +18,7 @@ from core.dataset import load_images
 from core.geometry import apply_maps, inverse
 from core.layouts import read_layout
 from core.markups import read_markups
-from core.settings import Augmentation
+from core.section import Augmentation
 from core.settings import Dataset as DatasetConfig
 from landmarks_finetuning.predictions import Predictions, write_slicer_files
 
