@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from core.settings import Dataset as DatasetConfig
 CACHE_VERSION = "2"  # of decoding and resizing together
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
 KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
+DECODERS = min(8, os.cpu_count() or 1)  # images decoded at a time: more would only hold more memory
 _kept: dict[tuple, ImageSet] = {}
 
 
@@ -135,7 +138,13 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
 
 def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: str | None) -> ImageSet:
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
-    loaded = [load_one(record, config) for record in tqdm(records, progress, leave=False, disable=hidden)]
+    with ThreadPoolExecutor(DECODERS) as pool:  # decoders work without the interpreter's lock
+        decoding = pool.map(partial(load_one, config=config), records)
+        try:
+            loaded = list(tqdm(decoding, progress, len(records), leave=False, disable=hidden))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the first bad file, or Ctrl-C: the rest is not read
+            raise
     sizes = np.array([image.pixels.shape[1:] for image in loaded])
     canvas = np.maximum(sizes.max(axis=0), config.image_size)
     firsts = (canvas - sizes) // 2
