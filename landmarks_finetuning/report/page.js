@@ -115,8 +115,7 @@ function sortValue(cell, isText) {
 
 /** Rows in the order of a column; equal ones keep their order, empty ones come last either way. */
 function ordered(rows, index, isText, direction) {
-  const sign = direction === "asc" ? 1 : -1;
-  const keyed = rows.map(row => ({ row, value: sortValue(row.cells[index], isText) }));
+  const sign = direction === "asc" ? 1 : -1, keyed = rows.map(row => ({ row, value: sortValue(row.cells[index], isText) }));
   return keyed.sort((a, b) => {
     if (a.value === null || b.value === null) return (a.value === null) - (b.value === null);
     return sign * (isText ? a.value.localeCompare(b.value, undefined, { numeric: true }) : a.value - b.value);
