@@ -48,7 +48,7 @@ FUNCTIONS = {  # looked up by name: core imports no stage package
 POLL_SECONDS = 5.0  # between two looks at what other processes hold
 NEWS_SECONDS = 60.0  # between two lines about it
 REPORTED = (".json", ".jsonl", ".csv", ".png", ".npz")  # what of a study a report may show
-REPORTING = (".py", ".j2", ".csv")  # what of the code makes it
+REPORTING = (".py", ".j2", ".js", ".css", ".csv")  # what of the code makes it
 Do = Callable[[list[Run], dict[Path, int | None]], dict[Path, str]]
 
 
