@@ -187,7 +187,7 @@ def like(whole: Tensor, own: Tensor | None) -> Tensor:
     """`whole` shared among the processes as `own` is; scalars, such as a count of steps, are everyone's."""
     if not isinstance(own, DTensor) or whole.ndim == 0:
         return whole
-    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(whole.contiguous(), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def shares_like(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -164,6 +164,10 @@ class Training:
             raise UserError(f"{where}: the saved state is of another network than the config's: "
                             f"{' '.join(str(error).split())[:160]}") from None
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():  # saved on another device
+                    moments[name] = torch.empty_like(parameter).copy_(value)  # the fused AdamW takes memory as it lies
         self.plateau.load_state_dict(state["plateau"])
         self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
 

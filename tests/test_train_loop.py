@@ -1,5 +1,6 @@
 """The training loop against hand-written lists, closed forms and torch: no images, a linear model on numbers."""
 
+import copy
 import json
 import math
 import os
@@ -379,6 +380,28 @@ def test_state_of_another_network_is_refused(tmp_path):
     with pytest.raises(UserError, match="last.pt: the saved state is of another network") as caught:
         run(other, tmp_path, "last")
     assert "\n" not in str(caught.value)
+
+
+def test_state_in_another_memory_layout(tmp_path):
+    """Weights lie channels last here and contiguous in a sharded run or on another device: the moments follow them."""
+    images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def make():
+        torch.manual_seed(0)
+        task = Regression()
+        task.loss = lambda model, indices, generator: (model(images[indices]) - 1).square().mean()
+        like = make_training()
+        return Training(nn.Conv2d(3, 5, 3), task, like.plan, like.settings)
+
+    straight, resumed = make(), make()
+    straight.optimiser_step()
+    state = copy.deepcopy(straight.state())
+    moments = {index: {name: value.contiguous() for name, value in entry.items()}
+               for index, entry in state["optimizer"]["state"].items()}
+    resumed.restore({**state, "optimizer": {**state["optimizer"], "state": moments}}, tmp_path)
+    for training in (straight, resumed):
+        training.optimiser_step()
+    assert all(map(torch.equal, weights(resumed), weights(straight)))
 
 
 def test_resume_without_a_state(tmp_path):
