@@ -81,7 +81,7 @@ def change_intensity(images: Tensor, strength: float, generator: torch.Generator
     shape = (images.shape[0], *(1,) * (images.ndim - 1))
     gamma, contrast, brightness = (
         (torch.rand(shape, generator=generator, device=images.device) * 2 - 1) * strength for _ in range(3))
-    images = images.clamp(0, 1) ** torch.exp(gamma)
+    images = (images.clamp(0, 1).log2_() * torch.exp(gamma)).exp2_()  # a power, in half its time
     return torch.addcmul((brightness - contrast) / 2, images, 1 + contrast).clamp_(0, 1)  # contrast about 0.5
 
 
