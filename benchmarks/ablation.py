@@ -6,7 +6,6 @@ several processes may share one plan (--worker I/N). Each finished cell is one l
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from core.config import add_config_arguments, load_config
 from core.dataset import load_images, load_source
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.study import Cell
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
 from landmarks_finetuning.heatmaps import DECODERS
@@ -45,7 +44,7 @@ def score_decoders(run_dir: Path, split: str) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.ablation", description=__doc__,
         epilog="example: python -m benchmarks.ablation --config configs/cephalo.json --plan plan.json --out ablation")
     add_config_arguments(parser)

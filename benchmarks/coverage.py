@@ -6,11 +6,10 @@ patients 7 % of the landmarks jump to another structure (8 times the error). Mea
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 from scipy.stats import norm
 
+from core.errors import CommandParser, run_command
 from landmarks_finetuning.metrics import studentised_interval, within
 from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
 
@@ -76,7 +75,7 @@ def false_positives(patients: int, sets: int, seed: int) -> float:
 
 def main() -> None:
     """Print one row for each number of patients."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--patients", nargs="+", type=int, default=[6, 12, 24, 50, 150])
     parser.add_argument("--sets", type=int, default=1000, help="simulated data sets (default: %(default)s)")
     arguments = parser.parse_args()
@@ -92,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

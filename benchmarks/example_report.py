@@ -6,7 +6,6 @@ machine; a page that does is refused.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import re
@@ -16,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "benchmarks" / "studies" / "example.json"
@@ -60,7 +59,7 @@ def copy_report(report: Path, target: Path, private: tuple[str, ...]) -> int:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.example_report", description=__doc__,
+    parser = CommandParser(prog="python -m benchmarks.example_report", description=__doc__,
                                      epilog="example: python -m benchmarks.example_report")
     parser.add_argument("--folder", type=Path, help="run the study here and keep it, or go on with it (default: a "
                                                     "temporary folder)")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from core.config import add_config_arguments, load_config
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.launch import run_study
 from core.runlog import environment
 from core.settings import Config
@@ -38,7 +38,7 @@ def one_of(config: Config, arguments: list[str]) -> list[list[str]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.many_cells", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m benchmarks.many_cells --config benchmarks/studies/many_cells.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.measuring import PRECISIONS, table
 from core.config import add_config_arguments, load_config
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.files import write_json
 from core.runlog import environment, read_metrics
 from core.study import Cell
@@ -47,7 +47,7 @@ def show(rows: list[dict]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.precision", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m benchmarks.precision --set ddpm.iterations=400 ddpm.checkpoint_iterations=[400]")

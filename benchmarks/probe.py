@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.config import add_config_arguments, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.encoders import build_encoder, read_encoder
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.files import write_json
 from core.runlog import environment
 from core.settings import Config
@@ -127,7 +127,7 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m benchmarks.probe --set ssl.iterations=200 ssl.batch_size=32 --out probe")
     add_config_arguments(parser)

@@ -19,7 +19,7 @@ import matplotlib
 
 from benchmarks import data_suite, memory_suite, predict_suite, train_suite
 from benchmarks.measuring import machine
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.files import write_json
 from core.train_loop import resolve_device
 
@@ -59,7 +59,7 @@ def run_suite(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m benchmarks.run --suite train --base 32 --side 128 --batch 4 --rounds 7")
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES))

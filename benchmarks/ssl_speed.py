@@ -16,7 +16,7 @@ from itertools import repeat
 import torch
 
 from core.config import add_config_arguments, load_config
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.runlog import environment
 from core.settings import Config
 from core.ssl_settings import SSL_METHODS
@@ -67,7 +67,7 @@ def measure(config: Config, method: str, workers: list[int], rounds: int) -> str
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.ssl_speed", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m benchmarks.ssl_speed --set ssl.batch_size=32 --workers 1 2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.config import add_config_arguments, load_config
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.files import write_atomically
 from core.geometry import Geometry, apply_maps, compose, resampling_map, upright, upright_axes, upright_map
 from core.images import read_geometry, read_image
@@ -303,7 +302,7 @@ def _plain(points: np.ndarray) -> list[list[float | None]]:
 
 def main() -> None:
     """Pack a data set into one file."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m core.dataset", description="Pack a data set, resized, into one .npz that dataset.root accepts.",
         epilog="example: python -m core.dataset --config configs/cephalo.json --pack cephalo_256.npz")
     add_config_arguments(parser)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 INTERRUPTED = 130  # exit status, as a shell's after Ctrl-C
 
@@ -20,6 +22,14 @@ class RunsFailed(Exception):
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM reached a training loop; the message says how to resume. State is already on disk."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose complaint about a command line is one line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's `message`, which names the option and the choices."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.claims import Claimed, claim
 from core.config import add_config_arguments, load_config
-from core.errors import Interrupted, RunsFailed, UserError, run_command
+from core.errors import CommandParser, Interrupted, RunsFailed, UserError, run_command
 from core.files import drop_states, write_atomically, write_json
 from core.plan import Run, logged, print_plan, studies, study_runs, time_left
 from core.settings import Config
@@ -294,7 +293,7 @@ def launched(config: Config, stages: tuple[str, ...], workers: int | None, gpus:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="./launch_experiments.sh", description=__doc__,
         epilog="example: ./launch_experiments.sh --config configs/cephalo.json --stages pretrain finetune report")
     add_config_arguments(parser)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from core.convert_weights import DTYPES, convert
-from core.errors import UserError, did_you_mean, run_command
+from core.errors import CommandParser, UserError, did_you_mean, run_command
 
 REPOSITORY = "Roberto98/X-rays_Self-Supervised_Landmark_Detection"
 COMMAND = "python -m core.published_weights"
@@ -134,7 +133,7 @@ def convert_file(source: Path, out: Path | None, dtype: str) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=COMMAND, description=__doc__,
         epilog=f"example: {COMMAND} fetch {EXAMPLE} && {COMMAND} convert weights/{EXAMPLE} --dtype float16")
     commands = parser.add_subparsers(dest="command", required=True)

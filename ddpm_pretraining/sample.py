@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from core.checkpoint import load_weights
 from core.config import add_config_arguments, load_config
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.train_loop import autocast, resolve_device, resolve_precision, step_generator
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample
@@ -18,7 +17,7 @@ from ddpm_pretraining.train import checkpoint_path, save_picture
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m ddpm_pretraining.sample", description=__doc__,
         epilog="example: python -m ddpm_pretraining.sample --config configs/cephalo.json --iteration 8000 --count 16")
     add_config_arguments(parser)

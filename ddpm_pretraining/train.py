@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import shlex
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.distributed import ALONE, Ranks, join, recorded
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.files import write_atomically
 from core.runlog import write_run_config
 from core.settings import Config
@@ -179,14 +178,14 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m ddpm_pretraining.train", description=__doc__,
         epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000; "
         "on 4 GPUs: python -m core.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
     add_config_arguments(parser)
     add_resume_argument(parser)
-    arguments = parser.parse_args()
     with join() as ranks:
+        arguments = parser.parse_args()
         config = load_config(arguments.config, arguments.set)
         with claim(config.experiment_dir / "ddpm") if ranks.leads else nullcontext():
             run_dir = pretrain(config, arguments.resume, ranks)

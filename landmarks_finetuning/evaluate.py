@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from core.claims import claim
 from core.config import load_config
 from core.dataset import load_images, load_source
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.geometry import apply_maps, inverse
 from core.leaks import find_leaks, leaked_ids
@@ -180,7 +179,7 @@ def _write_overlays(folder: Path, config: Config, predictions: Predictions, unit
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m landmarks_finetuning.evaluate", description=__doc__,
         epilog="example: python -m landmarks_finetuning.evaluate "
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0")

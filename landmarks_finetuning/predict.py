@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +9,7 @@ from tqdm import tqdm
 from core.config import load_config
 from core.dataset import load_images
 from core.dicom import is_series
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.images import IMAGE_SUFFIXES, find_images, read_geometry
 from core.records import Record
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
@@ -67,7 +66,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m landmarks_finetuning.predict", description=__doc__,
         epilog="example: python -m landmarks_finetuning.predict "
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0 new_images/ --out predictions")

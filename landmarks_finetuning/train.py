@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 from pathlib import Path
@@ -17,7 +16,7 @@ from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source, select_shots
 from core.encoders import START_WEIGHTS
-from core.errors import UserError, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.geometry import apply_maps
 from core.records import DataSource, Record
 from core.runlog import write_run_config
@@ -178,7 +177,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m landmarks_finetuning.train", description=__doc__,
         epilog="example: python -m landmarks_finetuning.train --config configs/cephalo.json --backbone ddpm --shots 10")
     add_config_arguments(parser)

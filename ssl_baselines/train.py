@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
 from core.dataset import ImageSet, load_images, load_source
 from core.encoders import build_encoder
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from core.runlog import write_run_config
 from core.settings import Config
 from core.ssl_settings import SSL_METHODS
@@ -165,7 +164,7 @@ def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Pa
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m ssl_baselines.train", description=__doc__,
         epilog="example: python -m ssl_baselines.train --config configs/cephalo.json --method dino")
     add_config_arguments(parser)

@@ -82,6 +82,14 @@ def test_through_a_real_process(config_file, tmp_path):
     assert re.fullmatch(r"error: no cephalo data set at \S+/nowhere: [^\n]+\n", done.stderr)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ((LAUNCH, "--stages", "pretrian"), r"argument --stages: invalid choice: 'pretrian' \(choose from .*report"),
+    ((FINETUNING, "--shots", "ten"), r"argument --shots: invalid int value: 'ten'"),
+    ((FINETUNING,), r"the following arguments are required: --backbone, --shots")])
+def test_wrong_options(refused, arguments, message):
+    refused(f"{message}.*; see .* --help", *arguments)
+
+
 def test_image_without_its_label(config_file, refused, phantom, tmp_path):
     data = copy_data(phantom, tmp_path)
     (data / "400_senior/007.txt").unlink()

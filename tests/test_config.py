@@ -1,13 +1,12 @@
 """The config: inheritance, overrides, strictness, impossible combinations, and the files that are shipped."""
 
-import argparse
 import json
 
 import jsonschema
 import pytest
 
 from core.config import CONFIG_DIR, add_config_arguments, load_config, parse_config, write_schema
-from core.errors import UserError
+from core.errors import CommandParser, UserError
 from core.settings import check_divisible
 
 SHIPPED = sorted([path for path in CONFIG_DIR.glob("*.json") if path.name != "schema.json"]
@@ -178,7 +177,7 @@ def test_sizes_not_divisible_name_the_nearest(size, levels, message):
 
 
 def test_command_line_beats_json_beats_default(minimal):
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_config_arguments(parser)
     write(minimal, **MINIMAL, ddpm={"batch_size": 3, "accumulation": 2})
     line = ["--config", str(minimal), "--set", "ddpm.batch_size=5", "--set", "is_3d=false", "ddpm.ema_decay=0.5"]

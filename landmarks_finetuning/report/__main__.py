@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from core.errors import run_command
+from core.errors import CommandParser, run_command
 from landmarks_finetuning.report.build import build_report
 
 
 def main() -> None:
     """Parse the command line, build the page and print where it is."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m landmarks_finetuning.report",
         description="Write EXPERIMENT_DIR/report: index.html (one self-contained page), tables/*.csv and *.tex, "
                     "figures/*.png. More folders join the same page, which goes to the first.",
