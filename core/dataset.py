@@ -137,13 +137,12 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
 
 def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: str | None) -> ImageSet:
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
-    with ThreadPoolExecutor(DECODERS) as pool:  # decoders work without the interpreter's lock
+    pool = ThreadPoolExecutor(DECODERS)  # decoders work without the interpreter's lock
+    try:
         decoding = pool.map(partial(load_one, config=config), records)
-        try:
-            loaded = list(tqdm(decoding, progress, len(records), leave=False, disable=hidden))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first bad file, or Ctrl-C: the rest is not read
-            raise
+        loaded = list(tqdm(decoding, progress, len(records), leave=False, disable=hidden))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a bad file, or Ctrl-C, the rest is not read
     sizes = np.array([image.pixels.shape[1:] for image in loaded])
     canvas = np.maximum(sizes.max(axis=0), config.image_size)
     firsts = (canvas - sizes) // 2
