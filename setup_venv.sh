@@ -12,7 +12,7 @@ for requirements in "$@"; do
         flock 9 # of two launchers started at once one installs
         if ! installed "$requirements"; then
             [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-            echo "installing $requirements into .venv (about a minute the first time)" >&2
+            echo "installing $requirements into .venv (6 GB; a few minutes the first time)" >&2
             .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
             cp "$requirements" ".venv/.installed-$requirements"
         fi

@@ -48,7 +48,7 @@ def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]
             step = read_pickle(previous)["step"]
             raise UserError(f"{error}; previous.pt (step {step}) is whole: continue from it with "
                             f"{resume_command} --resume previous") from None
-        raise
+        raise UserError(f"{error}; no earlier state was kept: delete {path} to start this run over") from None
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
 
 

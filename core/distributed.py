@@ -217,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(parse_args(arguments))
     except ChildFailedError as failed:
         sys.exit(tell_failure(failed))
+    except ValueError as error:  # of what was asked, such as --nproc-per-node gpu where there is none
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except SignalException:
         sys.exit(130)  # the leader has said how to go on
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -85,7 +86,9 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     """
     experiments = [read_experiment(Path(path)) for path in experiment_dirs]
     output = Output(experiments[0].path / "report")
-    (output.folder / "tables").mkdir(parents=True, exist_ok=True)
+    for name in ("tables", "figures"):  # of an earlier report some may no longer apply
+        shutil.rmtree(output.folder / name, ignore_errors=True)
+    (output.folder / "tables").mkdir(parents=True)
     pages = [_experiment_context(experiment, output) for experiment in experiments]
     summaries = [summary for page in pages for summary in page.pop("summaries")]
     tables = _paper_tables(pd.concat(summaries, ignore_index=True), output) if summaries else []

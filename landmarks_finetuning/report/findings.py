@@ -103,8 +103,9 @@ def setting_sentence(runs: pd.DataFrame) -> str:
     if len(found) < 2:
         return ""
     shown = [found[loss_setting(variant)] for backbone, variant in main_variants(runs).items() if backbone != UNTRAINED]
-    return (f"{len(found)} settings of the loss were run ({', '.join(found.values())}). Verdicts and curves are about "
-            f"{_list(list(dict.fromkeys(shown)))}; the table of results and the paper's tables have all of them.")
+    return (f"{len(found)} settings of the loss were run ({', '.join(found.values())}). Verdicts, bars and the curves "
+            f"by distance are about {_list(list(dict.fromkeys(shown)))}; the table of results and the paper's tables "
+            "have all of them.")
 
 
 def headline(found: pd.DataFrame, unit: str) -> tuple[str, str]:

@@ -55,7 +55,7 @@ def error_against_iterations(means: pd.DataFrame, unit: str) -> Figure | None:
                       alpha=shade, linewidth=1.8, label=shots_text(count))
             best = group[group["chosen"]]
             axis.plot(best[column], best["validation_mre"], "o", markersize=11, markerfacecolor="none",
-                      markeredgecolor=INK, label="chosen")
+                      markeredgecolor=INK, label="chosen" if index == len(shots) - 1 else "_")
         axis.set_xlabel(title)
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel(f"validation error ({unit})")
