@@ -48,7 +48,9 @@ def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]
             step = read_pickle(previous)["step"]
             raise UserError(f"{error}; previous.pt (step {step}) is whole: continue from it with "
                             f"{resume_command} --resume previous") from None
-        raise UserError(f"{error}; no earlier state was kept: delete {path} to start this run over") from None
+        if path.is_file():
+            raise UserError(f"{error}; no whole state is there: delete {path} to start this run over") from None
+        raise
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -134,8 +134,8 @@ def test_each_loss_chooses_for_itself_beside_its_own_scratch(root):
     method = with_chosen(runs, means)
     assert main_variants(method) == {"ddpm": "iter-best", "scratch": "default"}
     assert set(main_family(method, means)["variant"]) == {"iter-best"}
-    assert setting_sentence(method).startswith("2 settings of the loss were run (the default, target-pixel). Verdicts "
-                                               "and curves are about the default;")
+    assert setting_sentence(method).startswith("2 settings of the loss were run (the default, target-pixel). Verdicts, "
+                                               "bars and the curves by distance are about the default;")
     assert setting_sentence(read_experiment(root).runs.query("variant == 'default'")) == ""
 
 

@@ -170,6 +170,9 @@ def test_truncated_states_both(config_file, tmp_path, run_main):
     for arguments in ((), ("--resume",), ("--resume", "previous")):
         status, _, error = run_main(PRETRAINING, "--config", path, *arguments)
         assert status == 2 and re.search(r".pt is (truncated|damaged)", error) and len(error.splitlines()) == 1
+    (run_dir / "previous.pt").unlink()
+    status, _, error = run_main(PRETRAINING, "--config", path)
+    assert status == 2 and error.endswith(f"delete {run_dir / 'last.pt'} to start this run over\n")
     assert (run_dir / "last.pt").read_bytes() == b"PK cut off" and not list(run_dir.glob("*.safetensors"))
 
 
