@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from core.config.load.load import add_config_arguments, load_config
 
-from core.config import add_config_arguments, load_config
-from core.dataset import load_images, load_source
+from core.data.dataset import load_images, load_source
 from core.errors import CommandParser, UserError, run_command
-from core.study import Cell
+from core.runs.cells import Cell
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
 from landmarks_finetuning.heatmaps import DECODERS
 from landmarks_finetuning.metrics import physical_errors, summarise

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.measuring import LiveBytes, parameters
 from benchmarks.networks import TrainingStep, ours
-from core.convolutions import CHANNELS_LAST
+from core.networks.convolutions import CHANNELS_LAST
 
 
 def lie_channels_last(network: nn.Module) -> None:

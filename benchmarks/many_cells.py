@@ -13,18 +13,19 @@ import sys
 import time
 from pathlib import Path
 
-from core.config import add_config_arguments, load_config
+from core.config.load.config import Config
+from core.config.load.load import add_config_arguments, load_config
+
 from core.errors import CommandParser, run_command
-from core.launch import run_study
-from core.runlog import environment
-from core.settings import Config
-from core.study import MEAN_SHAPE, cells, is_scored
+from core.runs.cells import MEAN_SHAPE, cells, is_scored
+from core.training.run_log import environment
+from study.launch import run_study
 
 
 def launch(arguments: list[str]) -> float:
     """Seconds of one launcher's whole life. Raises CalledProcessError where it fails."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "core.launch", *arguments, "--stages", "finetune"], check=True,
+    subprocess.run([sys.executable, "-m", "study.launch", *arguments, "--stages", "finetune"], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - started
 

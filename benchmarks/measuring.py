@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from core.convolutions import CONV
-from core.runlog import environment
-from core.train_loop import memory_format
+from core.networks.convolutions import CONV
+from core.training.loop import memory_format
+from core.training.run_log import environment
 
 WARM_UP = 1
 PRECISIONS = ("bf16", "float32")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from core.config.load.config import DDPM
+from core.config.load.config import UNet as UNetConfig
 from denoising_diffusion_pytorch import Unet as LucidrainsUNet
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -13,10 +15,8 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
-from core.settings import DDPM
-from core.settings import UNet as UNetConfig
-from core.train_loop import autocast, averaged_tensors, memory_format, step_generator
-from core.unet import UNet
+from core.networks.unet import UNet
+from core.training.loop import autocast, averaged_tensors, memory_format, step_generator
 from ddpm_pretraining.diffusion import Diffusion
 
 MULTIPLIERS = (1, 2, 4, 8)
@@ -87,7 +87,7 @@ def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network on the images' device, its weights lying as its makers have them: ours as `core.train_loop` does."""
+    """The network on the images' device, its weights lying as its makers have them: ours as `core.training.loop` does."""
     layout = memory_format(images.ndim, images.device) if isinstance(network, UNet) else torch.contiguous_format
     return network.to(images.device, memory_format=layout)
 

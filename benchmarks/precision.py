@@ -10,12 +10,13 @@ import argparse
 import statistics
 from pathlib import Path
 
+from core.config.load.load import add_config_arguments, load_config
+
 from benchmarks.measuring import PRECISIONS, table
-from core.config import add_config_arguments, load_config
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.runlog import environment, read_metrics
-from core.study import Cell
+from core.runs.cells import Cell
+from core.training.run_log import environment, read_metrics
 from ddpm_pretraining.train import pretrain
 from landmarks_finetuning.evaluate import evaluate
 from landmarks_finetuning.train import finetune_cell

@@ -6,9 +6,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+from core.config.load.config import DDPM
 from torch import Tensor, nn
-
-from core.settings import DDPM
 
 
 def linear_betas(steps: int, start: float, end: float) -> Tensor:

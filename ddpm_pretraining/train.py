@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from core.config.load.config import Config
+from core.config.load.load import add_config_arguments, add_resume_argument, load_config
 from PIL import Image
 from torch import Tensor, nn
 
-from core.augment import augment
-from core.checkpoint import save_weights
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source
-from core.distributed import ALONE, Ranks, join, recorded
+from core.data.augment import augment
+from core.data.dataset import ImageSet, load_images, load_source
 from core.errors import CommandParser, run_command
 from core.files import write_atomically
-from core.runlog import write_run_config
-from core.settings import Config
-from core.study import check_pretraining
-from core.train_loop import (
+from core.networks.unet import UNet
+from core.networks.weights import save_weights
+from core.runs.cells import check_pretraining
+from core.runs.claims import claim
+from core.training.distributed import ALONE, Ranks, join, recorded
+from core.training.loop import (
     BatchPlan,
     LoopSettings,
     Training,
@@ -32,7 +32,7 @@ from core.train_loop import (
     step_generator,
     train,
 )
-from core.unet import UNet
+from core.training.run_log import write_run_config
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 
@@ -164,7 +164,7 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     if ranks.count == 1:
         training = Training(model, task, plan, settings)
     else:
-        from core.parallel import TRAININGS  # imports for seconds
+        from core.training.parallel import TRAININGS  # imports for seconds
 
         training = TRAININGS[config.experiment.sharding](model, task, plan, settings, ranks)
     if ranks.leads:
@@ -181,7 +181,7 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m ddpm_pretraining.train", description=__doc__,
         epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000; "
-        "on 4 GPUs: python -m core.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
+        "on 4 GPUs: python -m core.training.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
     add_config_arguments(parser)
     add_resume_argument(parser)
     with join() as ranks:

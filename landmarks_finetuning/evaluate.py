@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from core.config.load.config import Config
+from core.config.load.load import load_config
 
-from core.claims import claim
-from core.config import load_config
-from core.dataset import load_images, load_source
+from core.data.dataset import load_images, load_source
+from core.data.leaks import find_leaks, leaked_ids
+from core.data.records import DataSource, Record
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
-from core.geometry import apply_maps, inverse
-from core.leaks import find_leaks, leaked_ids
-from core.records import DataSource, Record
-from core.runlog import read_metrics, write_run_config
-from core.settings import Config
-from core.study import MEAN_SHAPE, Cell, cell_dir, variant
+from core.formats.geometry import apply_maps, inverse
+from core.runs.cells import MEAN_SHAPE, Cell, cell_dir, variant
+from core.runs.claims import claim
+from core.training.run_log import read_metrics, write_run_config
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
 from landmarks_finetuning.heatmap_files import write_heatmaps
 from landmarks_finetuning.metrics import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from core.files import write_atomically
+from landmarks_finetuning.pictures.overlays import map_points, shaded
 from landmarks_finetuning.predictions import Case, Predictions, case_of
 from landmarks_finetuning.report.heatmap_figure import FlatCase
-from landmarks_finetuning.report.overlays import map_points, shaded
 
 LONGEST_SIDE = 400  # of the kept picture, in pixels
 

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from core.dataset import ImageSet
+from core.data.dataset import ImageSet
 from core.files import write_atomically
-from core.geometry import apply_maps, index_to_world, inverse, upright, upright_map
-from core.images import read_image
-from core.markups import write_markups
+from core.formats.geometry import apply_maps, index_to_world, inverse, upright, upright_map
+from core.formats.images import read_image
+from core.formats.markups import write_markups
 from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate, sigma_pixels
 from landmarks_finetuning.heatmaps import contour_centroid, draw_target, probability_maps
-from landmarks_finetuning.report.volume_overlays import draw_case
+from landmarks_finetuning.pictures.volume_overlays import draw_case
 
 PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth
 

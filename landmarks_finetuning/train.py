@@ -8,21 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from core.config.load.config import BACKBONES, ENCODER_LEVELS, Config
+from core.config.load.load import add_config_arguments, add_resume_argument, load_config
 from torch import Tensor, nn
 
-from core.augment import augment
-from core.checkpoint import save_weights
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source, select_shots
-from core.encoders import START_WEIGHTS
+from core.data.augment import augment
+from core.data.dataset import ImageSet, load_images, load_source, select_shots
+from core.data.records import DataSource, Record
 from core.errors import CommandParser, UserError, run_command
-from core.geometry import apply_maps
-from core.records import DataSource, Record
-from core.runlog import write_run_config
-from core.settings import BACKBONES, ENCODER_LEVELS, Config
-from core.study import Cell, cell_dir, check_cell, is_scored, require_backbone, single_setting
-from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from core.formats.geometry import apply_maps
+from core.networks.encoders import START_WEIGHTS
+from core.networks.weights import save_weights
+from core.runs.cells import Cell, cell_dir, check_cell, is_scored, require_backbone, single_setting
+from core.runs.claims import claim
+from core.training.loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from core.training.run_log import write_run_config
 from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
 from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.losses import LOSSES

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from core.config.load.config import Config
+from core.config.load.load import add_config_arguments, add_resume_argument, load_config
+from core.config.load.ssl import SSL_METHODS
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.checkpoint import save_tensors
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source
-from core.encoders import build_encoder
+from core.data.dataset import ImageSet, load_images, load_source
 from core.errors import CommandParser, run_command
-from core.runlog import write_run_config
-from core.settings import Config
-from core.ssl_settings import SSL_METHODS
-from core.study import check_ssl, encoder_path, require_backbone, ssl_dir
-from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from core.networks.encoders import build_encoder
+from core.networks.weights import save_tensors
+from core.runs.cells import check_ssl, encoder_path, require_backbone, ssl_dir
+from core.runs.claims import claim
+from core.training.loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from core.training.run_log import write_run_config
 from ssl_baselines.collapse import alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO
 from ssl_baselines.heads import Pooled

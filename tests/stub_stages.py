@@ -11,12 +11,12 @@ import os
 import time
 from pathlib import Path
 
-import core.launch as launch
-import core.workers as workers
-from core.cluster import StudyTask
+import study.launch as launch
+import study.workers as workers
 from core.errors import run_command
-from core.plan import study_runs
-from core.study import cell_dir, ddpm_paths
+from core.runs.cells import cell_dir, ddpm_paths
+from study.cluster import StudyTask
+from study.plan import study_runs
 
 LIMIT_SECONDS = 100
 

@@ -78,7 +78,7 @@ def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
 
 
 def test_the_rules_can_fail():
-    bad = ast.parse("def f():\n import ssl_baselines.views\n import_module('core.unet')\n from tests.a import b\n"
+    bad = ast.parse("def f():\n import ssl_baselines.views\n import_module('core.networks.unet')\n from tests.a import b\n"
                     " torch.load(p)\n torch.load(p, weights_only=False)\n torch.load(p, weights_only=True)\n"
                     " try: pass\n except (OSError, Exception): pass\n except ValueError: pass\n")
     assert packages(bad) == {"ssl_baselines", "core", "tests"}

@@ -12,14 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from core.config.load.load import load_config
 
-import core.launch as launch
-from core.claims import LOCK, Claimed, claim
-from core.config import load_config
+import study.launch as launch
 from core.errors import Interrupted, RunsFailed, UserError
-from core.launch import ingredients, run_study, take
-from core.plan import study_runs
-from core.study import Cell, cell_dir
+from core.runs.cells import Cell, cell_dir
+from core.runs.claims import LOCK, Claimed, claim
+from study.launch import ingredients, run_study, take
+from study.plan import study_runs
 from tests import stub_stages
 from tests.conftest import TINY, merged
 
@@ -229,7 +229,7 @@ def test_failed_run_is_reported_and_the_rest_is_run(stubs, study, run_main, monk
     (folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1, "seconds": 2.0}\n')
     with monkeypatch.context() as patch:
         failing(patch, error)
-        status, out, told = run_main("core.launch", "--config", study, "--stages", *STAGES)
+        status, out, told = run_main("study.launch", "--config", study, "--stages", *STAGES)
     assert status == 1 and f"report: {stubs.experiment_dir}" not in out
     assert told.endswith(f"error: 1 of 7 runs failed; the same command tries them again\n  {folder}: {message}\n")
     assert begun() == dict.fromkeys(folders(stubs) | {"report"}, 1) and "done 6 of 7 runs" in out
@@ -237,7 +237,7 @@ def test_failed_run_is_reported_and_the_rest_is_run(stubs, study, run_main, monk
     assert (kept["message"], kept["step"]) == (message, 4) and re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]{8}", kept["time"])
     assert ("in fail\n" in (kept["traceback"] or "")) is traced
 
-    status, out, _ = run_main("core.launch", "--config", study, "--stages", *STAGES)
+    status, out, _ = run_main("study.launch", "--config", study, "--stages", *STAGES)
     assert status == 0 and "done 7 of 7 runs" in out and "done 6" not in out
     assert begun()[str(folder.relative_to(stubs.experiment_dir))] == 2 and sum(begun().values()) == 8 + 2
     assert not (folder / "failed.json").exists()
@@ -267,7 +267,7 @@ def test_failure_of_another_process_is_not_tried_again_by_the_same_launch(stubs)
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("saved at step 3 of 4; continue with: x")])
 def test_ctrl_c_stops_everything(stubs, study, run_main, monkeypatch, stop):
     failing(monkeypatch, stop, "ddpm", 1)
-    status, out, error = run_main("core.launch", "--config", study, "--stages", *STAGES)
+    status, out, error = run_main("study.launch", "--config", study, "--stages", *STAGES)
     assert status == 130 and error.startswith("interrupted: ") and "done 5 of 7" in out
     assert sum(begun().values()) == 6 and not list(stubs.experiment_dir.rglob("failed.json"))
     assert not list(stubs.experiment_dir.rglob(LOCK))
@@ -308,7 +308,7 @@ def test_finished_study_imports_and_reads_little(study, tmp_path):
     page.parent.mkdir()
     page.touch()
     (page.parent / "ingredients.sha256").write_text(ingredients(config.experiment_dir))
-    code = ("import sys, core.launch; core.launch.main()\n"
+    code = ("import sys, core.launch; study.launch.main()\n"
             "print(sorted({'torch', 'numpy', 'pandas', 'scipy', 'PIL', 'tensorboard'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code, "--config", study], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

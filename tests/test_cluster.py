@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from core.config.load.load import load_config
 
-from core import cluster, launch
-from core.cluster import REQUEUES, StudyTask, submit
-from core.config import load_config
 from core.errors import Interrupted
-from core.plan import study_runs
-from core.stop_signal import StopSignal
-from core.study import Cell, cell_dir
+from core.runs.cells import Cell, cell_dir
+from core.training.stop_signal import StopSignal
+from study import cluster, launch
+from study.cluster import REQUEUES, StudyTask, submit
+from study.plan import study_runs
 from tests import stub_stages
 from tests.conftest import TINY, error_of, merged
 
@@ -150,7 +150,7 @@ def test_refused_in_one_line(config, sbatch, monkeypatch):
 
 def test_command_line_without_sbatch(config, run_main, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    status, out, error = run_main("core.launch", "--config", tmp_path / "study.json", "--slurm")
+    status, out, error = run_main("study.launch", "--config", tmp_path / "study.json", "--slurm")
     assert (status, out) == (2, "") and re.fullmatch(r"error: --slurm: this machine has no sbatch; [^\n]+\n", error)
     assert not (tmp_path / "runs").exists()
 
@@ -162,6 +162,6 @@ def test_command_line_of_a_finished_study(config, sbatch, run_main, tmp_path, mo
         run.folder.mkdir(parents=True, exist_ok=True)
         for path in run.results:
             path.write_text("{}")
-    status, out, _ = run_main("core.launch", "--config", tmp_path / "study.json", "--slurm")
+    status, out, _ = run_main("study.launch", "--config", tmp_path / "study.json", "--slurm")
     assert status == 0 and out == f"report: {config.experiment_dir}/report/index.html\n"
     assert sorted(path.name for path in sbatch.iterdir()) == ["sbatch", "srun"]

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from core.config.load.load import load_config
 from PIL import Image
 
-from core.checkpoint import load_weights
-from core.config import load_config
-from core.launch import run_study
-from core.study import Cell, cell_dir
+from core.networks.weights import load_weights
+from core.runs.cells import Cell, cell_dir
 from landmarks_finetuning.report.heatmap_figure import read_heatmaps
+from study.launch import run_study
 
 PROJECT = Path(__file__).parents[1]
-LAUNCH, PRETRAINING, SAMPLING = "core.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
+LAUNCH, PRETRAINING, SAMPLING = "study.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
 FINETUNING, EVALUATING, PREDICTING = (f"landmarks_finetuning.{name}" for name in ("train", "evaluate", "predict"))
 STAGES = ("--stages", "pretrain", "finetune")
 PUBLISHED = PROJECT / "tests/fixtures/official_ddpm_base8/ema_model_epoch800_step6000.pt"
@@ -277,7 +277,7 @@ def test_key_of_another_backbone_is_free(config_file, run_main):
 
 
 @pytest.mark.parametrize("module", [LAUNCH, PRETRAINING, SAMPLING, FINETUNING, EVALUATING, PREDICTING,
-                                    "landmarks_finetuning.report.__main__", "core.dataset"])
+                                    "landmarks_finetuning.report.__main__", "core.data.dataset"])
 def test_help(run_main, module):
     status, out, error = run_main(module, "--help")
     assert (status, error) == (0, "") and re.search(r"example: (python -m|\./launch_experiments\.sh) ", out)

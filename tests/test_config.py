@@ -4,10 +4,10 @@ import json
 
 import jsonschema
 import pytest
+from core.config.load.config import check_divisible
+from core.config.load.load import CONFIG_DIR, add_config_arguments, load_config, parse_config, write_schema
 
-from core.config import CONFIG_DIR, add_config_arguments, load_config, parse_config, write_schema
 from core.errors import CommandParser, UserError
-from core.settings import check_divisible
 
 SHIPPED = sorted([path for path in CONFIG_DIR.glob("*.json") if path.name != "schema.json"]
                  + list((CONFIG_DIR.parent / "benchmarks/studies").glob("*.json")))
@@ -215,7 +215,7 @@ def test_schema_refuses_what_the_models_refuse():
 def test_schema_file_is_up_to_date(tmp_path):
     write_schema(tmp_path / "schema.json")
     fresh = (tmp_path / "schema.json").read_text() == (CONFIG_DIR / "schema.json").read_text()
-    assert fresh, "run python -m core.config"
+    assert fresh, "run python -m core.config.load"
 
 
 def test_paper_presets():

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from core.config.load.config import Dataset as DatasetConfig
 from PIL import Image
 
-import core.dataset
-from core.dataset import load_images, load_source, normalise, resize, select_shots, write_pack
+import core.data.dataset
+from core.data.dataset import load_images, load_source, normalise, resize, select_shots, write_pack
+from core.data.records import SPLITS, Record
 from core.errors import UserError
-from core.geometry import apply_maps, inverse, resampling_map
-from core.records import SPLITS, Record
-from core.settings import Dataset as DatasetConfig
+from core.formats.geometry import apply_maps, inverse, resampling_map
 
 RNG_SEED = 0
 
@@ -119,7 +119,7 @@ def test_cache_is_keyed_by_content(tmp_path, monkeypatch):
     path = picture(tmp_path / "a.png", rng.integers(0, 255, (30, 20), dtype=np.uint8))
     first = load_images([record_of(path, [[3, 4]])], config)
     decoded = []
-    monkeypatch.setattr(core.dataset, "read_image", lambda path: decoded.append(path) or np.zeros((1, 30, 20), "f4"))
+    monkeypatch.setattr(core.data.dataset, "read_image", lambda path: decoded.append(path) or np.zeros((1, 30, 20), "f4"))
     renamed = path.rename(tmp_path / "b.png")
     again = load_images([record_of(renamed, [[3, 4]])], config)
     assert not decoded and torch.equal(again.images, first.images) and torch.equal(again.points, first.points)
@@ -148,7 +148,7 @@ def test_the_runs_of_a_process_share_images_until_a_file_changes(tmp_path, monke
     for other in others:
         load_images([other], config)
     assert load_images([record], config) is not changed  # three sets are kept
-    monkeypatch.setattr(core.dataset, "KEPT_BYTES", 100)
+    monkeypatch.setattr(core.data.dataset, "KEPT_BYTES", 100)
     assert load_images(others, config) is not load_images(others, config)  # large ones are not
 
 
@@ -274,7 +274,7 @@ def test_set_moves_to_a_device_unless_too_large(tmp_path, monkeypatch):
     loaded = load_images([record_of(path, [[1, 2]])], configure(tmp_path))
     moved = loaded.to(torch.device("meta"))
     assert moved.images.is_meta and moved.points.is_meta and moved.records == loaded.records
-    monkeypatch.setattr(core.dataset, "ON_DEVICE_BYTES", 16 * 16 * 4 - 1)
+    monkeypatch.setattr(core.data.dataset, "ON_DEVICE_BYTES", 16 * 16 * 4 - 1)
     kept = loaded.to(torch.device("meta"))
     assert kept.points.is_meta and not kept.images.is_meta
 

@@ -19,8 +19,8 @@ from pydicom.uid import (
 )
 
 from core.errors import UserError
-from core.geometry import index_to_world
-from core.images import find_images, image_suffix, read_geometry, read_image
+from core.formats.geometry import index_to_world
+from core.formats.images import find_images, image_suffix, read_geometry, read_image
 
 STORED = np.random.default_rng(0).integers(0, 4096, (5, 4, 6)).astype(np.uint16)  # (z, y, x)
 ACROSS, DOWN, NORMAL = np.array([(0.6, 0.8, 0), (0, 0, -1), (-0.8, 0.6, 0)])  # NORMAL = ACROSS x DOWN, by hand

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.checkpoint import read_pickle
-from core.distributed import distributed_command
+from core.networks.weights import read_pickle
+from core.training.distributed import distributed_command
 
 PROJECT = Path(__file__).parents[1]
 PRETRAINING = "ddpm_pretraining.train"
 # A module that pre-trains and in rank 1's n-th step does what its first arguments say.
 SABOTAGE = """
 import os, runpy, sys
-import core.train_loop as loop
+import core.training.loop as loop
 what, number, *arguments = sys.argv[1:]
 step = loop.Training.optimiser_step
 def struck(self):

@@ -11,25 +11,25 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torchvision
+from core.config.load.config import BACKBONES, Finetune
+from core.config.load.finetune import LearningRates
+from core.config.load.load import parse_config
 from torchvision.models.densenet import DenseNet
 
-import core.encoders
-from core.checkpoint import load_weights, save_tensors, save_weights
-from core.config import parse_config
-from core.encoders import HUB, HUB_FILES, EncoderUNet, build_encoder_unet, imagenet_weights
-from core.finetune_settings import LearningRates
-from core.launch import check_start_weights, run_study
-from core.settings import BACKBONES, Finetune
-from core.study import Cell, cell_dir, check_cell
-from core.train_loop import BatchPlan, Training
+import core.networks.encoders
+from core.networks.encoders import HUB, HUB_FILES, EncoderUNet, build_encoder_unet, imagenet_weights
+from core.networks.weights import load_weights, save_tensors, save_weights
+from core.runs.cells import Cell, cell_dir, check_cell
+from core.training.loop import BatchPlan, Training
 from landmarks_finetuning.detectors.heatmap_unet import DETECTORS, TrainedDetector, build_detector
 from landmarks_finetuning.report.figures import COLOURS
 from landmarks_finetuning.report.findings import display_name
 from landmarks_finetuning.train import finetune_cell
+from study.launch import check_start_weights, run_study
 from tests.conftest import error_of
 
 SMALL = {"num_init_features": 8, "growth_rate": 4, "block_config": (1, 1, 1, 1)}
-FINETUNING, LAUNCH = "landmarks_finetuning.train", "core.launch"
+FINETUNING, LAUNCH = "landmarks_finetuning.train", "study.launch"
 SIZE = {"image_size": [64, 64]}
 CELL = ("--shots", "2")
 
@@ -143,7 +143,7 @@ def test_our_own_encoder_file(small, tmp_path):
     model = build_encoder_unet("densenet161", 1, 3, path)
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), trained.encoder.parameters(), strict=True))
     assert f"{path} holds encoder densenet161, finetune.encoder is vgg19" in error_of(
-        core.encoders.read_encoder, path, "vgg19")
+        core.networks.encoders.read_encoder, path, "vgg19")
     assert f'{path} holds a network of kind "encoder", where unet is needed' in error_of(load_weights, path)
 
 
@@ -179,12 +179,12 @@ def hub(monkeypatch, tmp_path):
     """An empty cache and a folder in place of the server; hub(content) puts densenet161's file there."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "server").mkdir()
-    monkeypatch.setattr(core.encoders, "HUB", (tmp_path / "server").as_uri())
+    monkeypatch.setattr(core.networks.encoders, "HUB", (tmp_path / "server").as_uri())
 
     def publish(content, name="dense-{}.pth"):
         file = name.format(hashlib.sha256(content).hexdigest()[:8])
         (tmp_path / "server" / file).write_bytes(content)
-        monkeypatch.setitem(core.encoders.HUB_FILES, "densenet161", file)
+        monkeypatch.setitem(core.networks.encoders.HUB_FILES, "densenet161", file)
         return tmp_path / "cache/hub/checkpoints" / file
 
     return publish
@@ -194,7 +194,7 @@ def test_weights_are_fetched_once(hub, reference, weights, make_config, tmp_path
     kept = hub(weights.read_bytes())
     config = make_config(tmp_path, dataset=SIZE)
     assert imagenet_weights(config) == kept and kept.read_bytes() == weights.read_bytes()
-    monkeypatch.setattr(core.encoders, "urlopen", None)
+    monkeypatch.setattr(core.networks.encoders, "urlopen", None)
     assert same_features(build_detector(config, "imagenet", 1, 3), reference)
 
 
@@ -210,14 +210,14 @@ def test_no_network_is_one_line_at_once(hub, make_config, tmp_path, monkeypatch)
         calls.append(timeout)
         raise URLError("no route")
 
-    monkeypatch.setattr(core.encoders, "urlopen", unreachable)
+    monkeypatch.setattr(core.networks.encoders, "urlopen", unreachable)
     assert "(<urlopen error no route>)" in error_of(imagenet_weights, config)
     assert calls == [10]  # seconds, and no second try
     kept = hub(b"half a file", "dense-0123abcd.pth")
     monkeypatch.undo()
-    monkeypatch.setattr(core.encoders, "HUB", (tmp_path / "server").as_uri())
+    monkeypatch.setattr(core.networks.encoders, "HUB", (tmp_path / "server").as_uri())
     assert "came damaged: its SHA-256 does not start with 0123abcd; fetch " in error_of(
-        core.encoders.fetch, f"{core.encoders.HUB}/{kept.name}", kept)
+        core.networks.encoders.fetch, f"{core.encoders.HUB}/{kept.name}", kept)
     assert list(kept.parent.iterdir()) == []
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from core.config.load.config import Dataset
+from core.config.load.load import parse_config
 from PIL import Image
 
-from core.config import parse_config
-from core.dataset import load_images, load_source, write_pack
-from core.layouts import read_layout
-from core.settings import Dataset
+from core.data.dataset import load_images, load_source, write_pack
+from core.data.layouts import read_layout
 from landmarks_finetuning.evaluate import score
 from landmarks_finetuning.metrics import annotator_distances, share_within
 from landmarks_finetuning.predictions import Predictions

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from core.errors import UserError
-from core.images import IMAGE_SUFFIXES, find_images, image_suffix, read_geometry, read_image
+from core.formats.images import IMAGE_SUFFIXES, find_images, image_suffix, read_geometry, read_image
 
 GREY8 = np.random.default_rng(0).integers(0, 256, (31, 20), dtype=np.uint8)
 GREY16 = np.random.default_rng(1).integers(0, 65536, (31, 20), dtype=np.uint16)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.data.layouts import LAYOUTS, read_layout
 from core.errors import UserError
-from core.layouts import LAYOUTS, read_layout
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.markups import find_markup, read_labels, read_markups, write_markups
+from core.formats.markups import find_markup, read_labels, read_markups, write_markups
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data")) / "mouse_ct"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")

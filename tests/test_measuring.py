@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from core.config.load.config import UNet as UNetConfig
 
 from benchmarks.measuring import LiveBytes, count_flops, measure_apart, peak_functions, time_interleaved
-from core.settings import UNet as UNetConfig
-from core.unet import UNet
+from core.networks.unet import UNet
 
 
 def test_live_bytes_by_hand():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from core.data.pairing import Case, check_against_others, check_inside
 from core.errors import UserError
-from core.geometry import Geometry, geometry_of
-from core.pairing import Case, check_against_others, check_inside
+from core.formats.geometry import Geometry, geometry_of
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data"))
 real_data = pytest.mark.skipif(not (DATA / "mouse_ct").is_dir(), reason="real data not found; set LANDMARK_DATA")

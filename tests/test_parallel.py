@@ -15,22 +15,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from core.config.load.load import parse_config
 from safetensors.torch import load_file
 
-from core.batches import BatchPlan
-from core.checkpoint import read_pickle
-from core.config import parse_config
-from core.distributed import ALONE, join
 from core.errors import Interrupted, UserError, run_command
-from core.parallel import Replicated, Sharded, deal
-from core.runlog import read_metrics
-from core.train_loop import Training
+from core.networks.weights import read_pickle
+from core.training.batches import BatchPlan
+from core.training.distributed import ALONE, join
+from core.training.loop import Training
+from core.training.parallel import Replicated, Sharded, deal
+from core.training.run_log import read_metrics
 from ddpm_pretraining.train import Denoising, pretrain
 from tests.conftest import error_of, merged
 from tests.test_train_loop import INPUTS, TARGETS, Regression, make_training
 
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["core.parallel", "ddpm_pretraining.train", "torch.utils.tensorboard"])
+PROCESSES.set_forkserver_preload(["core.training.parallel", "ddpm_pretraining.train", "torch.utils.tensorboard"])
 # Two channels a norm group: with one, the bias before a norm has no gradient, and AdamW would step on rounding.
 SMALL = {"dataset": {"image_size": [16, 16]}, "unet": {"base_channels": 8, "linear_attention": True},
          "ddpm": {"validate_every": 4, "sample_count": 1, "learning_rate": 3e-4}}
@@ -187,7 +187,7 @@ def test_all_stop_at_the_same_step(study):
     statuses, error = together(stop_second, values)
     assert statuses == [130, 130] and error.count("interrupted: ") == 1, error
     said = [folder(values).joinpath(f"stopped{rank}").read_text() for rank in range(2)]
-    assert said[0] == said[1] and said[0].startswith("saved at step 3 of 6; continue with: python -m core.distributed "
+    assert said[0] == said[1] and said[0].startswith("saved at step 3 of 6; continue with: python -m core.training.distributed "
                                                      "--nproc-per-node 2 -m ddpm_pretraining.train --config ")
     assert read_pickle(folder(values) / "last.pt")["step"] == 3
 

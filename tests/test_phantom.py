@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core import phantom
 from core.errors import UserError
-from core.phantom import LANDMARK_NAMES, render_radiograph, write_phantom_radiographs
+from core.phantoms import radiographs as phantom
+from core.phantoms.radiographs import LANDMARK_NAMES, render_radiograph, write_phantom_radiographs
 
 SIZE = (300, 242)
 

@@ -12,9 +12,9 @@ from nibabel.affines import apply_affine
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from core import phantom_volume
 from core.errors import UserError
-from core.phantom_volume import LANDMARKS, render_volume, write_phantom_volumes
+from core.phantoms import volumes as phantom_volume
+from core.phantoms.volumes import LANDMARKS, render_volume, write_phantom_volumes
 
 NAMES = list(LANDMARKS)
 COUNT, SIZE = 6, (64, 64, 64)

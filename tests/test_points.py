@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.points import FolderRow, read_cephalo, read_chest, read_folder_csv, read_hand, write_folder_csv
+from core.formats.points import FolderRow, read_cephalo, read_chest, read_folder_csv, read_hand, write_folder_csv
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")

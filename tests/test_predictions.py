@@ -8,16 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from core.config.load.config import Dataset
+from core.config.load.load import parse_config
 from PIL import Image
 
 import landmarks_finetuning.predictions as predictions_module
-from core.config import parse_config
-from core.dataset import load_images, load_source, write_pack
-from core.images import read_geometry
-from core.launch import DEFAULT_STAGES, run_study
-from core.records import Record
-from core.runlog import read_metrics
-from core.settings import Dataset
+from core.data.dataset import load_images, load_source, write_pack
+from core.data.records import Record
+from core.formats.images import read_geometry
+from core.training.run_log import read_metrics
 from landmarks_finetuning.detectors.heatmap_unet import run_batched
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import (
@@ -28,6 +27,7 @@ from landmarks_finetuning.predictions import (
     write_slicer_files,
     write_table,
 )
+from study.launch import DEFAULT_STAGES, run_study
 from tests.conftest import TINY, merged
 
 NAN = float("nan")
@@ -296,11 +296,11 @@ def losses(folder):
 
 
 def test_activation_checkpointing_changes_no_loss(volumes, study, monkeypatch):
-    import core.unet
+    import core.networks.unet
 
     runs, config = volumes("checkpointing", experiment={"activation_checkpointing": True})
-    used, checkpoint = [], core.unet.checkpoint
-    monkeypatch.setattr(core.unet, "checkpoint", lambda *rest, **how: used.append(1) or checkpoint(*rest, **how))
+    used, checkpoint = [], core.networks.unet.checkpoint
+    monkeypatch.setattr(core.networks.unet, "checkpoint", lambda *rest, **how: used.append(1) or checkpoint(*rest, **how))
     run_study(config, ("pretrain",))
     assert used
     used.clear()

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders import get_encoder
 from torchvision.models import get_model
 
-from core import convert_weights, published_weights
-from core.checkpoint import FORMAT, load_weights
-from core.convert_weights import convert, encoder_architecture, write_safetensors
 from core.errors import UserError
+from core.networks import convert_weights, published_weights
+from core.networks.convert_weights import convert, encoder_architecture, write_safetensors
+from core.networks.weights import FORMAT, load_weights
 from landmarks_finetuning.detectors.heatmap_unet import build_detector
 
 FIXTURE = Path(__file__).parent / "fixtures/official_ddpm_base8"
 PUBLISHED = FIXTURE / "ema_model_epoch800_step6000.pt"
-COMMAND = "core.published_weights"
+COMMAND = "core.networks.published_weights"
 DDPM, DINO = "DDPM/chest/ema_model_epoch800_step6000.pt", "Dino/hand/model epoch9_iter10000.pth"
 
 
@@ -302,14 +302,14 @@ def test_list(hub, run_main):
     status, out, _ = run_main(COMMAND, "list")
     assert status == 0 and [line.split(maxsplit=4) for line in out.splitlines()[1:3]] == [
         ["DDPM", "chest", "2.8", "MB", DDPM], ["Dino", "hand", "128", "kB", DINO]]
-    assert out.splitlines()[3:] == ["2 files, 2.9 MB; get one: python -m core.published_weights fetch PATH"]
+    assert out.splitlines()[3:] == ["2 files, 2.9 MB; get one: python -m core.networks.published_weights fetch PATH"]
 
 
 def test_fetch_then_convert(hub, run_main, tmp_path):
     status, out, error = run_main(COMMAND, "fetch", DDPM, "--out", tmp_path)
     assert status == 0, error
     target = tmp_path / DDPM
-    assert out == f"{target} (2.8 MB); convert it: python -m core.published_weights convert {target}\n"
+    assert out == f"{target} (2.8 MB); convert it: python -m core.networks.published_weights convert {target}\n"
     assert (tmp_path / DDPM).read_bytes() == PUBLISHED.read_bytes()
     assert convert(tmp_path / DDPM, tmp_path / "x.safetensors", "float32")["dataset"] == "chest"
     asked = len(hub.asked)

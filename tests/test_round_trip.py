@@ -12,14 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from core.config.load.config import Dataset as DatasetConfig
+from core.config.load.section import Augmentation
 
-from core.augment import augment
-from core.dataset import load_images
-from core.geometry import apply_maps, inverse
-from core.layouts import read_layout
-from core.markups import read_markups
-from core.section import Augmentation
-from core.settings import Dataset as DatasetConfig
+from core.data.augment import augment
+from core.data.dataset import load_images
+from core.data.layouts import read_layout
+from core.formats.geometry import apply_maps, inverse
+from core.formats.markups import read_markups
 from landmarks_finetuning.predictions import Predictions, write_slicer_files
 
 ROOT = Path(__file__).parents[1]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from core.config.load.load import parse_config
 
-from core.config import parse_config
 from landmarks_finetuning.detectors.heatmap_unet import locate
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from core.config.load.load import parse_config
+from core.config.load.section import Clip
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
-from core.config import parse_config
-from core.section import Clip
-from core.train_loop import BatchPlan, LoopSettings, Training
+from core.training.loop import BatchPlan, LoopSettings, Training
 from ssl_baselines.collapse import LEAST_ENTROPY, LEAST_SPREAD, alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO, entropy
 from ssl_baselines.heads import Pooled, Prototypes, normalised_mlp

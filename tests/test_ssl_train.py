@@ -6,30 +6,30 @@ import shlex
 import shutil
 import signal
 
+import core.encoders
+import core.launch
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torchvision
+from core.config.load.load import parse_config
+from core.config.load.ssl import SSL_METHODS
 from safetensors.torch import load_file
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-import core.encoders
-import core.launch
 import ssl_baselines.train
-from core.checkpoint import read_pickle, read_tensors
-from core.config import parse_config
-from core.encoders import HUB_FILES, build_encoder, imagenet_weights, start_encoder_unet
 from core.files import write_atomically
-from core.launch import FUNCTIONS, check_start_weights, prepare, run_study
-from core.runlog import read_metrics
-from core.ssl_settings import SSL_METHODS
-from core.study import Cell, cell_dir, check_ssl, encoder_path, encoder_studies, ssl_dir, ssl_methods
-from core.train_loop import Training
+from core.networks.encoders import HUB_FILES, build_encoder, imagenet_weights, start_encoder_unet
+from core.networks.weights import read_pickle, read_tensors
+from core.runs.cells import Cell, cell_dir, check_ssl, encoder_path, encoder_studies, ssl_dir, ssl_methods
+from core.training.loop import Training
+from core.training.run_log import read_metrics
 from landmarks_finetuning.train import finetune_cell
 from ssl_baselines.train import pretrain_encoder
+from study.launch import FUNCTIONS, check_start_weights, prepare, run_study
 from tests.conftest import error_of
 
-SSL, FINETUNING, LAUNCH = "ssl_baselines.train", "landmarks_finetuning.train", "core.launch"
+SSL, FINETUNING, LAUNCH = "ssl_baselines.train", "landmarks_finetuning.train", "study.launch"
 HEAD = {"hidden": 16, "out": 8}
 TINY_SSL = {"iterations": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup_iterations": 1, "log_every": 1,
             "validate_every": 2, "save_every": 100, "mocov3": HEAD, "simclrv2": HEAD,
@@ -283,7 +283,7 @@ def test_launcher_pretrains_what_is_needed(make_config, tmp_path, monkeypatch):
         asked.append(method)
         write_atomically(encoder_path(config, method), b"")
 
-    monkeypatch.setattr(core.launch, "function", {"ssl": stage}.get)
+    monkeypatch.setattr(study.launch, "function", {"ssl": stage}.get)
     (tmp_path / "x.pth").touch()
     run_study(make_config(tmp_path, **settings(backbones=["scratch", "simclrv2", "dino", "mocov3"], encoder_weights={
         "dino": str(tmp_path / "x.pth")})), ("pretrain", "ssl"))
@@ -293,7 +293,7 @@ def test_launcher_pretrains_what_is_needed(make_config, tmp_path, monkeypatch):
 def test_stage_encoders(make_config, tmp_path, monkeypatch, capsys):
     """The paper's three encoders on ImageNet weights, whatever the study's own backbones are."""
     started = []
-    monkeypatch.setattr(core.encoders, "start_encoder_unet", lambda config, backbone, channels, landmarks: (
+    monkeypatch.setattr(core.networks.encoders, "start_encoder_unet", lambda config, backbone, channels, landmarks: (
         started.append((config.finetune.encoder, backbone, imagenet_weights(config).name))))
     names = ("vgg19", "densenet161", "resnext50_32x4d")
     for name in names:

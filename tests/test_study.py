@@ -3,14 +3,11 @@
 import json
 
 import pytest
+from core.config.load.load import parse_config
 
-from core.config import parse_config
-from core.dataset import load_source
+from core.data.dataset import load_source
 from core.errors import UserError
-from core.launch import prepare
-from core.plan import duration, print_plan, study_runs, time_left
-from core.runlog import write_run_config
-from core.study import (
+from core.runs.cells import (
     MEAN_SHAPE,
     Cell,
     cell_dir,
@@ -21,6 +18,9 @@ from core.study import (
     is_scored,
     variant,
 )
+from core.training.run_log import write_run_config
+from study.launch import prepare
+from study.plan import duration, print_plan, study_runs, time_left
 
 FINETUNE = {"iterations": 20, "shots": [1, 5], "draws": [0, 2], "seeds": [0, 3], "batch_size": 2}
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from core.checkpoint import save_tensors
 from core.errors import UserError
+from core.networks.weights import save_tensors
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
 from landmarks_finetuning.report.iterations import iteration_means

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from core.config.load.section import Clip
 from torch import nn
 
-from core.checkpoint import read_pickle
 from core.errors import Interrupted, UserError
-from core.runlog import read_metrics
-from core.section import Clip
-from core.train_loop import (
+from core.networks.weights import read_pickle
+from core.training.loop import (
     BatchPlan,
     LoopSettings,
     Training,
@@ -25,6 +24,7 @@ from core.train_loop import (
     step_generator,
     train,
 )
+from core.training.run_log import read_metrics
 
 CPU = torch.device("cpu")
 INPUTS = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from core.config.load.config import UNet as UNetConfig
 from torch.overrides import TorchFunctionMode
 
-from core.checkpoint import load_weights, save_weights
-from core.convolutions import CHANNELS_LAST, CONV, Downsample, Standardize, StandardizedConv, Upsample
-from core.settings import UNet as UNetConfig
-from core.unet import Attention, LinearAttention, SinusoidalEmbedding, TransposedProduct, UNet
+from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, Standardize, StandardizedConv, Upsample
+from core.networks.unet import Attention, LinearAttention, SinusoidalEmbedding, TransposedProduct, UNet
+from core.networks.weights import load_weights, save_weights
 
 OFFICIAL = Path(__file__).parent / "fixtures/official_ddpm_base8"
 TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 2), attention_heads=2, attention_head_channels=4)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.data.layouts import read_layout
 from core.errors import UserError
-from core.layouts import read_layout
 from tests.test_dicom import picture, write
 
 NAMES = ("tip", "base", "left, lower", "right", "top", "far")
@@ -405,10 +405,10 @@ def test_command_ends_in_one_line(tmp_path, config_file, run_main):
     make(tmp_path / "data")
     path = config_file(is_3d=True, dataset={"name": "volumes", "layout": "folder", "root": str(tmp_path / "data"),
                                             "image_size": [16, 16, 16], "spacing_mm": None})
-    assert run_main("core.launch", "--config", path, "--dry-run")[0] == 0
+    assert run_main("study.launch", "--config", path, "--dry-run")[0] == 0
     spoil(tmp_path / "data", lambda p: p * (-1, 1, 1))
-    status, out, error = run_main("core.launch", "--config", path, "--dry-run")
+    status, out, error = run_main("study.launch", "--config", path, "--dry-run")
     assert (status, out) == (2, "")
     assert re.fullmatch(r"error: \S*c4.mrk.json: [^\r\n]*left and right are mirrored[^\r\n]*\n", error), error
-    assert run_main("core.launch", "--config", path, "--dry-run", "--set", "dataset.check_geometry=false")[0] == 0
-    assert run_main("core.launch", "--config", path, "--dry-run", "--set", "dataset.spacing_mm=1")[0] == 2
+    assert run_main("study.launch", "--config", path, "--dry-run", "--set", "dataset.check_geometry=false")[0] == 0
+    assert run_main("study.launch", "--config", path, "--dry-run", "--set", "dataset.spacing_mm=1")[0] == 2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from landmarks_finetuning.report.overlays import draw_overlay, font
-from landmarks_finetuning.report.volume_overlays import draw_case, draw_volume_overlay
+from landmarks_finetuning.pictures.overlays import draw_overlay, font
+from landmarks_finetuning.pictures.volume_overlays import draw_case, draw_volume_overlay
 
 SIZE = (30, 56, 60)
 SPACING = (2.5, 1.0, 1.0)

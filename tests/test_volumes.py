@@ -13,8 +13,8 @@ import pytest
 from nibabel.affines import apply_affine, voxel_sizes
 
 from core.errors import UserError
-from core.geometry import index_to_world
-from core.images import read_geometry, read_image
+from core.formats.geometry import index_to_world
+from core.formats.images import read_geometry, read_image
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data"))
 real_data = pytest.mark.skipif(not (DATA / "mouse_ct").is_dir(), reason="real data not found; set LANDMARK_DATA")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.config.load.load import load_config
 
-from core import launch, workers
-from core.config import load_config
 from core.errors import Interrupted
-from core.plan import study_runs
-from core.stop_signal import StopSignal
-from core.study import Cell, cell_dir
-from core.workers import gpus_of_workers, spread, visible_gpus
+from core.runs.cells import Cell, cell_dir
+from core.training.stop_signal import StopSignal
+from study import launch, workers
+from study.plan import study_runs
+from study.workers import gpus_of_workers, spread, visible_gpus
 from tests import stub_stages
 from tests.conftest import TINY, error_of, merged
 
@@ -124,9 +124,9 @@ def test_visible_gpus(monkeypatch):
 
 
 def test_command_line_refuses_in_one_line(study, run_main):
-    status, out, error = run_main("core.launch", "--config", study, "--gpus", 64)
+    status, out, error = run_main("study.launch", "--config", study, "--gpus", 64)
     assert (status, out) == (2, "") and re.fullmatch(r"error: --gpus 64: this machine has [^\n]+\n", error)
-    status, out, error = run_main("core.launch", "--config", study, "--slurm", "--workers", 2)
+    status, out, error = run_main("study.launch", "--config", study, "--slurm", "--workers", 2)
     assert (status, out) == (2, "") and re.fullmatch(r"error: --slurm goes without --workers [^\n]+\n", error)
     assert not (study.parent / "runs").exists()
 
@@ -302,7 +302,7 @@ def together(study, monkeypatch):
             calls.append((module, processes, arguments))
             return [sys.executable, "-c", code]
 
-        monkeypatch.setattr("core.distributed.distributed_command", command)
+        monkeypatch.setattr("core.training.distributed.distributed_command", command)
         return study_runs(load_config(study), STAGES)[0], calls
 
     return use

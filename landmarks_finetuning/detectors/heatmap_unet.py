@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from core.config.load.config import BACKBONES, Config
+from core.config.load.load import parse_config
 from torch import Tensor, nn
 
-from core.checkpoint import Weights, load_weights
-from core.config import parse_config
-from core.dataset import ImageSet
-from core.encoders import EncoderUNet, start_encoder_unet
+from core.data.dataset import ImageSet
 from core.errors import UserError
-from core.geometry import apply_maps, inverse
-from core.settings import BACKBONES, Config
-from core.train_loop import autocast, resolve_device, resolve_precision
-from core.unet import UNet
+from core.formats.geometry import apply_maps, inverse
+from core.networks.encoders import EncoderUNet, start_encoder_unet
+from core.networks.unet import UNet
+from core.networks.weights import Weights, load_weights
+from core.training.loop import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from core.config.load.finetune import LossSettings
 
 from core.errors import UserError
-from core.finetune_settings import LossSettings
-from core.runlog import read_metrics
-from core.study import MEAN_SHAPE, VARIANT_KEYS
+from core.runs.cells import MEAN_SHAPE, VARIANT_KEYS
+from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import bootstrap_interval, macro_mean, patient_sums, within
 from landmarks_finetuning.report.provenance import starting_point
 from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
@@ -223,7 +223,7 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
 
 
 def slug_parts(variant: str) -> list[str]:
-    """"target-pixel_iter-8000" -> ["target-pixel", "iter-8000"], see core.study.variant."""
+    """"target-pixel_iter-8000" -> ["target-pixel", "iter-8000"], see core.runs.cells.variant."""
     return SLUG_PARTS.split(variant)
 
 

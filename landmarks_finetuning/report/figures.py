@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from core.runlog import read_metrics
+from core.training.run_log import read_metrics
 from landmarks_finetuning.report.collect import errors_by_draw, human_distances, select
 from landmarks_finetuning.report.findings import HUMAN, UNTRAINED, display_name, shots_text
 from landmarks_finetuning.report.order import best_first

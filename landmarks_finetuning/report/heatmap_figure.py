@@ -12,10 +12,10 @@ import pandas as pd
 from PIL import Image
 
 from core.errors import UserError
+from landmarks_finetuning.pictures.overlays import PAPER, as_image, draw_marks, map_points, shaded, stacked, title_strip
 from landmarks_finetuning.report.collect import error_matrix, select
 from landmarks_finetuning.report.findings import display_name, shots_text
 from landmarks_finetuning.report.order import best_first
-from landmarks_finetuning.report.overlays import PAPER, as_image, draw_marks, map_points, shaded, stacked, title_strip
 
 FILE = "heatmaps.npz"
 PAPER_LABELS = 10  # of the paper's figure

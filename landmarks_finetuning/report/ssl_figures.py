@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.runlog import read_metrics
+from core.training.run_log import read_metrics
 from landmarks_finetuning.report.figures import colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import display_name
 

@@ -1,0 +1,113 @@
+"""One JSON file for a whole study: `extends`, `--set` overrides, one-line errors and a generated JSON Schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from core.config.load.config import Config
+from core.config.load.finetune import fill_in_losses
+from core.config.load.section import Section
+from core.config.load.ssl import fill_in_preset, merge
+from core.errors import UserError, did_you_mean
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path`, follow its `extends`, apply `section.key=value` overrides and validate; raises UserError."""
+    values = _read(Path(path), ())
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str) -> Config:
+    """Fill in ssl.preset and finetune.losses, and validate; `where` names these values in the one-line UserError."""
+    try:
+        return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The --config and --set options that every command shares."""
+    parser.add_argument("--config", default=str(CONFIG_DIR / "demo.json"), help="the study's JSON file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
+                        help="override single values, for example --set ddpm.iterations=2000")
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """The --resume option of the commands that train."""
+    parser.add_argument("--resume", nargs="?", const="last", choices=("last", "previous"),
+                        help="continue from last.pt (done anyway when it is there) or from previous.pt")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
+        raise UserError(f"config file {path} does not exist; configs/ holds {names}")
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name one file")
+    return merge(_read(path.parent / parent, (*seen, path.resolve())), values)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: must read section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {section} is not a section")
+    values[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = tuple(part for part in first["loc"] if not str(part).startswith("literal["))  # not a union's branch
+    key = ".".join(map(str, place))
+    if first["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in (p for p in first["loc"][:-1] if isinstance(p, str)):  # a number is a place in a list
+            model = model.model_fields[part].annotation
+            model = next((a for a in (model, *getattr(model, "__args__", ())) if hasattr(a, "model_fields")), Section)
+        names = sorted(f.alias or n for n, f in model.model_fields.items())
+        return f"unknown key {key}{did_you_mean(str(first['loc'][-1]), names)}; valid: {', '.join(names)}"
+    if first["type"] == "value_error":
+        entry = f"{key}: " if any(isinstance(part, int) for part in place) else ""
+        return entry + first["msg"].removeprefix("Value error, ")
+    allowed = [e["msg"] for e in error.errors() if e["loc"][:len(place)] == place]  # one for each of a union's branches
+    return f"{key}: {', or '.join(m[0].lower() + m[1:] for m in allowed)}, got {first['input']!r}"
+
+
+def write_schema(path: Path = CONFIG_DIR / "schema.json") -> None:
+    """Generate the JSON Schema that editors use to complete and check configs."""
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "a config file to inherit from"}
+    schema["required"] = []
+    path.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    write_schema()
