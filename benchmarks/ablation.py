@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from core.config.load.load import add_config_arguments, load_config
 
-from core.data.dataset import load_images, load_source
+from core.config.load import add_config_arguments, load_config
+from core.data.dataset import load_images
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
-from core.runs.cells import Cell
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
+from core.runs.places import Cell
 from landmarks_finetuning.heatmaps import DECODERS
+from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.metrics import physical_errors, summarise
 from landmarks_finetuning.train import finetune_cell
 

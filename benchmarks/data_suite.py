@@ -19,20 +19,20 @@ import albumentations
 import cv2
 import numpy as np
 import torch
-from core.config.load.config import Dataset as DatasetConfig
-from core.config.load.finetune import StrongAugmentation
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import median_ms, table, time_interleaved
+from core.config.dataset import Dataset as DatasetConfig
+from core.config.finetune import StrongAugmentation
 from core.data.augment import augment
 from core.data.dataset import load_images
 from core.data.records import Record
 from core.errors import UserError
 from core.formats.images import find_images, read_image
 from core.phantoms.radiographs import write_phantom_radiographs
-from core.training.loop import BatchPlan, step_generator
+from core.training.batches import BatchPlan, step_generator
 
 FULL_SIZE = (2400, 1935)  # of a cephalogram
 

@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from core.config.load.config import Config
-from core.config.load.load import add_config_arguments, load_config
-
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, run_command
-from core.runs.cells import MEAN_SHAPE, cells, is_scored
-from core.training.run_log import environment
-from study.launch import run_study
+from core.runs.cells import cells
+from core.runs.places import MEAN_SHAPE, is_scored
+from core.runs.record import environment
+from study.run import run_study
 
 
 def launch(arguments: list[str]) -> float:

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from core.networks.convolutions import CONV
-from core.training.loop import memory_format
-from core.training.run_log import environment
+from core.runs.record import environment
+from core.training.device import memory_format
 
 WARM_UP = 1
 PRECISIONS = ("bf16", "float32")

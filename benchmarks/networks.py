@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from core.config.load.config import DDPM
-from core.config.load.config import UNet as UNetConfig
 from denoising_diffusion_pytorch import Unet as LucidrainsUNet
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -15,8 +13,12 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
+from core.config.ddpm import DDPM
+from core.config.unet import UNet as UNetConfig
 from core.networks.unet import UNet
-from core.training.loop import autocast, averaged_tensors, memory_format, step_generator
+from core.training.batches import step_generator
+from core.training.device import autocast, memory_format
+from core.training.loop import averaged_tensors
 from ddpm_pretraining.diffusion import Diffusion
 
 MULTIPLIERS = (1, 2, 4, 8)
@@ -87,7 +89,7 @@ def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network on the images' device, its weights lying as its makers have them: ours as `core.training.loop` does."""
+    """The network on the images' device, its weights lying as its makers have them: ours as in training."""
     layout = memory_format(images.ndim, images.device) if isinstance(network, UNet) else torch.contiguous_format
     return network.to(images.device, memory_format=layout)
 

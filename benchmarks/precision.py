@@ -10,13 +10,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from core.config.load.load import add_config_arguments, load_config
-
 from benchmarks.measuring import PRECISIONS, table
+from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.runs.cells import Cell
-from core.training.run_log import environment, read_metrics
+from core.runs.places import Cell
+from core.runs.record import environment
+from core.training.run_log import read_metrics
 from ddpm_pretraining.train import pretrain
 from landmarks_finetuning.evaluate import evaluate
 from landmarks_finetuning.train import finetune_cell

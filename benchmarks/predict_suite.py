@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core.config.load.load import CONFIG_DIR, load_config
 
 from benchmarks.data_suite import radiographs
 from benchmarks.measuring import table, wait_for
-from core.data.dataset import load_images, resize
+from core.config.load import CONFIG_DIR, load_config
+from core.data.dataset import load_images
+from core.data.resize import resize
 from core.formats.images import read_image
 from core.networks.weights import save_weights
-from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet, TrainedDetector, locate
+from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
+from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.predict import collect_images, predict
 from landmarks_finetuning.predictions import Predictions, table_rows, write_table
 

@@ -14,17 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from core.config.load.config import Config
-from core.config.load.load import add_config_arguments, load_config
-from core.config.load.ssl import SSL_METHODS
 from torch import Tensor, nn
 
-from core.data.dataset import ImageSet, load_images, load_source, select_shots
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
+from core.config.ssl import SSL_METHODS
+from core.data.dataset import ImageSet, load_images
+from core.data.shots import select_shots
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.files import write_json
 from core.networks.encoders import build_encoder, read_encoder
-from core.runs.cells import encoder_path
-from core.training.run_log import environment
+from core.runs.places import encoder_path
+from core.runs.record import environment
 from ssl_baselines.collapse import effective_rank
 from ssl_baselines.train import pretrain_encoder
 

@@ -21,7 +21,7 @@ from benchmarks import data_suite, memory_suite, predict_suite, train_suite
 from benchmarks.measuring import machine
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.training.loop import resolve_device
+from core.training.device import resolve_device
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from itertools import repeat
 
 import torch
-from core.config.load.config import Config
-from core.config.load.load import add_config_arguments, load_config
-from core.config.load.ssl import SSL_METHODS
 
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
+from core.config.ssl import SSL_METHODS
 from core.errors import CommandParser, run_command
+from core.runs.record import environment
 from core.training.loop import Training
-from core.training.run_log import environment
 from ssl_baselines.train import build_training
 from ssl_baselines.views import ViewBatches, view_stream
 

@@ -6,8 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from core.config.load.config import DDPM
 from torch import Tensor, nn
+
+from core.config.ddpm import DDPM
 
 
 def linear_betas(steps: int, start: float, end: float) -> Tensor:

@@ -9,30 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from core.config.load.config import Config
-from core.config.load.load import add_config_arguments, add_resume_argument, load_config
 from PIL import Image
 from torch import Tensor, nn
 
+from core.config.config import Config
+from core.config.load import add_config_arguments, add_resume_argument, load_config
 from core.data.augment import augment
-from core.data.dataset import ImageSet, load_images, load_source
+from core.data.dataset import ImageSet, load_images
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.files import write_atomically
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
-from core.runs.cells import check_pretraining
 from core.runs.claims import claim
+from core.runs.identity import check_pretraining
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan, step_generator
+from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Ranks, join, recorded
-from core.training.loop import (
-    BatchPlan,
-    LoopSettings,
-    Training,
-    resolve_device,
-    resolve_precision,
-    step_generator,
-    train,
-)
-from core.training.run_log import write_run_config
+from core.training.loop import LoopSettings, Training, train
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 

@@ -7,31 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from core.config.load.config import Config
-from core.config.load.load import load_config
 
-from core.data.dataset import load_images, load_source
+from core.config.config import Config
+from core.config.load import load_config
+from core.data.dataset import load_images
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.formats.geometry import apply_maps, inverse
-from core.runs.cells import MEAN_SHAPE, Cell, cell_dir, variant
 from core.runs.claims import claim
-from core.training.run_log import read_metrics, write_run_config
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
+from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
+from core.runs.record import write_run_config
+from core.training.run_log import read_metrics
 from landmarks_finetuning.heatmap_files import write_heatmaps
-from landmarks_finetuning.metrics import (
-    SMALLEST_SIGMA_PX,
-    annotator_distances,
-    bootstrap_interval,
-    mean_shape_prediction,
-    paper_errors,
-    physical_errors,
-    round_original,
-    share_within,
-    summarise,
-)
+from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
+from landmarks_finetuning.paper_scorer import SMALLEST_SIGMA_PX, paper_errors, round_original
 from landmarks_finetuning.predictions import (
     Predictions,
     draw_predictions,
@@ -40,6 +33,8 @@ from landmarks_finetuning.predictions import (
     write_slicer_files,
     write_table,
 )
+from landmarks_finetuning.shape import mean_shape_prediction
+from landmarks_finetuning.statistics import bootstrap_interval
 from landmarks_finetuning.train import labelled_subset
 
 PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is

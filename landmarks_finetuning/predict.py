@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.config.load.load import load_config
 from tqdm import tqdm
 
+from core.config.load import load_config
 from core.data.dataset import load_images
 from core.data.records import Record
 from core.errors import CommandParser, UserError, run_command
 from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.predictions import (
     draw_predictions,
     find_landmarks,

@@ -16,8 +16,8 @@ from core.files import write_atomically
 from core.formats.geometry import apply_maps, index_to_world, inverse, upright, upright_map
 from core.formats.images import read_image
 from core.formats.markups import write_markups
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate, sigma_pixels
 from landmarks_finetuning.heatmaps import contour_centroid, draw_target, probability_maps
+from landmarks_finetuning.inference import TrainedDetector, locate, sigma_pixels
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 
 PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth

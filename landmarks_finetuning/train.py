@@ -8,26 +8,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from core.config.load.config import BACKBONES, ENCODER_LEVELS, Config
-from core.config.load.load import add_config_arguments, add_resume_argument, load_config
 from torch import Tensor, nn
 
+from core.config.config import Config
+from core.config.finetune import BACKBONES, ENCODER_LEVELS
+from core.config.load import add_config_arguments, add_resume_argument, load_config
 from core.data.augment import augment
-from core.data.dataset import ImageSet, load_images, load_source, select_shots
+from core.data.dataset import ImageSet, load_images
 from core.data.records import DataSource, Record
+from core.data.shots import select_shots
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.formats.geometry import apply_maps
-from core.networks.encoders import START_WEIGHTS
 from core.networks.weights import save_weights
-from core.runs.cells import Cell, cell_dir, check_cell, is_scored, require_backbone, single_setting
+from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
-from core.training.loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
-from core.training.run_log import write_run_config
-from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
+from core.runs.identity import check_cell
+from core.runs.places import Cell, cell_dir, is_scored
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan
+from core.training.device import resolve_device, resolve_precision
+from core.training.loop import LoopSettings, Training, train
+from landmarks_finetuning.detectors.registry import build_detector
 from landmarks_finetuning.heatmaps import draw_target
+from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.shape import mean_shape
+from landmarks_finetuning.starts import START_WEIGHTS
 
 
 class HeatmapRegression:

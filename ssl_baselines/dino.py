@@ -6,9 +6,9 @@ import math
 from itertools import product
 
 import torch
-from core.config.load.config import Config
 from torch import Tensor, nn
 
+from core.config.config import Config
 from ssl_baselines.heads import Pooled, Projected, Prototypes
 from ssl_baselines.views import ViewMaker, global_views, local_views
 

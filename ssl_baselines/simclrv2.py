@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from core.config.load.config import Config
 from torch import Tensor, nn
 
+from core.config.config import Config
 from ssl_baselines.heads import Pooled, Projected, normalised_mlp
 from ssl_baselines.views import ViewMaker, global_views
 

@@ -9,20 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from core.config.load.config import Config
-from core.config.load.load import add_config_arguments, add_resume_argument, load_config
-from core.config.load.ssl import SSL_METHODS
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.data.dataset import ImageSet, load_images, load_source
+from core.config.config import Config
+from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.ssl import SSL_METHODS
+from core.data.dataset import ImageSet, load_images
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.networks.encoders import build_encoder
 from core.networks.weights import save_tensors
-from core.runs.cells import check_ssl, encoder_path, require_backbone, ssl_dir
+from core.runs.cells import require_backbone
 from core.runs.claims import claim
-from core.training.loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
-from core.training.run_log import write_run_config
+from core.runs.identity import check_ssl
+from core.runs.places import encoder_path, ssl_dir
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan
+from core.training.device import resolve_device, resolve_precision
+from core.training.loop import LoopSettings, Training, train
 from ssl_baselines.collapse import alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO
 from ssl_baselines.heads import Pooled

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from core.config.load.ssl import DINO, Views
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from core.training.loop import BatchPlan
+from core.config.ssl import DINO, Views
+from core.training.batches import BatchPlan
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks the network for news when imported
 import albumentations as A  # noqa: E402, N812

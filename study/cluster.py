@@ -9,12 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from core.config.load.config import Config
 from submitit import AutoExecutor, Job, JobEnvironment
 from submitit.helpers import Checkpointable
 
+from core.config.config import Config
 from core.errors import Interrupted, UserError
-from study import launch
+from study.prepare import prepare
+from study.run import failures_so_far, run_study
 
 PRETRAINING = ("pretrain", "ssl")
 REQUEUES = 100  # how often a task may reach its time limit
@@ -43,7 +44,7 @@ class StudyTask(Checkpointable):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the job was started to ignore it
         signal.signal(number, stop)
         try:
-            page = launch.run_study(self.config, self.stages, failed_before=self.failed_before)
+            page = run_study(self.config, self.stages, failed_before=self.failed_before)
         except (Interrupted, KeyboardInterrupt):
             if not asked:
                 raise
@@ -61,9 +62,9 @@ def submit(config: Config, stages: tuple[str, ...], cluster: str = "slurm") -> l
     """
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--slurm: this machine has no sbatch; launch on a login node of the cluster, or without it")
-    task = StudyTask(config, stages, launch.failures_so_far(config, stages))
-    left = [run for run in launch.prepare(config, stages) if not run.done]
-    first = [run for run in left if run.function in PRETRAINING]
+    task = StudyTask(config, stages, failures_so_far(config, stages))
+    left = [run for run in prepare(config, stages) if not run.done]
+    first = [run for run in left if run.stage in PRETRAINING]
     count, after = len(left) - len(first), {}
     if first and count:
         stage = tuple(stage for stage in PRETRAINING if stage in stages)

@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from core.config.load.config import BACKBONES, Config
-from core.config.load.ssl import SSL_METHODS
-
-from core.runs.cells import (
-    MEAN_SHAPE,
-    Cell,
-    cell_dir,
-    cells,
-    ddpm_paths,
-    encoder_path,
-    encoder_studies,
-    is_pretrained,
-    needs_pretraining,
-    settings_compared,
-    ssl_dir,
-    ssl_methods,
-)
+from core.config.config import Config
+from core.config.finetune import BACKBONES
+from core.config.ssl import SSL_METHODS
+from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
+from core.runs.places import MEAN_SHAPE, Cell, cell_dir, ddpm_paths, encoder_path, is_pretrained, ssl_dir
 from core.training.run_log import read_metrics
 
 if TYPE_CHECKING:
@@ -34,11 +22,11 @@ if TYPE_CHECKING:
 class Run:
     """Something that is trained or scored in a folder of its own, by one process at a time.
 
-    `function` is its name in study.launch.FUNCTIONS, called with `config` and `arguments`; it is done when its `results`
-    are there. Runs of one `kind` take the same time a step. `needs` is the folder of the run that it starts from.
+    `stage` is run with `config` and `arguments`; the run is done when its `results` are there. Runs of one `kind` take
+    the same time a step. `needs` is the folder of the run that it starts from.
     """
 
-    function: str
+    stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
     config: Config
     arguments: tuple[Any, ...]
     kind: str
@@ -99,7 +87,7 @@ def cell_run(config: Config, cell: Cell) -> Run:
     elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config):
         needs = ssl_dir(config, cell.backbone)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
-    return Run("finetune_cell", config, (cell,), kind, folder, results, steps, needs)
+    return Run("finetune", config, (cell,), kind, folder, results, steps, needs)
 
 
 def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | None) -> None:
@@ -120,10 +108,10 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
               f"{', '.join(found) or 'none'}")
     for run in runs:
-        if run.function == "ssl":
+        if run.stage == "ssl":
             print(f"ssl  {run.arguments[0]}: {'done' if run.done else f'{run.steps} steps'}")
     if studies(config, stages):
-        print_cells([run for run in runs if run.function in ("mean_shape", "finetune_cell")])
+        print_cells([run for run in runs if run.stage in ("mean_shape", "finetune")])
     for run in runs:
         if not run.done and run.failure() is not None:
             print(f"failed last time, to be tried again: {run.folder}: {run.failure()}")
@@ -159,7 +147,7 @@ def seconds_per_step(kind: str, runs: list[Run]) -> float | None:
 
     Of fine-tuning in the variants of `runs`, or, for the diffusion U-Net, where these are all new, in its other ones.
     """
-    folders = {run.folder if run.function != "finetune_cell" else run.folder.parent for run in runs if run.kind == kind}
+    folders = {run.folder if run.stage != "finetune" else run.folder.parent for run in runs if run.kind == kind}
     paths = [{path for folder in folders for pattern in ("metrics.jsonl", "shots*/metrics.jsonl")
               for path in folder.glob(pattern)}]
     if BACKBONES.get(kind) == "unet":

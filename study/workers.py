@@ -19,7 +19,7 @@ from pathlib import Path
 from core.errors import INTERRUPTED, Interrupted, UserError, run_command
 from core.files import write_json
 from core.runs.claims import held_by
-from study import launch
+from study import runner
 from study.plan import Run, logged, time_left
 
 
@@ -54,7 +54,7 @@ def gpus_of_workers(device: str, workers: int | None, gpus: int | None) -> list[
 
 
 def spread(runs: list[Run], failed_before: dict[Path, int | None], gpus: Sequence[str | None]) -> dict[Path, str]:
-    """As study.launch.run_all, by a process for each of `gpus`; returns {folder: why it failed}.
+    """As study.runner.run_all, by a process for each of `gpus`; returns {folder: why it failed}.
 
     What the workers print goes to <experiment>/logs/worker<n>.log. A run whose worker is killed is continued by another
     one. Raises Interrupted when SIGINT or SIGTERM came and every worker has saved and ended. The diffusion model is
@@ -64,7 +64,7 @@ def spread(runs: list[Run], failed_before: dict[Path, int | None], gpus: Sequenc
         return {}
     cards = [gpu for gpu in dict.fromkeys(gpus) if gpu is not None]
     for run in runs:
-        if run.function == "pretrain" and not run.done and len(cards) > 1:
+        if run.stage == "pretrain" and not run.done and len(cards) > 1:
             pretrain_together(run, cards)
     team = Team(runs, failed_before)
     with handing_on(team.stop):
@@ -88,11 +88,11 @@ def pretrain_together(run: Run, gpus: list[str]) -> None:
     from core.training.distributed import distributed_command  # imports for seconds
 
     images = run.config.ddpm.batch_size * run.config.ddpm.accumulation  # at least one for each process
-    gpus, module = gpus[:images], launch.FUNCTIONS["pretrain"].partition(":")[0]
+    gpus = gpus[:images]
     path = run.config.experiment_dir / "logs" / "pretrain.json"
     write_json(path, run.config.plain())
     print(f"pre-training on GPUs {', '.join(gpus)} together", flush=True)
-    job = subprocess.Popen(distributed_command(module, len(gpus), "--config", str(path)),
+    job = subprocess.Popen(distributed_command("ddpm_pretraining.train", len(gpus), "--config", str(path)),
                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}, start_new_session=True)
     with handing_on(job.send_signal):
         status = job.wait()
@@ -121,7 +121,7 @@ def failures(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Pat
     for run in runs:  # what is needed comes first
         if run.done:
             continue
-        if launch.failed_at(run) not in (None, failed_before[run.folder]):
+        if runner.failed_at(run) not in (None, failed_before[run.folder]):
             failed[run.folder] = str(run.failure())
         elif run.needs in failed:
             failed[run.folder] = f"it needs {run.needs}"
@@ -162,9 +162,9 @@ class Team:
     def watch(self) -> None:
         """Say what is done, what failed, which workers died and, every minute, what they are doing, until all ended."""
         told: dict[Path, str] = {}
-        before, news = None, time.monotonic() + launch.NEWS_SECONDS
+        before, news = None, time.monotonic() + runner.NEWS_SECONDS
         while self.living:
-            connection.wait([process.sentinel for process in self.living], launch.POLL_SECONDS)
+            connection.wait([process.sentinel for process in self.living], runner.POLL_SECONDS)
             self.doing |= {process: run for process in self.living for run in self.runs
                            if held_by(run.folder, process.pid)}
             self.bury()
@@ -178,7 +178,7 @@ class Team:
                 print(f"done {done} of {len(self.runs)} runs; training time to come, for one process: "
                       f"{time_left(left)}", flush=True)
             if time.monotonic() > news:
-                news = time.monotonic() + launch.NEWS_SECONDS
+                news = time.monotonic() + runner.NEWS_SECONDS
                 self.tell()
 
     def bury(self) -> None:
@@ -217,7 +217,7 @@ def work(runs: list[Run], failed_before: dict[Path, int | None], environment: di
     sys.stdout.reconfigure(line_buffering=True)
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     print(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {multiprocessing.current_process().name}, process {os.getpid()}")
-    run_command(lambda: launch.run_all(runs, failed_before))
+    run_command(lambda: runner.run_all(runs, failed_before))
 
 
 def _end_with_launcher() -> None:

@@ -60,7 +60,7 @@ def make_values(phantom, tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_config(make_values):
     """make_config(output_dir, section={...}) -> Config of a tiny study on the phantom."""
-    from core.config.load.load import parse_config
+    from core.config.load import parse_config
 
     return lambda output_dir, **changes: parse_config(make_values(output_dir, **changes), "tiny.json")
 
@@ -98,9 +98,8 @@ def run_main(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_study(make_values, tmp_path_factory) -> Path:
     """The config file of a study that is pre-trained, fine-tuned (ddpm, 2 shots) and scored. Not to be changed."""
-    from core.config.load.load import load_config
-
-    from study.launch import run_study
+    from core.config.load import load_config
+    from study.run import run_study
 
     folder = tmp_path_factory.mktemp("study")
     path = folder / "study.json"

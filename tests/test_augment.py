@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from core.config.load.section import Augmentation
 
+from core.config.section import Augmentation
 from core.data.augment import augment, change_intensity, draw_affines, move_points, warp_images
 
 STRONG = Augmentation(probability=1, rotation_degrees=20, scale=0.1, translation=0.05)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.config.load.config import UNet as UNetConfig
-from core.config.load.load import parse_config
 from safetensors import safe_open
 from safetensors.torch import save
 
+from core.config.load import parse_config
+from core.config.unet import UNet as UNetConfig
 from core.files import atomic_file, write_atomically, write_json
+from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
-from core.networks.weights import load_state, load_weights, read_pickle, save_state, save_weights
+from core.networks.weights import load_weights, save_weights
+from core.training.state import load_state, save_state
 from tests.conftest import error_of
 
 TINY = UNetConfig(base_channels=4, channel_multipliers=(1, 2), attention_heads=1, attention_head_channels=4)

@@ -12,14 +12,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from core.config.load.load import load_config
 
-import study.launch as launch
+from core.config.load import load_config
 from core.errors import Interrupted, RunsFailed, UserError
-from core.runs.cells import Cell, cell_dir
 from core.runs.claims import LOCK, Claimed, claim
-from study.launch import ingredients, run_study, take
+from core.runs.places import Cell, cell_dir
+from study import report_page
 from study.plan import study_runs
+from study.report_page import ingredients
+from study.run import run_study
+from study.runner import failed_at, take
 from tests import stub_stages
 from tests.conftest import TINY, merged
 
@@ -42,8 +44,7 @@ def study(tmp_path):
 def stubs(study, tmp_path, monkeypatch):
     """The study's config, whose stages are stubs in this process and take no time."""
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(launch, "FUNCTIONS", stub_stages.FUNCTIONS)
-    monkeypatch.setattr(launch, "prepare", study_runs)
+    stub_stages.stub(monkeypatch.setattr)
     monkeypatch.setattr(stub_stages.time, "sleep", lambda seconds: None)
     return load_config(study)
 
@@ -258,7 +259,7 @@ def test_failure_of_another_process_is_not_tried_again_by_the_same_launch(stubs)
     run = study_runs(stubs, STAGES)[-1]
     run.folder.mkdir(parents=True)
     run.failure_path.write_text('{"message": "first"}')
-    before = launch.failed_at(run)
+    before = failed_at(run)
     os.utime(run.failure_path, ns=(before + 1, before + 1))  # written again meanwhile
     assert take(run, before) == "first" and not begun()
     assert take(run, before + 1) is None and sum(begun().values()) == 1
@@ -293,7 +294,7 @@ def test_report_is_built_when_something_changed(stubs, monkeypatch):
     assert (built(), built()) == (4, 4)
     (stubs.experiment_dir / "report/index.html").unlink()
     assert (built(), built()) == (5, 5)
-    monkeypatch.setattr(launch, "REPORTING", (".csv",))  # other code
+    monkeypatch.setattr(report_page, "REPORTING", (".csv",))  # other code
     assert (built(), built()) == (6, 6)
 
 
@@ -308,7 +309,7 @@ def test_finished_study_imports_and_reads_little(study, tmp_path):
     page.parent.mkdir()
     page.touch()
     (page.parent / "ingredients.sha256").write_text(ingredients(config.experiment_dir))
-    code = ("import sys, core.launch; study.launch.main()\n"
+    code = ("import sys, study.launch; study.launch.main()\n"
             "print(sorted({'torch', 'numpy', 'pandas', 'scipy', 'PIL', 'tensorboard'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code, "--config", study], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from core.config.load.load import load_config
 
+from core.config.load import load_config
 from core.errors import Interrupted
-from core.runs.cells import Cell, cell_dir
+from core.runs.places import Cell, cell_dir
 from core.training.stop_signal import StopSignal
-from study import cluster, launch
+from study import cluster
 from study.cluster import REQUEUES, StudyTask, submit
 from study.plan import study_runs
 from tests import stub_stages
@@ -28,7 +28,7 @@ def config(tmp_path, monkeypatch):
     """A pre-training and three cells of a data set that is not there, with stubs for stages, here and in the tasks."""
     monkeypatch.chdir(PROJECT)
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(launch, "prepare", study_runs)
+    stub_stages.stub(monkeypatch.setattr)
     monkeypatch.setattr(cluster, "StudyTask", stub_stages.StubTask)
     path = tmp_path / "study.json"
     path.write_text(json.dumps(merged(TINY, {
@@ -101,7 +101,7 @@ def test_only_the_time_limit_requeues(config, monkeypatch, signals, requeued):
             assert stop.received and asked == []
         raise Interrupted("saved")
 
-    monkeypatch.setattr(launch, "run_study", study)
+    monkeypatch.setattr(cluster, "run_study", study)
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
     try:
@@ -157,7 +157,6 @@ def test_command_line_without_sbatch(config, run_main, tmp_path, monkeypatch):
 
 def test_command_line_of_a_finished_study(config, sbatch, run_main, tmp_path, monkeypatch):
     """Nothing is submitted: the report is built where it is missing."""
-    monkeypatch.setattr(launch, "FUNCTIONS", stub_stages.FUNCTIONS)
     for run in study_runs(config, STAGES):
         run.folder.mkdir(parents=True, exist_ok=True)
         for path in run.results:

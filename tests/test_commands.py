@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from core.config.load.load import load_config
 from PIL import Image
 
+from core.config.load import load_config
 from core.networks.weights import load_weights
-from core.runs.cells import Cell, cell_dir
+from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.report.heatmap_figure import read_heatmaps
-from study.launch import run_study
+from study.run import run_study
 
 PROJECT = Path(__file__).parents[1]
 LAUNCH, PRETRAINING, SAMPLING = "study.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"

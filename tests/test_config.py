@@ -4,9 +4,10 @@ import json
 
 import jsonschema
 import pytest
-from core.config.load.config import check_divisible
-from core.config.load.load import CONFIG_DIR, add_config_arguments, load_config, parse_config, write_schema
 
+from core.config.dataset import check_divisible
+from core.config.load import CONFIG_DIR, add_config_arguments, load_config, parse_config
+from core.config.schema import write_schema
 from core.errors import CommandParser, UserError
 
 SHIPPED = sorted([path for path in CONFIG_DIR.glob("*.json") if path.name != "schema.json"]

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core.config.load.config import Dataset as DatasetConfig
 from PIL import Image
 
+import core.data.cache
 import core.data.dataset
-from core.data.dataset import load_images, load_source, normalise, resize, select_shots, write_pack
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.dataset import load_images
+from core.data.make_pack import write_pack
 from core.data.records import SPLITS, Record
+from core.data.resize import normalise, resize
+from core.data.shots import select_shots
+from core.data.source import load_source
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse, resampling_map
 
@@ -119,7 +124,8 @@ def test_cache_is_keyed_by_content(tmp_path, monkeypatch):
     path = picture(tmp_path / "a.png", rng.integers(0, 255, (30, 20), dtype=np.uint8))
     first = load_images([record_of(path, [[3, 4]])], config)
     decoded = []
-    monkeypatch.setattr(core.data.dataset, "read_image", lambda path: decoded.append(path) or np.zeros((1, 30, 20), "f4"))
+    monkeypatch.setattr(core.data.cache, "read_image",
+                        lambda path: decoded.append(path) or np.zeros((1, 30, 20), "f4"))
     renamed = path.rename(tmp_path / "b.png")
     again = load_images([record_of(renamed, [[3, 4]])], config)
     assert not decoded and torch.equal(again.images, first.images) and torch.equal(again.points, first.points)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core.config.load.config import DDPM
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from core.config.ddpm import DDPM
 from ddpm_pretraining.diffusion import LOSSES, SCHEDULES, Diffusion
 from ddpm_pretraining.sampling import ddim_steps, ddpm_steps, denoising_strip, grid_picture, sample
 

@@ -15,23 +15,24 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from core.config.load.config import Dataset as DatasetConfig
-from core.config.load.config import UNet as UNetConfig
-from core.config.load.load import parse_config
-from core.config.load.section import Augmentation
 from PIL import Image
 from torch import nn
 
+from core.config.dataset import Dataset as DatasetConfig
+from core.config.load import parse_config
+from core.config.section import Augmentation
+from core.config.unet import UNet as UNetConfig
 from core.data.augment import augment, draw_crops
-from core.data.dataset import ImageSet, load_images, resize
+from core.data.dataset import ImageSet, load_images
 from core.data.records import Record
+from core.data.resize import resize
 from core.errors import UserError
 from core.formats.geometry import apply_maps, compose, inverse, resampling_map, upright, upright_map
 from core.formats.images import read_geometry, read_image
 from core.networks.convolutions import Downsample
 from core.networks.unet import UNet
-from landmarks_finetuning.detectors.heatmap_unet import _over_windows, run_batched, window_starts, window_weight
 from landmarks_finetuning.heatmaps import decode, draw_target
+from landmarks_finetuning.inference import _over_windows, run_batched, window_starts, window_weight
 from landmarks_finetuning.losses import LOSSES, cross_entropy_pixels
 
 RNG_SEED = 0

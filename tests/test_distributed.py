@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.networks.weights import read_pickle
+from core.formats.pickles import read_pickle
 from core.training.distributed import distributed_command
 
 PROJECT = Path(__file__).parents[1]

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from core.config.load.config import Dataset
-from core.config.load.load import parse_config
 from PIL import Image
 
-from core.data.dataset import load_images, load_source, write_pack
+from core.config.dataset import Dataset
+from core.config.load import parse_config
+from core.data.dataset import load_images
 from core.data.layouts import read_layout
+from core.data.make_pack import write_pack
+from core.data.source import load_source
 from landmarks_finetuning.evaluate import score
 from landmarks_finetuning.metrics import annotator_distances, share_within
 from landmarks_finetuning.predictions import Predictions

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from core.config.load.config import UNet
 
+from core.config.unet import UNet
 from core.training.run_log import read_metrics
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, loss_setting, main_variants, read_experiment

@@ -7,24 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import core.leaks
 import numpy as np
 import pytest
-from core.config.load.config import Dataset
-from core.config.load.load import parse_config
 from PIL import Image
 from scipy.ndimage import gaussian_filter, shift, zoom
 
+import core.data.leaks
 import landmarks_finetuning.train
-from core.data.dataset import load_images, load_source, write_pack
+from core.config.dataset import Dataset
+from core.config.load import parse_config
+from core.data.dataset import load_images
 from core.data.leaks import LARGEST_UNEXPLAINED, MARGIN, Leak, find_leaks, leak_lines, leaked_ids, reduced, unexplained
+from core.data.make_pack import write_pack
 from core.data.records import SPLITS, DataSource, Record
+from core.data.source import load_source
 from core.errors import UserError
-from core.runs.cells import Cell, cell_dir, check_cell
+from core.runs.identity import check_cell
+from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.evaluate import score, scored_records
 from landmarks_finetuning.predictions import Predictions
 from landmarks_finetuning.train import finetune_cell, labelled_subset
-from study.launch import print_plan
+from study.plan import print_plan
 
 DATA = Path(os.environ.get("LANDMARK_DATA", Path(__file__).parents[1] / "../shared/data"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")
@@ -151,7 +154,8 @@ def test_pairs_across_groups(tmp_path, dims):
 def test_finding_is_kept_until_something_changes(tmp_path, monkeypatch):
     source = make_source(tmp_path, train={"t1": texture(0)}, test={"x1": texture(0), "x2": texture(1)})
     config, read, load = configure(tmp_path), [], core.data.leaks.load_one
-    monkeypatch.setattr(core.data.leaks, "load_one", lambda record, config: read.append(record.id) or load(record, config))
+    monkeypatch.setattr(core.data.leaks, "load_one",
+                        lambda record, config: read.append(record.id) or load(record, config))
     first = find_leaks(source, config)
     assert read == ["t1", "x1", "x2"]
     assert find_leaks(source, config) == first == (Leak("test", "x1", "train", "t1", "identical"),) and len(read) == 3

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from core.config.load.config import UNet as UNetConfig
 
 from benchmarks.measuring import LiveBytes, count_flops, measure_apart, peak_functions, time_interleaved
+from core.config.unet import UNet as UNetConfig
 from core.networks.unet import UNet
 
 

@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from landmarks_finetuning.metrics import (
-    bootstrap_interval,
-    mean_shape_prediction,
-    paper_errors,
-    physical_errors,
-    round_original,
-    summarise,
-)
+from landmarks_finetuning.metrics import physical_errors, summarise
+from landmarks_finetuning.paper_scorer import paper_errors, round_original
+from landmarks_finetuning.shape import mean_shape_prediction
+from landmarks_finetuning.statistics import bootstrap_interval
 
 dims = pytest.mark.parametrize("dimension", [2, 3], ids=["2d", "3d"])
 

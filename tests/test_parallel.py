@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from core.config.load.load import parse_config
 from safetensors.torch import load_file
 
+from core.config.load import parse_config
 from core.errors import Interrupted, UserError, run_command
-from core.networks.weights import read_pickle
+from core.formats.pickles import read_pickle
 from core.training.batches import BatchPlan
 from core.training.distributed import ALONE, join
 from core.training.loop import Training
@@ -187,8 +187,9 @@ def test_all_stop_at_the_same_step(study):
     statuses, error = together(stop_second, values)
     assert statuses == [130, 130] and error.count("interrupted: ") == 1, error
     said = [folder(values).joinpath(f"stopped{rank}").read_text() for rank in range(2)]
-    assert said[0] == said[1] and said[0].startswith("saved at step 3 of 6; continue with: python -m core.training.distributed "
-                                                     "--nproc-per-node 2 -m ddpm_pretraining.train --config ")
+    assert said[0] == said[1] and said[0].startswith("saved at step 3 of 6; continue with: "
+                                                     "python -m core.training.distributed --nproc-per-node 2 "
+                                                     "-m ddpm_pretraining.train --config ")
     assert read_pickle(folder(values) / "last.pt")["step"] == 3
 
 

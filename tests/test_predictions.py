@@ -8,16 +8,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from core.config.load.config import Dataset
-from core.config.load.load import parse_config
 from PIL import Image
 
 import landmarks_finetuning.predictions as predictions_module
-from core.data.dataset import load_images, load_source, write_pack
+from core.config.dataset import Dataset
+from core.config.load import parse_config
+from core.data.dataset import load_images
+from core.data.make_pack import write_pack
 from core.data.records import Record
+from core.data.source import load_source
 from core.formats.images import read_geometry
 from core.training.run_log import read_metrics
-from landmarks_finetuning.detectors.heatmap_unet import run_batched
+from landmarks_finetuning.inference import run_batched
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import (
     Predictions,
@@ -27,7 +29,8 @@ from landmarks_finetuning.predictions import (
     write_slicer_files,
     write_table,
 )
-from study.launch import DEFAULT_STAGES, run_study
+from study.launch import DEFAULT_STAGES
+from study.run import run_study
 from tests.conftest import TINY, merged
 
 NAN = float("nan")
@@ -300,7 +303,8 @@ def test_activation_checkpointing_changes_no_loss(volumes, study, monkeypatch):
 
     runs, config = volumes("checkpointing", experiment={"activation_checkpointing": True})
     used, checkpoint = [], core.networks.unet.checkpoint
-    monkeypatch.setattr(core.networks.unet, "checkpoint", lambda *rest, **how: used.append(1) or checkpoint(*rest, **how))
+    monkeypatch.setattr(core.networks.unet, "checkpoint",
+                        lambda *rest, **how: used.append(1) or checkpoint(*rest, **how))
     run_study(config, ("pretrain",))
     assert used
     used.clear()

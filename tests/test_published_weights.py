@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.networks import convert_weights, published_weights
 from core.networks.convert_weights import convert, encoder_architecture, write_safetensors
 from core.networks.weights import FORMAT, load_weights
-from landmarks_finetuning.detectors.heatmap_unet import build_detector
+from landmarks_finetuning.detectors.registry import build_detector
 
 FIXTURE = Path(__file__).parent / "fixtures/official_ddpm_base8"
 PUBLISHED = FIXTURE / "ema_model_epoch800_step6000.pt"

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from landmarks_finetuning.metrics import bootstrap_interval
 from landmarks_finetuning.pictures.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_numbers, draw_overlay
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
 from landmarks_finetuning.report.findings import comparisons, verdict
+from landmarks_finetuning.statistics import bootstrap_interval
 
 NAMES = ("Sella", "Nasion")
 THRESHOLDS = (2.0, 2.5)

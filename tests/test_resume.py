@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.config.load.load import load_config
 from safetensors.torch import load_file
 
-from core.networks.weights import read_pickle
-from core.runs.cells import Cell
+from core.config.load import load_config
+from core.formats.pickles import read_pickle
+from core.runs.places import Cell
 from core.training.loop import Training
 from core.training.run_log import read_metrics
 from ddpm_pretraining.train import pretrain

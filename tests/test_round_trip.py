@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from core.config.load.config import Dataset as DatasetConfig
-from core.config.load.section import Augmentation
 
+from core.config.dataset import Dataset as DatasetConfig
+from core.config.section import Augmentation
 from core.data.augment import augment
 from core.data.dataset import load_images
 from core.data.layouts import read_layout

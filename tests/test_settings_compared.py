@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from core.config.load.load import load_config, parse_config
 
+from core.config.load import load_config, parse_config
 from core.errors import UserError
-from core.runs.cells import Cell, cell_dir, check_cell, settings_compared, single_setting
-from core.training.run_log import write_run_config
+from core.runs.cells import settings_compared, single_setting
+from core.runs.identity import check_cell
+from core.runs.places import Cell, cell_dir
+from core.runs.record import write_run_config
 from study.plan import study_runs, time_left
 from tests.conftest import error_of
 from tests.test_study import log, make, touch

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from core.config.load.load import parse_config
 
-from landmarks_finetuning.detectors.heatmap_unet import locate
+from core.config.load import parse_config
 from landmarks_finetuning.heatmaps import decode
+from landmarks_finetuning.inference import locate
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
 
 NAN = float("nan")

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from core.config.load.load import parse_config
-from core.config.load.section import Clip
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
-from core.training.loop import BatchPlan, LoopSettings, Training
+from core.config.load import parse_config
+from core.config.section import Clip
+from core.training.batches import BatchPlan
+from core.training.loop import LoopSettings, Training
 from ssl_baselines.collapse import LEAST_ENTROPY, LEAST_SPREAD, alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO, entropy
 from ssl_baselines.heads import Pooled, Prototypes, normalised_mlp

@@ -6,27 +6,34 @@ import shlex
 import shutil
 import signal
 
-import core.encoders
-import core.launch
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torchvision
-from core.config.load.load import parse_config
-from core.config.load.ssl import SSL_METHODS
 from safetensors.torch import load_file
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 import ssl_baselines.train
+from core.config.load import parse_config
+from core.config.ssl import SSL_METHODS
 from core.files import write_atomically
-from core.networks.encoders import HUB_FILES, build_encoder, imagenet_weights, start_encoder_unet
-from core.networks.weights import read_pickle, read_tensors
-from core.runs.cells import Cell, cell_dir, check_ssl, encoder_path, encoder_studies, ssl_dir, ssl_methods
+from core.formats.pickles import read_pickle
+from core.networks.encoders import build_encoder
+from core.networks.imagenet import HUB_FILES
+from core.networks.weights import read_tensors
+from core.runs.cells import encoder_studies, ssl_methods
+from core.runs.identity import check_ssl
+from core.runs.places import Cell, cell_dir, encoder_path, ssl_dir
 from core.training.loop import Training
 from core.training.run_log import read_metrics
+from landmarks_finetuning.detectors import encoder_unet
+from landmarks_finetuning.detectors.encoder_unet import start_encoder_unet
+from landmarks_finetuning.starts import imagenet_weights
 from landmarks_finetuning.train import finetune_cell
 from ssl_baselines.train import pretrain_encoder
-from study.launch import FUNCTIONS, check_start_weights, prepare, run_study
+from study import runner
+from study.prepare import check_start_weights, prepare
+from study.run import run_study
 from tests.conftest import error_of
 
 SSL, FINETUNING, LAUNCH = "ssl_baselines.train", "landmarks_finetuning.train", "study.launch"
@@ -267,8 +274,7 @@ def test_study_from_images_to_scores(make_config, tmp_path, monkeypatch, capsys)
     assert (before[name] - after[f"encoder.{name}"]).abs().max() < 1e-6
     assert not [*run_dir.glob("*.pt")] and (ssl_dir(config, "mocov3") / "last.pt").is_file()  # what is scored is done
     assert finetune_cell(config, Cell("mocov3", 2, 0, 0)) == run_dir and not [*run_dir.glob("*.pt")]
-    for used in FUNCTIONS:
-        monkeypatch.setitem(FUNCTIONS, used, "nowhere:nothing")
+    monkeypatch.setattr(runner, "perform", None)
     capsys.readouterr()
     run_study(config, ("ssl", "finetune"))
     plan = capsys.readouterr().out
@@ -279,11 +285,11 @@ def test_launcher_pretrains_what_is_needed(make_config, tmp_path, monkeypatch):
     """Only the backbones without a file of their own; the diffusion model only for ddpm."""
     asked = []
 
-    def stage(config, method):
-        asked.append(method)
-        write_atomically(encoder_path(config, method), b"")
+    def perform(run):
+        asked.extend(run.arguments)
+        write_atomically(encoder_path(run.config, *run.arguments), b"")
 
-    monkeypatch.setattr(study.launch, "function", {"ssl": stage}.get)
+    monkeypatch.setattr(runner, "perform", perform)
     (tmp_path / "x.pth").touch()
     run_study(make_config(tmp_path, **settings(backbones=["scratch", "simclrv2", "dino", "mocov3"], encoder_weights={
         "dino": str(tmp_path / "x.pth")})), ("pretrain", "ssl"))
@@ -293,7 +299,7 @@ def test_launcher_pretrains_what_is_needed(make_config, tmp_path, monkeypatch):
 def test_stage_encoders(make_config, tmp_path, monkeypatch, capsys):
     """The paper's three encoders on ImageNet weights, whatever the study's own backbones are."""
     started = []
-    monkeypatch.setattr(core.networks.encoders, "start_encoder_unet", lambda config, backbone, channels, landmarks: (
+    monkeypatch.setattr(encoder_unet, "start_encoder_unet", lambda config, backbone, channels, landmarks: (
         started.append((config.finetune.encoder, backbone, imagenet_weights(config).name))))
     names = ("vgg19", "densenet161", "resnext50_32x4d")
     for name in names:

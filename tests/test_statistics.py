@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from benchmarks.coverage import coverage, false_positives, simulate, true_mean, true_rate
-from landmarks_finetuning.metrics import patient_sums, within
-from landmarks_finetuning.report import statistics
+from landmarks_finetuning import statistics
+from landmarks_finetuning.metrics import within
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
-from landmarks_finetuning.report.statistics import holm, rate_interval, sign_flip_p
+from landmarks_finetuning.statistics import holm, patient_sums, rate_interval, sign_flip_p
 from tests.test_report import NAMES, write_run
 
 

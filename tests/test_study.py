@@ -3,24 +3,16 @@
 import json
 
 import pytest
-from core.config.load.load import parse_config
 
-from core.data.dataset import load_source
+from core.config.load import parse_config
+from core.data.source import load_source
 from core.errors import UserError
-from core.runs.cells import (
-    MEAN_SHAPE,
-    Cell,
-    cell_dir,
-    cells,
-    check_cell,
-    check_unchanged,
-    is_pretrained,
-    is_scored,
-    variant,
-)
-from core.training.run_log import write_run_config
-from study.launch import prepare
+from core.runs.cells import cells
+from core.runs.identity import check_cell, check_unchanged
+from core.runs.places import MEAN_SHAPE, Cell, cell_dir, is_pretrained, is_scored, variant
+from core.runs.record import write_run_config
 from study.plan import duration, print_plan, study_runs, time_left
+from study.prepare import prepare
 
 FINETUNE = {"iterations": 20, "shots": [1, 5], "draws": [0, 2], "seeds": [0, 3], "batch_size": 2}
 

@@ -10,20 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from core.config.load.section import Clip
 from torch import nn
 
+from core.config.section import Clip
 from core.errors import Interrupted, UserError
-from core.networks.weights import read_pickle
-from core.training.loop import (
-    BatchPlan,
-    LoopSettings,
-    Training,
-    resolve_device,
-    resolve_precision,
-    step_generator,
-    train,
-)
+from core.formats.pickles import read_pickle
+from core.training.batches import BatchPlan, step_generator
+from core.training.device import resolve_device, resolve_precision
+from core.training.loop import LoopSettings, Training, train
 from core.training.run_log import read_metrics
 
 CPU = torch.device("cpu")

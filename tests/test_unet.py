@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core.config.load.config import UNet as UNetConfig
 from torch.overrides import TorchFunctionMode
 
+from core.config.unet import UNet as UNetConfig
 from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, Standardize, StandardizedConv, Upsample
 from core.networks.unet import Attention, LinearAttention, SinusoidalEmbedding, TransposedProduct, UNet
 from core.networks.weights import load_weights, save_weights

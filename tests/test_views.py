@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from core.config.load.load import load_config, parse_config
-from core.config.load.ssl import DINO, SSL_METHODS, Views
 
-from core.runs.cells import Cell, cell_dir, ssl_dir
-from core.training.loop import BatchPlan
+from core.config.load import load_config, parse_config
+from core.config.ssl import DINO, SSL_METHODS, Views
+from core.runs.places import Cell, cell_dir, ssl_dir
+from core.training.batches import BatchPlan
 from ssl_baselines.dino import DINO as Distillation
 from ssl_baselines.mocov3 import MoCoV3
 from ssl_baselines.simclrv2 import SimCLRv2

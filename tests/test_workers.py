@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.config.load.load import load_config
 
+from core.config.load import load_config
 from core.errors import Interrupted
-from core.runs.cells import Cell, cell_dir
+from core.runs.claims import claim
+from core.runs.places import Cell, cell_dir
 from core.training.stop_signal import StopSignal
-from study import launch, workers
+from study import workers
 from study.plan import study_runs
 from study.workers import gpus_of_workers, spread, visible_gpus
 from tests import stub_stages
@@ -282,7 +283,7 @@ def test_minutely_news(study, tmp_path, monkeypatch, capsys):
     team = workers.Team(runs, {})
     team.living, team.doing = {Worker(): tmp_path, Worker(): tmp_path}, {}
     team.doing[next(iter(team.living))] = runs[0]
-    with launch.claim(runs[0].folder):
+    with claim(runs[0].folder):
         (runs[0].folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1, "seconds": 2.0}\n')
         team.tell()
     assert capsys.readouterr().out == (f"worker 1 on GPU 0: {runs[0].folder}: step 4 of 6\n"

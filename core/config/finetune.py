@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.config.load.section import Augmentation, Clip, Count, Degrees, Index, Rate, Section
+from core.config.section import Augmentation, Clip, Count, Degrees, Index, Rate, Section
+from core.config.ssl import SSL_METHODS
 
 
 class StrongAugmentation(Augmentation):
@@ -143,3 +144,8 @@ def fill_in_losses(values: dict[str, Any]) -> dict[str, Any]:
         return values  # nothing to do, or refused by the models
     own = {key: finetune[key] for key in LossSettings.model_fields if key in finetune}
     return {**values, "finetune": {**finetune, "losses": [{**own, **entry} for entry in losses]}}
+
+
+BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet",
+             **dict.fromkeys(SSL_METHODS, "encoder_unet")}  # start: network
+ENCODER_LEVELS = 6  # sizes of an encoder's feature maps, the image's own included

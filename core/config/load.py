@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core.config.load.config import Config
-from core.config.load.finetune import fill_in_losses
-from core.config.load.section import Section
-from core.config.load.ssl import fill_in_preset, merge
+from core.config.config import Config
+from core.config.finetune import fill_in_losses
+from core.config.section import Section
+from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -101,13 +101,5 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {', or '.join(m[0].lower() + m[1:] for m in allowed)}, got {first['input']!r}"
 
 
-def write_schema(path: Path = CONFIG_DIR / "schema.json") -> None:
-    """Generate the JSON Schema that editors use to complete and check configs."""
-    schema = Config.model_json_schema()
-    schema["properties"]["extends"] = {"type": "string", "description": "a config file to inherit from"}
-    schema["required"] = []
-    path.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf8")
 
 
-if __name__ == "__main__":
-    write_schema()

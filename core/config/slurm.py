@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from core.config.load.section import Count, Index, Section
+from core.config.section import Count, Index, Section
 
 
 class Slurm(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.config.load.section import Count, Degrees, Index, NormClip, Rate, Section, Share
+from core.config.section import Count, Degrees, Index, NormClip, Rate, Section, Share
 
 SSL_METHODS = ("mocov3", "simclrv2", "dino")
 

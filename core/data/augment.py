@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config.load.section import Augmentation
+from core.config.section import Augmentation
 
 
 def draw_affines(count: int, size: tuple[int, ...], settings: Augmentation, generator: torch.Generator) -> Tensor:

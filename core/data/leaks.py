@@ -28,10 +28,12 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from core.config.load.config import Dataset as DatasetConfig
-from core.data.dataset import load_one, resize, stamp
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.cache import load_one
 from core.data.records import DataSource, Record
-from core.networks.weights import write_atomically
+from core.data.resize import resize
+from core.data.source import stamp
+from core.files import write_atomically
 
 VERSION = 1  # of what is looked for; part of the name under which a finding is kept
 GRID = {2: 32, 3: 16}  # cells along each axis, by number of axes

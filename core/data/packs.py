@@ -1,4 +1,4 @@
-"""Reading portable packs: a data set, resized, in one .npz that dataset.root accepts; core.data.dataset writes them."""
+"""Reading portable packs: a data set, resized, in one .npz that dataset.root accepts; core.data.make_pack writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from core.config.load.config import Dataset as DatasetConfig
+from core.config.dataset import Dataset as DatasetConfig
 from core.data.records import SPLITS, DataSource, Record
 from core.errors import UserError
 
@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """A whole data set, resized, as `python -m core.data.dataset --pack` leaves it."""
+    """A whole data set, resized, as `python -m core.data.make_pack --pack` leaves it."""
 
     size: tuple[int, ...]
     images: dict[str, Loaded]
@@ -49,7 +49,7 @@ def open_pack(path: Path) -> Pack:
                       in zip(ids, pixels, sizes, file["maps"], digests, strict=True)}
             return Pack(tuple(file["size"].tolist()), images, json.loads(str(file["description"])))
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-        raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.data.dataset --pack "
+        raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.data.make_pack --pack "
                         f"({error})") from None
 
 

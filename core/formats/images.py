@@ -1,7 +1,7 @@
 """One reader of images and volumes -> raw intensities, float32, channels first, and where the pixels lie.
 
-PNG, JPEG, TIFF and BMP are read here, NIfTI and NumPy by `core.formats.volumes`, DICOM by `core.formats.dicom`. An image is a file
-whose suffix `FORMATS` knows, or the folder of one DICOM series; an entry of `FORMATS` is all that a format needs.
+PNG, JPEG, TIFF and BMP are read here, NIfTI and NumPy by `volumes`, DICOM by `dicom`. An image is a file whose suffix
+`FORMATS` knows, or the folder of one DICOM series; an entry of `FORMATS` is all that a format needs.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import atomic_file
+from core.formats.pickles import read_pickle
 from core.networks.convolutions import CONV
 from core.networks.unet import UNet
-from core.networks.weights import PUBLISHED_NAMES, Weights, full_header, published_network, read_pickle
+from core.networks.weights import PUBLISHED_NAMES, Weights, full_header, published_network
 
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them
     "features.conv0.weight": ("densenet161", "densenet121", "densenet169", "densenet201"),

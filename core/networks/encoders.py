@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable
-from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from core.config.load.config import ENCODER_LEVELS, Config
-from core.config.load.ssl import SSL_METHODS
+from core.config.finetune import ENCODER_LEVELS
 from core.errors import UserError, did_you_mean
-from core.files import atomic_file
-from core.networks.weights import read_pickle, read_tensors
-from core.runs.cells import check_ssl, encoder_path
+from core.formats.pickles import read_pickle
+from core.networks.imagenet import HUB_FILES
+from core.networks.weights import read_tensors
 
-HUB = "https://download.pytorch.org/models"
-HUB_FILES = {  # encoder -> torchvision's ImageNet-1K weights (the first edition), with the start of their SHA-256
-    "densenet161": "densenet161-8d451a50.pth",
-    "vgg19": "vgg19-dcbb9e9d.pth",
-    "resnext50_32x4d": "resnext50_32x4d-7cdf4587.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-}
-HUB_TIMEOUT_SECONDS = 10
 CLASSIFIER = ("classifier.", "fc.")  # torchvision's last layers, of no use here
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 NAMES_SHOWN = 3
@@ -126,62 +110,11 @@ def read_encoder(path: Path, name: str) -> dict[str, Tensor]:
             if not str(key).startswith(CLASSIFIER)}
 
 
-def imagenet_weights(config: Config) -> Path:
-    """The file of backbone "imagenet": the config's, one of the config's folder, or torchvision's, fetched once."""
-    given, name = config.finetune.encoder_weights.imagenet, HUB_FILES[config.finetune.encoder]
-    if given is not None:
-        path = Path(given) / name if Path(given).is_dir() else Path(given)
-        if not path.is_file():
-            raise UserError(f"finetune.encoder_weights.imagenet {path} does not exist; null fetches torchvision's")
-        return path
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        fetch(f"{HUB}/{name}", path)
-    return path
 
 
-def ssl_weights(config: Config, method: str) -> Path:
-    """The file of a self-supervised backbone: the config's, or what this study's stage `ssl` left.
-
-    Raises UserError when there is none, or it was pre-trained with other settings than the config's.
-    """
-    given = getattr(config.finetune.encoder_weights, method)
-    path = Path(given) if given is not None else encoder_path(config, method)
-    if given is None:
-        check_ssl(config, method)
-    if path.is_file():
-        return path
-    if given is not None:
-        raise UserError(f"finetune.encoder_weights.{method} {path} does not exist; null takes this study's own")
-    raise UserError(f"backbone {method} has no encoder yet, {path}: pre-train it with the launcher's stage ssl or "
-                    f"python -m ssl_baselines.train --method {method}, or set finetune.encoder_weights.{method}")
 
 
-def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path` and check its SHA-256 against its name; UserError in one line without a network."""
-    advice = (f"fetch {url} where there is a network and set finetune.encoder_weights.imagenet to that file or its "
-              "folder")
-    digest = hashlib.sha256()
-    try:
-        with urlopen(url, timeout=HUB_TIMEOUT_SECONDS) as answer, atomic_file(path) as file, tqdm(
-                desc=path.name, unit="B", unit_scale=True) as bar:
-            bar.total = int(answer.headers.get("Content-Length", 0)) or None
-            while block := answer.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                bar.update(len(block))
-            expected = path.stem.rpartition("-")[2]
-            if not digest.hexdigest().startswith(expected):
-                raise UserError(f"{url} came damaged: its SHA-256 does not start with {expected}; {advice}")
-    except (OSError, HTTPException) as error:
-        raise UserError(f"ImageNet weights cannot be downloaded ({' '.join(str(error).split())}); {advice}") from None
 
 
-START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are random
-    "imagenet": imagenet_weights, **{method: partial(ssl_weights, method=method) for method in SSL_METHODS}}
 
 
-def start_encoder_unet(config: Config, backbone: str, channels: int, landmarks: int) -> EncoderUNet:
-    """A fresh U-Net of `landmarks` maps around finetune.encoder, with the weights that `backbone` starts from."""
-    weights = START_WEIGHTS[backbone](config) if backbone in START_WEIGHTS else None
-    return build_encoder_unet(config.finetune.encoder, channels, landmarks, weights)

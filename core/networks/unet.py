@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from core.config.load.config import UNet as UNetConfig
+from core.config.unet import UNet as UNetConfig
 from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample
 
 

@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from core.config.load.config import UNet as UNetConfig
+from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
-from core.files import atomic_file, code_version, write_atomically
+from core.files import code_version, write_atomically
+from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
 
 FORMAT = "landmark-unet-1"
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
-
-
-def save_state(run_dir: Path, state: dict[str, Any]) -> None:
-    """Save everything stateful as last.pt; what last.pt was becomes previous.pt. No moment is without a whole file."""
-    last = run_dir / "last.pt"
-    with atomic_file(last) as file:
-        torch.save(state, file)
-        if last.exists():
-            link = run_dir / ".previous.tmp"
-            link.unlink(missing_ok=True)
-            os.link(last, link)
-            link.replace(run_dir / "previous.pt")
-
-
-def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]:
-    """Read last.pt or previous.pt (`which`); a damaged last.pt ends in one line that offers previous.pt."""
-    path = run_dir / f"{which}.pt"
-    try:
-        return read_pickle(path)
-    except UserError as error:
-        previous = run_dir / "previous.pt"
-        if which == "last" and previous.is_file():
-            step = read_pickle(previous)["step"]
-            raise UserError(f"{error}; previous.pt (step {step}) is whole: continue from it with "
-                            f"{resume_command} --resume previous") from None
-        if path.is_file():
-            raise UserError(f"{error}; no whole state is there: delete {path} to start this run over") from None
-        raise
-
-
-def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """torch.load with weights_only on the CPU; UserError in one line when missing, truncated or unsafe.
-
-    `mmap`: tensors stay in the file until they are used (zip archives only, which torch.save has written since 1.6).
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
 
 
 @dataclass(frozen=True)

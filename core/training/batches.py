@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,9 @@ class BatchPlan:
         orders = {int(epoch): self._permutation(int(epoch)) for epoch in np.unique(epochs)}
         drawn = np.array([orders[int(e)][o] for e, o in zip(epochs, offsets, strict=True)])
         return list(drawn.reshape(self.accumulation, self.batch_size))
+
+
+def step_generator(seed: int, step: int, micro: int, device: torch.device) -> torch.Generator:
+    """Randomness as a function of (seed, step, micro-batch)."""
+    entropy = np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))

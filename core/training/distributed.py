@@ -1,8 +1,8 @@
 """One training by several processes, as torchrun starts them: what they agree on, and how their end is told.
 
-`python -m core.training.distributed` is torchrun, with one line in place of its report when a process fails. Every process reads
-the config, the data and the saved state for itself, from a folder that all see; the first one, the leader, alone
-claims the run, writes and speaks. DDP and FSDP are in core/parallel.py; a single process touches none of this.
+`python -m core.training.distributed` is torchrun, with one line in place of its report when a process fails. Every
+process reads the config, the data and the saved state for itself, from a folder that all see; the first one, the
+leader, alone claims the run, writes and speaks. DDP and FSDP are in parallel.py; a single process touches none of this.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def distributed_command(module: str, processes: int | str, *arguments: str) -> l
 
     Its exit status is the module's, 1 where a process was killed; of what went wrong one line stands on stderr.
     """
-    return [sys.executable, "-m", "core.training.distributed", "--nproc-per-node", str(processes), "-m", module, *arguments]
+    return [sys.executable, "-m", "core.training.distributed", "--nproc-per-node", str(processes), "-m", module,
+            *arguments]
 
 
 def tell_failure(failed: ChildFailedError) -> int:

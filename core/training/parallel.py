@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
 from core.networks.unet import Residual, ResidualBlock
-from core.training.batches import BatchPlan
+from core.training.batches import BatchPlan, step_generator
+from core.training.device import autocast
 from core.training.distributed import Job
-from core.training.loop import LoopSettings, Task, Training, autocast, step_generator
+from core.training.loop import LoopSettings, Task, Training
 
 
 class DealtTask(Task, Protocol):

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from core.config.load.finetune import LossSettings
 
+from core.config.finetune import LossSettings
 from core.errors import UserError
-from core.runs.cells import MEAN_SHAPE, VARIANT_KEYS
+from core.runs.places import MEAN_SHAPE, VARIANT_KEYS
 from core.training.run_log import read_metrics
-from landmarks_finetuning.metrics import bootstrap_interval, macro_mean, patient_sums, within
+from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.provenance import starting_point
-from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
+from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",

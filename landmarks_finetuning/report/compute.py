@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core.config.load.config import UNet as UNetConfig
 
+from core.config.unet import UNet as UNetConfig
 from core.training.run_log import read_metrics
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, select
-from landmarks_finetuning.report.statistics import SIGNIFICANCE, holm
+from landmarks_finetuning.statistics import SIGNIFICANCE, holm
 
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
 NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "random": "Untrained encoder",
