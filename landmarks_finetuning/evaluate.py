@@ -21,18 +21,12 @@ from core.runs.claims import claim
 from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
-from landmarks_finetuning.heatmap_files import write_heatmaps
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import SMALLEST_SIGMA_PX, paper_errors, round_original
-from landmarks_finetuning.predictions import (
-    Predictions,
-    draw_predictions,
-    find_landmarks,
-    table_rows,
-    write_slicer_files,
-    write_table,
-)
+from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
+from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 from landmarks_finetuning.train import labelled_subset

@@ -13,13 +13,8 @@ from core.errors import CommandParser, UserError, run_command
 from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
 from landmarks_finetuning.inference import TrainedDetector
-from landmarks_finetuning.predictions import (
-    draw_predictions,
-    find_landmarks,
-    table_rows,
-    write_slicer_files,
-    write_table,
-)
+from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.predictions import find_landmarks, table_rows, write_slicer_files, write_table
 
 
 def collect_images(paths: list[Path]) -> list[Record]:

@@ -15,7 +15,7 @@ from PIL import Image
 from core.config.load import load_config
 from core.networks.weights import load_weights
 from core.runs.places import Cell, cell_dir
-from landmarks_finetuning.report.heatmap_figure import read_heatmaps
+from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
 from study.run import run_study
 
 PROJECT = Path(__file__).parents[1]

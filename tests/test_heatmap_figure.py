@@ -10,13 +10,20 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from landmarks_finetuning.heatmap_files import example_indices, flatten, write_heatmaps
+from landmarks_finetuning.pictures.cases import Case, case_of
+from landmarks_finetuning.pictures.heatmap_files import (
+    FlatCase,
+    example_indices,
+    flatten,
+    read_heatmaps,
+    write_heatmaps,
+)
 from landmarks_finetuning.pictures.overlays import PREDICTION, TRUTH
-from landmarks_finetuning.predictions import Case, Predictions, case_of
+from landmarks_finetuning.predictions import Predictions
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
 from landmarks_finetuning.report.figures import finetuning_curves
-from landmarks_finetuning.report.heatmap_figure import ENLARGED, FlatCase, draw_heat, heatmap_rows, read_heatmaps
+from landmarks_finetuning.report.heatmap_figure import ENLARGED, draw_heat, heatmap_rows
 from landmarks_finetuning.report.order import best_first
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
 from tests.test_predictions import loaded, seeing_itself, upright_by_nibabel, write_nifti

@@ -20,15 +20,9 @@ from core.data.source import load_source
 from core.formats.images import read_geometry
 from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import run_batched
+from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predict import predict
-from landmarks_finetuning.predictions import (
-    Predictions,
-    draw_predictions,
-    find_landmarks,
-    table_rows,
-    write_slicer_files,
-    write_table,
-)
+from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
 from study.launch import DEFAULT_STAGES
 from study.run import run_study
 from tests.conftest import TINY, merged

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
+from core.errors import UserError
 from core.files import write_atomically
+from landmarks_finetuning.pictures.cases import Case, case_of
 from landmarks_finetuning.pictures.overlays import map_points, shaded
-from landmarks_finetuning.predictions import Case, Predictions, case_of
-from landmarks_finetuning.report.heatmap_figure import FlatCase
+from landmarks_finetuning.predictions import Predictions
 
+FILE = "heatmaps.npz"
 LONGEST_SIDE = 400  # of the kept picture, in pixels
+
+
+class FlatCase(NamedTuple):
+    """One image flattened for a picture; points are (row, column) pixels of `picture`, NaN where there is none.
+
+    picture (h, w) uint8; heat and target (k, l) uint8 of another grid over the same field: each landmark's map, 255 at
+    its own maximum, the largest of all landmarks at each pixel; found and truth (N, 2).
+    """
+
+    picture: np.ndarray
+    heat: np.ndarray
+    target: np.ndarray
+    found: np.ndarray
+    truth: np.ndarray
 
 
 def example_indices(count: int) -> list[int]:
@@ -60,3 +78,18 @@ def _strongest(maps: np.ndarray) -> np.ndarray:
     """(N, k, l) -> (k, l) uint8; a map without a value above 0, as of a landmark without annotation, adds nothing."""
     peaks = np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
     return np.rint(255 * (maps / peaks).clip(0, 1).max(axis=0)).astype(np.uint8)
+
+
+def read_heatmaps(path: Path) -> dict[str, FlatCase]:
+    """{image: its FlatCase} of a run's FILE; empty where there is none, as of runs scored before it was written.
+
+    Raises UserError for a file that is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {str(image): FlatCase(*(arrays[f"{name}_{k}"] for name in FlatCase._fields))
+                    for k, image in enumerate(arrays["images"])}
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, or evaluate that run again") from error
