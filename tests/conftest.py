@@ -12,6 +12,8 @@ import pytest
 
 from core.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LANDMARK_DATA", PROJECT / "../shared/data"))  # real images; tests skip where it is not
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is first imported: in this process and below it
 
 TINY = {

@@ -1,14 +1,14 @@
 """Rules that the source must keep: who may import whom, and what no file does."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import PROJECT
+
 STAGES = ("ddpm_pretraining", "landmarks_finetuning", "ssl_baselines")
 FOLDERS = (*STAGES, "core", "study", "benchmarks", "tests")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py"))
 
 
 def imported(path):
@@ -48,24 +48,24 @@ def broad_handlers(tree):
 
 
 def test_sources_are_found():
-    assert len([path for path in SOURCES if path.relative_to(ROOT).parts[0] == "core"]) > 10
-    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} >= {*STAGES[:2], "core", "tests"}
+    assert len([path for path in SOURCES if path.relative_to(PROJECT).parts[0] == "core"]) > 10
+    assert {path.relative_to(PROJECT).parts[0] for path in SOURCES} >= {*STAGES[:2], "core", "tests"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_each_other(stage):
     others = {*STAGES, "benchmarks", "tests"} - {stage}
-    for path in (ROOT / stage).rglob("*.py"):
+    for path in (PROJECT / stage).rglob("*.py"):
         assert not imported(path) & others, path
 
 
 def test_core_imports_no_stage():
-    for path in (ROOT / "core").rglob("*.py"):
+    for path in (PROJECT / "core").rglob("*.py"):
         assert not imported(path) & {*STAGES, "benchmarks", "tests"}, path
 
 
 def test_datasets_is_no_package_and_no_file_is_named_utils():
-    assert not (ROOT / "datasets/__init__.py").exists()
+    assert not (PROJECT / "datasets/__init__.py").exists()
     assert not [path for path in SOURCES if path.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
@@ -73,7 +73,7 @@ def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
     """One handler may be broad: where the launcher reports a run that failed and goes on with the next."""
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf8"))
-        reporting = path == ROOT / "study/runner.py"
+        reporting = path == PROJECT / "study/runner.py"
         assert not unsafe_loads(tree) and len(broad_handlers(tree)) == reporting, path
 
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,8 @@ from core.networks.weights import load_weights
 from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
 from study.run import run_study
+from tests.conftest import PROJECT
 
-PROJECT = Path(__file__).parents[1]
 LAUNCH, PRETRAINING, SAMPLING = "study.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
 FINETUNING, EVALUATING, PREDICTING = (f"landmarks_finetuning.{name}" for name in ("train", "evaluate", "predict"))
 STAGES = ("--stages", "pretrain", "finetune")

@@ -20,8 +20,8 @@ from core.training.loop import Training
 from core.training.run_log import read_metrics
 from ddpm_pretraining.train import pretrain
 from landmarks_finetuning.train import finetune_cell
+from tests.conftest import PROJECT
 
-PROJECT = Path(__file__).parents[1]
 PRETRAINING, FINETUNING = "ddpm_pretraining.train", "landmarks_finetuning.train"
 CELL = ("--backbone", "scratch", "--shots", "3")
 RECIPE = {"finetune": {"iterations": 6, "backbones": ["scratch"], "shots": [3], "save_every": 2, "validate_every": 1,

@@ -1,7 +1,7 @@
 """Landmark files of 3D Slicer: markups (.mrk.json) read and written, legacy point lists (.fcsv) read.
 
 A file holds labelled points in millimetres of the patient's space, LPS or RAS; inside the program world points are
-float64 (N, 3), RAS mm in (x, y, z) order (see core/geometry.py), and NaN = not annotated.
+float64 (N, 3), RAS mm in (x, y, z) order (see core/formats/geometry.py), and NaN = not annotated.
 """
 
 from __future__ import annotations
