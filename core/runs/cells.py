@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.config.config import Config
+from core.config.finetune import LossSettings
+from core.config.ssl import SSL_METHODS
 from core.errors import UserError
-from core.config.finetune import (Finetune, LossSettings)
-from core.config.config import (Config)
-from core.config.finetune import (BACKBONES)
-from core.config.ssl import (SSL, SSL_METHODS)
-from core.runs.places import Cell, MEAN_SHAPE, variant
+from core.runs.places import MEAN_SHAPE, Cell, variant
 
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
-
-
 
 
 def ssl_methods(config: Config) -> list[str]:
@@ -112,31 +107,9 @@ def cells(config: Config) -> list[Cell]:
     return guesses + trained
 
 
-
-
-
-
-
-
-
-
 def needs_pretraining(config: Config) -> bool:
     """Whether the study's cells start from this study's own DDPM."""
     return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def require_backbone(config: Config, backbone: str) -> None:
