@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
 from core.data.shots import select_shots
 from core.data.source import load_source

@@ -17,7 +17,7 @@ import torch
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.errors import CommandParser, run_command
 from core.runs.record import environment
 from core.training.loop import Training

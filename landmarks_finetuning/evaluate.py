@@ -10,6 +10,7 @@ import numpy as np
 
 from core.config.config import Config
 from core.config.load import load_config
+from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record
@@ -18,7 +19,7 @@ from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.formats.geometry import apply_maps, inverse
 from core.runs.claims import claim
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
+from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import TrainedDetector

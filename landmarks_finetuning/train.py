@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES, ENCODER_LEVELS
 from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.starts import BACKBONES, ENCODER_LEVELS
 from core.data.augment import augment
 from core.data.dataset import ImageSet, load_images
 from core.data.records import DataSource, Record

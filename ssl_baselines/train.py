@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
 from core.data.source import load_source
 from core.errors import CommandParser, run_command

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES
-from core.config.ssl import SSL_METHODS
+from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
 from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, ddpm_paths, encoder_path, is_pretrained, ssl_dir
+from core.runs.places import Cell, cell_dir, ddpm_paths, encoder_path, is_pretrained, ssl_dir
 from core.training.run_log import read_metrics
 
 if TYPE_CHECKING:
