@@ -141,7 +141,7 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         place = [f"experiment.output_dir={arguments.out}", f"experiment.name=seed{seed}", f"experiment.seed={seed}"]
-        config = load_config(arguments.config, [*arguments.set, *place])
+        config = load_config(arguments.config, [*arguments.set, *place], arguments.methods)
         rows += run_seed(config, seed, arguments.labelled, arguments.methods)
     write_json(arguments.out / f"probe_{config.ssl.preset}.json", {"environment": environment(), "rows": rows})
     print_table(rows)

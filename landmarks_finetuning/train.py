@@ -199,7 +199,8 @@ def main() -> None:
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
         raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
-    config = single_setting(load_config(arguments.config, [*arguments.set, *encoder]), arguments.backbone)
+    config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
+    config = single_setting(config, arguments.backbone)
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)

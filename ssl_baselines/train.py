@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
     add_resume_argument(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, [arguments.method])
     with claim(ssl_dir(config, arguments.method)):
         run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")

@@ -54,7 +54,7 @@ def main() -> None:
     overrides = list(arguments.set)
     overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []
     overrides += [f"finetune.seeds={arguments.seeds}"] if arguments.seeds else []
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, ["imagenet"] if "encoders" in arguments.stages else [])
     stages = tuple(stage for stage in STAGES if stage in arguments.stages)
     if arguments.dry_run:
         prepare(config, stages)

@@ -27,9 +27,10 @@ class Config(Section):
     experiment: Experiment = setting(Experiment(), "what the study is called, where it goes and what it runs on")
     dataset: Dataset = setting(Dataset(), "where images and landmarks come from and how they become tensors",
                                counts_for=("pretraining", "ssl", "training"))
-    unet: UNet = setting(UNet(), "the diffusion network", counts_for=("pretraining", "training"), backbones=UNET_STARTS)
-    ddpm: DDPM = setting(DDPM(), "denoising diffusion pre-training", counts_for=("pretraining",))
-    ssl: SSL = setting(SSL(), "self-supervised pre-training of encoders", counts_for=("ssl",))
+    unet: UNet = setting(UNet(), "the diffusion network", counts_for=("pretraining", "training"), backbones=UNET_STARTS,
+                         may_wait=True)
+    ddpm: DDPM = setting(DDPM(), "denoising diffusion pre-training", counts_for=("pretraining",), may_wait=True)
+    ssl: SSL = setting(SSL(), "self-supervised pre-training of encoders", counts_for=("ssl",), may_wait=True)
     finetune: Finetune = setting(Finetune(), "training of the detectors", counts_for=("training",),
                                  backbones=tuple(BACKBONES))
     evaluation: Evaluation = setting(Evaluation(), "how predictions are scored")

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from core.config.section import FREE, Count, Section, only, setting, unless
 
-NO_PACK = unless("root", "*.npz")  # a pack was read and resized when it was made
+NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the data again with this key")
 
 
 class PhantomData(Section):

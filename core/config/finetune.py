@@ -96,8 +96,8 @@ class Finetune(LossSettings):
         "a U-Net around finetune.encoder from ImageNet, from random weights or from self-supervision", counts_for=FREE)
     shots: tuple[Count, ...] = setting((1, 5, 10, 25, 50), "numbers of labelled training images to compare",
                                        counts_for=FREE, min_length=1)
-    draws: tuple[Index, ...] = setting((0, 1, 2), "which labelled images: each number draws others", counts_for=FREE,
-                                       min_length=1)
+    draws: tuple[Index, ...] = setting((0, 1, 2), "which labelled images: each number draws others; with selection "
+                                       "first only one is run", counts_for=FREE, min_length=1)
     seeds: tuple[Index, ...] = setting((0,), "initialisations and orders of the images, each a run", counts_for=FREE,
                                        min_length=1)
     losses: tuple[LossSettings, ...] = setting(
@@ -138,8 +138,7 @@ class Finetune(LossSettings):
                                     acts=[only("scheduler", "plateau")])
     plateau_patience: Index = setting(13, "validations without improvement that make a plateau",
                                       acts=[only("scheduler", "plateau")])
-    warmup_iterations: Index = setting(0, "steps over which the learning rate rises to its peak",
-                                       acts=[unless("scheduler", "plateau")])
+    warmup_iterations: Index = setting(0, "steps over which the learning rate rises to its peak")
     weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0)
     early_stop_patience: Count | None = setting(None, "validations without improvement that end the training; null = "
                                                 "never")

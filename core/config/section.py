@@ -28,6 +28,7 @@ class Condition(NamedTuple):
     key: str  # of the same section, or of the whole file
     values: tuple[Any, ...]
     allowed: bool
+    advice: str = ""  # what to do, where that is not to change `key`
 
 
 def only(key: str, *values: Any) -> Condition:
@@ -35,9 +36,9 @@ def only(key: str, *values: Any) -> Condition:
     return Condition(key, values, True)
 
 
-def unless(key: str, *values: Any) -> Condition:
+def unless(key: str, *values: Any, advice: str = "") -> Condition:
     """The setting does not act where `key` has one of `values`."""
-    return Condition(key, values, False)
+    return Condition(key, values, False, advice)
 
 
 def setting(default: Any, description: str, *, counts_for: Sequence[Run] | None = None,
