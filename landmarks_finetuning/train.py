@@ -101,7 +101,10 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
     device = resolve_device(experiment.device)
     iterations = finetune.iterations or finetune.epochs * plan.steps_per_epoch
     return LoopSettings(
-        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}", iterations=iterations, seed=plan.seed,
+        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}",
+        identity=f"{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
+                 f"{experiment.seed}",
+        iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
         learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,
         clip=finetune.clip, accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,

@@ -130,7 +130,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     ssl, experiment = config.ssl, config.experiment
     device = resolve_device(experiment.device)
     return LoopSettings(
-        title=f"{name} {config.dataset.name}", iterations=ssl.iterations, seed=experiment.seed, device=device,
+        title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
         ema_schedule=method.momentum_schedule, log_every=ssl.log_every, save_every=ssl.save_every,
