@@ -11,6 +11,7 @@ import numpy as np
 
 from core.config.config import Config
 from core.config.load import load_config
+from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
@@ -23,7 +24,7 @@ from core.formats.geometry import apply_maps, inverse
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, image_changes, images_digest, read_record, write_inputs
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
+from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import TrainedDetector
@@ -46,18 +47,17 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     evaluations/, or `out`. Landmarks are matched with the data set's by name.
     """
     detector = TrainedDetector(run_dir / "best.safetensors")
-    own = detector.config
+    own, header = detector.config, detector.header
     if overrides:
         detector.config = load_config(run_dir / "config.json", overrides)
     config = detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
-    settings = scoring_settings(config, decoder)
+    settings = scoring_settings(config, header["backbone"], decoder)
     if out is None:
-        out = run_dir / other_score(run_dir, source, config, settings, scoring_settings(own))
+        out = run_dir / other_score(run_dir, source, config, settings, scoring_settings(own, header["backbone"]))
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
     predictions = find_landmarks(detector, scored, decoder)
-    header = detector.header
     seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
@@ -155,7 +155,8 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     _write_overlays(folder / "overlays", config, predictions, source.unit, errors)
     if config.evaluation.overlays and predictions.detector is not None:
         write_heatmaps(folder / "heatmaps.npz", predictions)
-    write_json(folder / SCORED, {"images": images, "settings": scoring_settings(config, identity["decoder"])})
+    settings = scoring_settings(config, identity["backbone"], identity["decoder"])
+    write_json(folder / SCORED, {"images": images, "settings": settings})
     write_json(folder / "metrics.json", metrics)
     return metrics
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES, ENCODER_LEVELS
 from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.starts import BACKBONES, ENCODER_LEVELS
 from core.data.augment import augment
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
@@ -192,7 +192,8 @@ def main() -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: seeds count from 0")
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
-    config = single_setting(load_config(arguments.config, [*arguments.set, *encoder]), arguments.backbone)
+    config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
+    config = single_setting(config, arguments.backbone)
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)

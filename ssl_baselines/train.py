@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.records import DataSource
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
     add_resume_argument(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, [arguments.method])
     with claim(ssl_dir(config, arguments.method)):
         run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")

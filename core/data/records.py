@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
 from core.formats.images import image_suffix
 
@@ -99,6 +99,15 @@ class DataSource:
                 "(datasets/README.md says how the splits are made)"
             )
         return self.splits[split]
+
+    def without(self, exclude: Iterable[str]) -> DataSource:
+        """The data set less the images with these ids (or file names). UserError for one that it does not have."""
+        unwanted = {image_id(str(name)) for name in exclude}
+        known = [record.id for record in self.records]
+        for name in sorted(unwanted.difference(known)):
+            raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
+        kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
+        return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
 
 
 def image_id(name: str | Path) -> str:

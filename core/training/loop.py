@@ -148,7 +148,7 @@ class Training:
     def optimiser_step(self) -> int:
         """Accumulate the step's micro-batches, clip, step, average; returns the number of images seen."""
         settings = self.settings
-        if settings.scheduler != "plateau":
+        if settings.scheduler != "plateau" or self.step < settings.warmup_iterations:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * self.learning_rate_factor()
         groups = self.plan.groups(self.step)
@@ -208,7 +208,7 @@ class Training:
                 return
             log.write(self.step, figures)
             loss = figures["validation_loss"]
-            if self.settings.scheduler == "plateau":
+            if self.settings.scheduler == "plateau" and self.step >= self.settings.warmup_iterations:
                 self.plateau.step(loss)
             self.since_best += 1
             if loss < self.best:

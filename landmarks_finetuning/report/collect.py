@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from core.config.finetune import LossSettings
+from core.config.settings import all_settings
+from core.config.starts import MEAN_SHAPE
 from core.errors import UserError
-from core.runs.places import MEAN_SHAPE, VARIANT_KEYS
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.provenance import starting_point
@@ -27,8 +28,9 @@ from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, ra
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "confidence")
-SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(VARIANT_KEYS.values())})-)")
-LOSS_SLUGS = {VARIANT_KEYS[key] for key in LossSettings.model_fields}
+SLUGS = {key: each.slug for key, each in all_settings().items() if each.slug is not None}
+SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(SLUGS.values())})-)")
+LOSS_SLUGS = {SLUGS[f"finetune.{key}"] for key in LossSettings.model_fields}
 CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
 
 
