@@ -16,7 +16,6 @@ from core.data.records import DataSource, Record
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
-from core.formats.geometry import apply_maps, inverse
 from core.runs.claims import claim
 from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
 from core.runs.record import write_run_config
@@ -72,8 +71,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     chosen, validation = labelled_subset(config, source, cell)
     training = load_images(chosen, config.dataset)
     held = load_images(scored_records(config, source), config.dataset)
-    shape = mean_shape_prediction(training.points.numpy(), training.sizes.numpy(), held.sizes.numpy())
-    points = apply_maps(shape, inverse(held.maps))
+    points = held.from_centred(mean_shape_prediction(training.centred_points()))
     flat = points.shape[2] == 2
     scorer_points = round_original(points, held.original_sizes, config.dataset.image_size[0]) if flat else None
     run_dir = cell_dir(config, cell)

@@ -1,0 +1,64 @@
+"""Scoring of a whole run: the mean shape on images of unlike size, the paper's scorer, pictures, patients."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.config.load import parse_config
+from core.runs.places import MEAN_SHAPE, Cell
+from landmarks_finetuning.evaluate import evaluate_mean_shape
+from tests.conftest import TINY, merged
+
+SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51)}  # height, width
+CELL = Cell(MEAN_SHAPE, 2, 0, 0)
+
+
+@pytest.fixture
+def mean_shape(tmp_path):
+    """mean_shape(points, section={...}) -> metrics.json of the guess: trained on a, validated on b, tested on c and d.
+
+    `points` gives the landmarks (y, x) of an image's size; pixels are of 0.5 mm.
+    """
+    def score(points, **changes):
+        root = tmp_path / "data"
+        (root / "images").mkdir(parents=True)
+        rows = []
+        for name, size in SIZES.items():
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)).save(
+                root / f"images/{name}.png")
+            rows.append(",".join([name, *(f"{value:.6f}" for point in points(size) for value in point[::-1])]))
+        names = [f"p{number}" for number in range(len(points((9, 9))))]
+        columns = ",".join(f"{name}_x,{name}_y" for name in names)
+        (root / "landmarks.csv").write_text("\n".join([f"image,{columns}", *rows, ""]))
+        (root / "dataset.json").write_text(json.dumps({
+            "landmarks": names, "spacing_mm": 0.5,
+            "splits": {"train": ["a", "b"], "validation": [], "test": ["c", "d"]}}))
+        dataset = {"name": "sizes", "layout": "folder", "root": str(root), "cache_dir": str(tmp_path / "cache"),
+                   "image_size": [16, 16], "spacing_mm": None}
+        values = merged(merged(TINY, {"dataset": dataset, "experiment": {"output_dir": str(tmp_path / "runs")},
+                                      "finetune": {"validation": "none"}}), changes)
+        run_dir = evaluate_mean_shape(parse_config(values, "test"), CELL)
+        return json.loads((run_dir / "metrics.json").read_text())
+
+    return score
+
+
+def middle(size):
+    return (np.array(size) - 1) / 2
+
+
+@pytest.mark.parametrize("resample_mm", [0.5, 1.3, None])
+def test_the_guess_of_every_images_centre_is_exact(mean_shape, resample_mm):
+    metrics = mean_shape(lambda size: [middle(size)], dataset={"resample_mm": resample_mm})
+    assert metrics["physical"]["mre"] == pytest.approx(0, abs=1e-3)  # 39 mm when the canvas counted twice
+
+
+def test_the_guess_is_the_mean_in_mm_from_the_centres(mean_shape):
+    """Landmark 5 mm below the centre where the image is low, 2 mm where it is high: 3.5 mm is guessed for all."""
+    def points(size):
+        return [middle(size) + [10.0 if size[0] == 30 else 4.0, 0]]
+
+    metrics = mean_shape(points, dataset={"resample_mm": 0.8})
+    assert metrics["physical"]["mre"] == pytest.approx(1.5, abs=1e-3)
