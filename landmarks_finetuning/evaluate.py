@@ -12,7 +12,7 @@ from core.config.config import Config
 from core.config.load import load_config
 from core.data.dataset import load_images
 from core.data.leaks import find_leaks, leaked_ids
-from core.data.records import DataSource, Record
+from core.data.records import DataSource, Record, patient_group
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
@@ -113,7 +113,7 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
     published, sigma = None, PAPER_SIGMA * size[0] / 256
     if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
-    patients = [record.patient or record.id for record in held.records]
+    patients = [patient_group(record.id, record.patient) for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
     human = None
     if all(record.annotators is not None for record in held.records):

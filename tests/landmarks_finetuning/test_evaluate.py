@@ -9,19 +9,20 @@ from PIL import Image
 from core.config.load import parse_config
 from core.runs.places import MEAN_SHAPE, Cell
 from landmarks_finetuning.evaluate import evaluate_mean_shape
+from landmarks_finetuning.report.collect import error_matrix
 from tests.conftest import TINY, merged
 
-SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51)}  # height, width
+SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51), "e": (33, 29), "f": (47, 40)}  # height, width
 CELL = Cell(MEAN_SHAPE, 2, 0, 0)
 
 
 @pytest.fixture
 def mean_shape(tmp_path):
-    """mean_shape(points, section={...}) -> metrics.json of the guess: trained on a, validated on b, tested on c and d.
+    """mean_shape(points, section={...}) -> (folder, metrics.json) of the guess: trained on a and b, tested on the others.
 
-    `points` gives the landmarks (y, x) of an image's size; pixels are of 0.5 mm.
+    `points` gives the landmarks (y, x) of an image's size, `patients` the patients of images; pixels are of 0.5 mm.
     """
-    def score(points, **changes):
+    def score(points, patients=None, **changes):
         root = tmp_path / "data"
         (root / "images").mkdir(parents=True)
         rows = []
@@ -34,13 +35,14 @@ def mean_shape(tmp_path):
         (root / "landmarks.csv").write_text("\n".join([f"image,{columns}", *rows, ""]))
         (root / "dataset.json").write_text(json.dumps({
             "landmarks": names, "spacing_mm": 0.5,
-            "splits": {"train": ["a", "b"], "validation": [], "test": ["c", "d"]}}))
+            "patients": patients or {},
+            "splits": {"train": ["a", "b"], "validation": [], "test": ["c", "d", "e", "f"]}}))
         dataset = {"name": "sizes", "layout": "folder", "root": str(root), "cache_dir": str(tmp_path / "cache"),
                    "image_size": [16, 16], "spacing_mm": None}
         values = merged(merged(TINY, {"dataset": dataset, "experiment": {"output_dir": str(tmp_path / "runs")},
                                       "finetune": {"validation": "none"}}), changes)
         run_dir = evaluate_mean_shape(parse_config(values, "test"), CELL)
-        return json.loads((run_dir / "metrics.json").read_text())
+        return run_dir, json.loads((run_dir / "metrics.json").read_text())
 
     return score
 
@@ -51,7 +53,7 @@ def middle(size):
 
 @pytest.mark.parametrize("resample_mm", [0.5, 1.3, None])
 def test_the_guess_of_every_images_centre_is_exact(mean_shape, resample_mm):
-    metrics = mean_shape(lambda size: [middle(size)], dataset={"resample_mm": resample_mm})
+    _, metrics = mean_shape(lambda size: [middle(size)], dataset={"resample_mm": resample_mm})
     assert metrics["physical"]["mre"] == pytest.approx(0, abs=1e-3)  # 39 mm when the canvas counted twice
 
 
@@ -60,5 +62,13 @@ def test_the_guess_is_the_mean_in_mm_from_the_centres(mean_shape):
     def points(size):
         return [middle(size) + [10.0 if size[0] == 30 else 4.0, 0]]
 
-    metrics = mean_shape(points, dataset={"resample_mm": 0.8})
+    _, metrics = mean_shape(points, dataset={"resample_mm": 0.8})
     assert metrics["physical"]["mre"] == pytest.approx(1.5, abs=1e-3)
+
+
+def test_an_image_is_no_patient_of_the_same_name(mean_shape):
+    """Image c without a patient and patient "c": four clusters, the fewest that have an interval."""
+    run_dir, metrics = mean_shape(lambda size: [(3.0, 5.0)], {"d": "c"})
+    low, high = metrics["physical"]["interval"]
+    assert low < metrics["physical"]["mre"] < high
+    assert error_matrix(run_dir)[1].nunique() == 4
