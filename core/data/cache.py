@@ -15,6 +15,7 @@ from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
 from core.files import write_atomically
+from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import read_geometry, read_image
 
@@ -64,10 +65,10 @@ def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geome
 
 
 def _digest(path: Path) -> str:
-    """Of the file's content, or of all files of a series."""
+    """Of the file's content, or of all slices of a series."""
     if not path.exists():
         raise UserError(f"image {path} does not exist")
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in dicom_files(path) if path.is_dir() else [path]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
