@@ -18,7 +18,7 @@ CELL = Cell(MEAN_SHAPE, 2, 0, 0)
 
 @pytest.fixture
 def mean_shape(tmp_path):
-    """mean_shape(points, section={...}) -> (folder, metrics.json) of the guess: trained on a and b, tested on the others.
+    """mean_shape(points, section={...}) -> (folder, metrics.json) of the guess: trained on a and b, tested on the rest.
 
     `points` gives the landmarks (y, x) of an image's size, `patients` the patients of images; pixels are of 0.5 mm.
     """
