@@ -30,6 +30,7 @@ from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 from landmarks_finetuning.train import labelled_subset
 
+NAME_BYTES = 200  # of an id in a file name, which may have 255
 PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is
 
 
@@ -154,13 +155,14 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def _write_overlays(folder: Path, config: Config, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
-    """rank001_<image>.png and so on, the worst image (mean error) first."""
+    """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
     shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
     for rank, index in enumerate(np.argsort(-mean_errors)[: config.evaluation.overlays].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
-        path = folder / f"rank{rank:03d}_{name.replace('/', '-')}.png"
+        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
+        path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])
 
 
