@@ -116,6 +116,11 @@ def image_id(name: str | Path) -> str:
     return text[: -len(image_suffix(text) or "")] if image_suffix(text) else text
 
 
+def patient_group(image: str, patient: str | None) -> str:
+    """What is split, resampled and counted together: a patient's images, or an image by itself where none is named."""
+    return f"patient {patient}" if patient else f"image {image}"
+
+
 def check_unique(records: Iterable[Record]) -> None:
     """UserError when two records have the same id."""
     first: dict[str, Path] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.records import SPLITS, Record, image_id, is_number
+from core.data.records import SPLITS, Record, image_id, is_number, patient_group
 from core.errors import UserError, did_you_mean
 from core.files import write_json
 
@@ -106,7 +106,7 @@ def _draw_splits(shares: dict[str, float], seed: Any, labelled: Patients, where:
         raise UserError(f"{where}: the fractions must lie between 0 and 1 and sum to 1")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"{where}.seed must be a whole number from 0, not {seed!r}")
-    group_of = {key: ("patient", patient) if patient else ("image", key) for key, patient in labelled.items()}
+    group_of = {key: patient_group(key, patient) for key, patient in labelled.items()}
     groups = sorted(set(group_of.values()))
     groups = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
     held = [max(1, round(shares.get(s, 0) * len(groups))) if shares.get(s, 0) else 0 for s in ("test", "validation")]
