@@ -140,11 +140,11 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return result
 
 
-def patients_needed(comparisons: int) -> int | None:
+def patients_needed(comparisons: int) -> float:
     """The fewest patients with whom one of a family of `comparisons` can be significant after Holm's correction.
 
-    The smallest of the p-values is multiplied by their number. None where no number of patients is enough, which takes
-    500 comparisons.
+    The smallest of the p-values is multiplied by their number. Infinite for 500 comparisons and more, for which the
+    test would have to draw more patterns.
     """
     counts = range(1, EXACT_PATIENTS + 2)
-    return next((count for count in counts if smallest_p(count) * comparisons < SIGNIFICANCE), None)
+    return next((count for count in counts if smallest_p(count) * comparisons < SIGNIFICANCE), np.inf)
