@@ -18,6 +18,7 @@ import torch
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
 from core.config.starts import SSL_METHODS
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.runs.record import environment
 from core.training.loop import Training
@@ -56,7 +57,7 @@ def step_rate(training: Training, rounds: int) -> float:
 
 def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
     """One row of the table."""
-    training = build_training(config, method)
+    training = build_training(config, method, load_source(config.dataset))
     made = {count: view_rate(training, count) for count in workers}
     stepped = step_rate(training, rounds)
     alone = 1 / made[0] / (1 / made[0] + 1 / stepped)

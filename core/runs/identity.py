@@ -30,6 +30,13 @@ def check_cell(config: Config, cell: Cell) -> None:
     check_unchanged(cell_dir(config, cell), config, keys)
 
 
+def scoring_settings(config: Config, backbone: str, decoder: str | None = None) -> dict[str, Any]:
+    """{key: value} of the settings that decide a score of `backbone`, with `decoder` in place of the config's."""
+    values = _flat(config.plain())
+    settings = {key: values[key] for key in sorted(counting_for("scoring", backbone))}
+    return settings | ({} if decoder is None else {"finetune.decoder": decoder})
+
+
 def check_unchanged(run_dir: Path, config: Config, keys: frozenset[str]) -> None:
     """UserError when `run_dir` was made with another value of one of `keys` than `config` has."""
     path = run_dir / "config.json"

@@ -19,6 +19,7 @@ import pandas as pd
 from core.config.finetune import LossSettings
 from core.config.settings import all_settings
 from core.config.starts import MEAN_SHAPE
+from core.data.records import patient_group
 from core.errors import UserError
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
@@ -179,19 +180,19 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     for column in NUMBERS:
         if column in table:
             table[column] = pd.to_numeric(table[column])
-    table["patient"] = table["patient"].where(table["patient"] != "", table["image"])
     return table
 
 
 def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
-    """A run's errors, images x landmarks in the order of the file, and the images' patients.
+    """A run's errors, images x landmarks in the order of the file, and the images' patients (`patient_group`).
 
     `column` "paper_error" takes those of the paper's scorer.
     """
     table = read_predictions(folder)
     matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
-    return matrix, table.drop_duplicates("image").set_index("image")["patient"]
+    patients = table.drop_duplicates("image").set_index("image")["patient"]
+    return matrix, pd.Series({image: patient_group(image, patient) for image, patient in patients.items()})
 
 
 def human_distances(runs: pd.DataFrame) -> np.ndarray:

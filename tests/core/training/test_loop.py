@@ -71,7 +71,7 @@ class Regression:
 def make_training(task=None, plan=None, weight=None, **changes):
     """A linear model (3 -> 1) with known weights under the loop's care."""
     plan = plan or BatchPlan(12, 3, 1, "stream", False, 0)
-    settings = {"title": "test", "iterations": 6, "seed": 0, "device": CPU, "precision": "float32",
+    settings = {"title": "test", "identity": "test", "iterations": 6, "seed": 0, "device": CPU, "precision": "float32",
                 "learning_rate": 0.1, "weight_decay": 0.0, "clip": Clip(), "accumulation_reduction": "mean",
                 "ema_decay": None, "log_every": 2, "save_every": 2, "validate_every": 100} | changes
     model = nn.Linear(3, 1)
