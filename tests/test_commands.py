@@ -328,8 +328,8 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
 
 @pytest.mark.parametrize("setting, message", [
     ("experiment.device=cuda:77", 'experiment.device "cuda:77": .* visible; choose auto or cpu'),
-    ("finetune.iterations=3", "--set finetune.iterations=3: finetune.iterations has no effect on a trained detector; the "
-                              "keys that have one are dataset., evaluation., experiment.device, .*finetune.decoder"),
+    ("finetune.iterations=3", "--set finetune.iterations=3: finetune.iterations has no effect on a trained detector; "
+                              "the keys that have one are dataset., evaluation., .*finetune.decoder"),
     ('unet={"base_channels":8}', "unet.base_channels has no effect on a trained detector"),
     ("evaluation.window_overlap=0.1", "evaluation.window_overlap 0.1 has no effect: dataset.resample_mm is null"),
 ])  # fmt: skip
