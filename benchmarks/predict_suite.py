@@ -64,7 +64,8 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         chosen = records[first : first + some]
         images = timed("hash, read cache", lambda chosen=chosen: load_images(chosen, config.dataset))
         for _, outputs, maps in timed("network", lambda images=images: list(detector.heatmaps(images))):
-            points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(o, m, config, None, None))
+            points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(
+                o, m, config.finetune, detector.sigma))
         found = Predictions(images, detector.landmark_names, points, confidence)
         with (folder / "parts.csv").open("ab") as table:
             timed("write", lambda found=found, table=table: append_rows(table, table_rows(found)))

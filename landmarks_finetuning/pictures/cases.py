@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from core.formats.geometry import apply_maps, inverse, upright, upright_map
 from core.formats.images import read_image
 from landmarks_finetuning.heatmaps import draw_target, probability_maps
-from landmarks_finetuning.inference import sigma_pixels
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 from landmarks_finetuning.predictions import Predictions
 
@@ -67,7 +66,7 @@ def _heatmaps(predictions: Predictions, index: int) -> tuple[np.ndarray, np.ndar
     if landmarks is None:
         return probabilities, None
     points = torch.from_numpy(apply_maps(landmarks, maps[0]))[None]
-    targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, sigma_pixels(config))
+    targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, predictions.detector.sigma)
     return probabilities, targets[own].numpy()
 
 
