@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from core.config.config import Config
-from core.config.load import load_config
 from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.digests import data_digests
@@ -46,11 +45,8 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors")
-    own, header = detector.config, detector.header
-    if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
-    config = detector.config
+    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    own, header, config = detector.own_config, detector.header, detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     if out is None:

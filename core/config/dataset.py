@@ -14,8 +14,8 @@ NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the dat
 class PhantomData(Section):
     """Synthetic radiographs or volumes written to dataset.root when it does not exist yet."""
 
-    count: Count = setting(210, "radiographs or volumes; of radiographs 150 are for training and validation, the rest "
-                           "for testing")
+    count: Count = setting(210, "synthetic radiographs or volumes to make; of radiographs 150 are for training and "
+                           "validation, the rest for testing (dataset.phantom null: real data)")
     size: tuple[Count, ...] = setting((300, 242), "height, width in pixels; depth, height, width for volumes",
                                       min_length=2, max_length=3)
     seed: int = setting(0, "seed of the drawing")
@@ -70,8 +70,10 @@ class Dataset(Section):
         if self.resample_mm is not None and self.layout not in ("folder", "cephalo"):
             raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
                              f'"{self.layout}"')
-        dims, made = len(self.image_size), None if self.phantom is None else len(self.phantom.size)
-        if made not in (None, dims) or (made and self.layout != ("cephalo", "folder")[made - 2]):
+        if self.phantom is None:
+            return self
+        dims = len(self.phantom.size)
+        if dims != len(self.image_size) or self.layout != ("cephalo", "folder")[dims - 2]:
             raise ValueError('dataset.phantom writes radiographs of two sizes in layout "cephalo" and volumes of three '
                              f'in layout "folder"; size {list(self.phantom.size)}, image_size {list(self.image_size)}, '
                              f'layout "{self.layout}"')

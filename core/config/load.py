@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from core.config.config import Config
 from core.config.finetune import fill_in_losses
-from core.config.idle import idle_setting
+from core.config.idle import idle_settings
 from core.config.section import Section
 from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
@@ -30,15 +30,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), backbones: Sequ
     """
     layers = _read(Path(path), ())
     merged = list(accumulate(layers, merge))
-    given, values = {}, deepcopy(merged[-1])
+    given: dict[str, Any] = {}
+    values = deepcopy(merged[-1])
     for override in overrides:
         _apply(values, override)
         _apply(given, override)
     config = parse_config(values, str(path))
-    for layer, whole in zip([*layers, given], [*merged, values], strict=True):
-        idle = idle_setting(layer, fill_in_losses(fill_in_preset(whole)), backbones)
-        if idle is not None:
-            raise UserError(f"{path}: {idle}")
+    last, *earlier = (fill_in_losses(fill_in_preset(whole)) for whole in (values, *merged))
+    for layer, whole in zip([*layers, given], [*earlier, last], strict=True):
+        then = idle_settings(layer, whole, backbones)
+        for key, why in idle_settings(layer, last, backbones).items():
+            if key in then:
+                raise UserError(f"{path}: {why}")
     return config
 
 

@@ -57,7 +57,7 @@ def setting(default: Any, description: str, *, counts_for: Sequence[Run] | None 
     """
     said = {"counts_for": counts_for, "backbones": backbones, "slug": slug, "null_slug": null_slug, "is_file": is_file,
             "before": before, "acts": acts or None, "may_wait": may_wait}
-    extra = {"setting": {name: value for name, value in said.items() if value is not None}}
+    extra: dict[str, Any] = {"setting": {name: value for name, value in said.items() if value is not None}}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 

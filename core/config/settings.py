@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from core.config.config import Config
 from core.config.section import FREE, Condition, Run, Section
@@ -19,6 +19,7 @@ class Setting:
     description: str
     default: Any
     type: Any
+    limits: tuple[Any, ...]  # pydantic's, of the whole value
     counts_for: tuple[Run, ...] = FREE
     backbones: tuple[str, ...] | None = None
     slug: str | None = None
@@ -67,14 +68,14 @@ def section_of(annotation: Any) -> type[Section] | None:
 def _walk(model: type[Section], defaults: Section | None, prefix: str, inherited: dict[str, Any]) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
-        said = extra["setting"] if isinstance(extra, dict) else {}
+        said = cast("dict[str, Any]", extra["setting"]) if isinstance(extra, dict) else {}
         own = inherited | said | {"acts": (*inherited.get("acts", ()), *_absolute(said.get("acts", ()), model, prefix))}
         default = field.default if defaults is None else getattr(defaults, name)
         key, section = prefix + (field.alias or name), section_of(field.annotation)
         if section is not None:
             yield from _walk(section, default, f"{key}.", {each: own[each] for each in INHERITED if each in own})
         else:
-            yield Setting(key, field.description or "", default, field.annotation, **own)
+            yield Setting(key, field.description or "", default, field.annotation, tuple(field.metadata), **own)
 
 
 def _absolute(conditions: Sequence[Condition], model: type[Section], prefix: str) -> Iterator[Condition]:
