@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.load import load_config, parse_config
+from core.config.load import load_config, parse_recorded_config
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
@@ -47,7 +47,7 @@ class TrainedDetector:
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.own_config = parse_config(weights.header["config"], str(path))
+        self.own_config = parse_recorded_config(weights.header["config"], str(path))
         self.config = overridden(path.parent / "config.json", overrides) if overrides else self.own_config
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key
