@@ -16,7 +16,7 @@ from core.config.config import Config
 from core.config.dataset import Dataset
 from core.config.evaluation import Evaluation
 from core.config.finetune import LossSettings
-from core.config.load import load_config, parse_config
+from core.config.load import load_config, parse_recorded_config
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
@@ -50,7 +50,7 @@ class TrainedDetector:
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.own_config = parse_config(weights.header["config"], str(path))
+        self.own_config = parse_recorded_config(weights.header["config"], str(path))
         self.config = overridden(path.parent / "config.json", overrides) if overrides else self.own_config
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
 
 from core.config.load import load_config
 from core.networks.weights import load_weights
@@ -435,3 +437,32 @@ def test_study_without_validation(make_config, tmp_path):
     run_dir = next((tmp_path / "tiny/landmarks/scratch").glob("*/shots002_draw0_seed0"))
     assert load_weights(run_dir / "best.safetensors").header["iteration"] == 3
     assert json.loads((run_dir / "metrics.json").read_text())["validation_labels"] == 0
+
+
+def rewritten(path, change):
+    """The safetensors file `path` with another header: `change` alters the one it has."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(header)
+    path.write_bytes(safetensors_bytes(tensors, metadata={"header": json.dumps(header)}))
+
+
+def test_weights_of_a_later_version(tiny_cell, run_main, tmp_path):
+    """Keys that nobody knows today are a record; in what rebuilds the network they are refused."""
+    run_dir = tmp_path / tiny_cell.name
+    shutil.copytree(tiny_cell, run_dir)
+
+    def later(header):
+        header["mood"] = "new"
+        header["config"] |= {"telepathy": {"range": 3}, "evaluation": header["config"]["evaluation"] | {"tta": 4}}
+        header["config"]["finetune"]["augmentation"]["elastic"] = 1.0
+
+    rewritten(run_dir / "best.safetensors", later)
+    status, out, error = run_main(EVALUATING, run_dir)
+    assert status == 0, error
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (tiny_cell, run_dir))
+    assert after["physical"] == before["physical"]
+    rewritten(run_dir / "best.safetensors", lambda header: header["config"]["unet"].update(gates=True))
+    status, _, error = run_main(EVALUATING, run_dir)
+    assert status == 2 and "best.safetensors holds a network of a later version: it has unet.gates" in error

@@ -16,6 +16,7 @@ from core.config.config import Config
 from core.config.finetune import fill_in_losses
 from core.config.idle import idle_settings
 from core.config.section import Section
+from core.config.settings import section_of
 from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
 
@@ -51,6 +52,21 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def parse_recorded_config(values: dict[str, Any], where: str) -> Config:
+    """The config that a weights file recorded, without keys that this version does not have: a later one wrote them.
+
+    What rebuilds the network is read strictly, by core.networks.weights.
+    """
+    return parse_config(_without_unknown(Config, values), where)
+
+
+def _without_unknown(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The values without the keys that `model` does not have, section by section."""
+    fields = {field.alias or name: section_of(field.annotation) for name, field in model.model_fields.items()}
+    return {key: value if fields[key] is None or not isinstance(value, dict) else _without_unknown(fields[key], value)
+            for key, value in values.items() if key in fields}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
