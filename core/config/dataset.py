@@ -57,8 +57,10 @@ class Dataset(Section):
         if self.resample_mm is not None and self.layout not in ("folder", "cephalo"):
             raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
                              f'"{self.layout}"')
-        dims, made = len(self.image_size), None if self.phantom is None else len(self.phantom.size)
-        if made not in (None, dims) or (made and self.layout != ("cephalo", "folder")[made - 2]):
+        if self.phantom is None:
+            return self
+        dims = len(self.phantom.size)
+        if dims != len(self.image_size) or self.layout != ("cephalo", "folder")[dims - 2]:
             raise ValueError('dataset.phantom writes radiographs of two sizes in layout "cephalo" and volumes of three '
                              f'in layout "folder"; size {list(self.phantom.size)}, image_size {list(self.image_size)}, '
                              f'layout "{self.layout}"')

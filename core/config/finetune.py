@@ -139,9 +139,11 @@ class Finetune(LossSettings):
 def fill_in_losses(values: dict[str, Any]) -> dict[str, Any]:
     """The plain values of a whole config, with what `finetune` says itself below each entry of finetune.losses."""
     finetune = values.get("finetune")
-    losses = finetune.get("losses") if isinstance(finetune, dict) else None
-    if not isinstance(losses, list) or not all(isinstance(entry, dict) for entry in losses):
+    if not isinstance(finetune, dict):
         return values  # nothing to do, or refused by the models
+    losses = finetune.get("losses")
+    if not isinstance(losses, list) or not all(isinstance(entry, dict) for entry in losses):
+        return values
     own = {key: finetune[key] for key in LossSettings.model_fields if key in finetune}
     return {**values, "finetune": {**finetune, "losses": [{**own, **entry} for entry in losses]}}
 

@@ -117,8 +117,9 @@ class SSL(Section):
 def fill_in_preset(values: dict[str, Any]) -> dict[str, Any]:
     """The plain values of a whole config, with what ssl.preset says below those given in its `ssl` section."""
     ssl = values.get("ssl")
-    preset = PRESETS.get(str(ssl.get("preset"))) if isinstance(ssl, dict) else None
-    return {**values, "ssl": merge(preset, ssl)} if preset else values
+    if not isinstance(ssl, dict):
+        return values  # nothing to do, or refused by the models
+    return {**values, "ssl": merge(PRESETS.get(str(ssl.get("preset")), {}), ssl)}
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
