@@ -41,12 +41,12 @@ def check_ssl(config: Config, method: str) -> None:
 def check_cell(config: Config, cell: Cell) -> None:
     """UserError when the cell that is there was made, or is scored, with other settings that count for it."""
     if cell.backbone == MEAN_SHAPE:
-        keys = ("dataset", "finetune.selection", "finetune.validation", *SCORING)
+        keys: tuple[str, ...] = ("dataset", "finetune.selection", "finetune.validation", *SCORING)
         check_unchanged(cell_dir(config, cell), config, keys, PLACES)
         return
     others = [f"finetune.{key}.{name}" for key in BY_BACKBONE for name in BACKBONES if name != cell.backbone]
     foreign = [f"finetune.{key}" for key in foreign_keys(cell.backbone)]
-    network = ("unet",) if BACKBONES[cell.backbone] == "unet" else ()
+    network: tuple[str, ...] = ("unet",) if BACKBONES[cell.backbone] == "unet" else ()
     if cell.backbone == "ddpm" and config.finetune.checkpoint is None and config.finetune.pretraining_iteration is None:
         network += ("ddpm.checkpoint_iterations",)  # the last one is where it starts
     keys = ("experiment.seed", "dataset", *network, "finetune", *SCORING)
