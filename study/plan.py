@@ -80,7 +80,7 @@ def cell_run(config: Config, cell: Cell) -> Run:
     if cell.backbone == MEAN_SHAPE:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0)
     group = finetune.batch_size * finetune.accumulation
-    steps = finetune.iterations or finetune.epochs * -(-cell.shots // group)
+    steps = finetune.optimiser_steps(-(-cell.shots // group))
     needs = None
     if cell.backbone == "ddpm" and needs_pretraining(config):
         needs = config.experiment_dir / "ddpm"
@@ -168,7 +168,7 @@ def time_left(runs: list[Run]) -> str:
         if left:
             steps[run.kind] = steps.get(run.kind, 0) + left
     rates = {kind: seconds_per_step(kind, runs) for kind in steps}
-    known = [count * rates[kind] for kind, count in steps.items() if rates[kind] is not None]
+    known = [steps[kind] * rate for kind, rate in rates.items() if rate is not None]
     parts = [f"about {duration(sum(known))}"] if known or not steps else []
     unknown = [f"{count} steps of {kind}" for kind, count in steps.items() if rates[kind] is None]
     parts += [f"{', '.join(unknown)} (no run measured yet)"] if unknown else []
