@@ -92,7 +92,7 @@ def mean_shape_prediction(train_points: np.ndarray, train_sizes: np.ndarray, siz
     if no label has any landmark.
     """
     centred = np.asarray(train_points, dtype=np.float64) - (np.asarray(train_sizes)[:, None] - 1) / 2
-    present = ~np.isnan(centred).any(axis=-1)
+    present = ~np.any(np.isnan(centred), axis=-1)
     counts = present.sum(axis=0)
     if not counts.any():
         raise UserError("the mean shape needs at least one labelled landmark in the training subset")

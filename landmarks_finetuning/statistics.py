@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from core.errors import UserError
@@ -12,7 +11,7 @@ from core.errors import UserError
 FEWEST_PATIENTS = 4  # for an interval: of fewer, too many resamples hold one patient alone and have no spread
 
 
-def patient_sums(values: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def patient_sums(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(P,) sums and (P,) counts of the scored values (M, N) of each patient (`groups`, (M,)) who has any.
 
     Raises UserError when nothing can be scored.
@@ -26,7 +25,7 @@ def patient_sums(values: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.n
     return sums[counts > 0], counts[counts > 0]
 
 
-def bootstrap_interval(errors: np.ndarray, groups: Sequence, seed: int, samples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(errors: np.ndarray, groups: ArrayLike, seed: int, samples: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean of all scored errors (M, N), resampling patients (`groups`, (M,)).
 
     Images of one patient are drawn together (cluster bootstrap); see `studentised_interval`. (NaN, NaN) for fewer than
@@ -112,11 +111,11 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0, samples: int = 9999) -> 
     return (1 + (np.abs(signs @ differences) >= observed).sum(axis=0)) / (1 + samples)
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: ArrayLike) -> np.ndarray:
     """Holm's step-down adjusted p-values (1979), in the order given: the family-wise error stays below the level."""
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
-    result = np.empty_like(p_values)
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    result = np.empty_like(values)
     result[order] = np.minimum(adjusted, 1.0)
     return result
