@@ -72,7 +72,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     chosen, validation = labelled_subset(config, source, cell)
     training = load_images(chosen, config.dataset)
     held = load_images(scored_records(config, source), config.dataset)
-    shape = mean_shape_prediction(training.points.numpy(), training.sizes.numpy(), held.sizes.numpy())
+    shape = mean_shape_prediction(training.truth.numpy(), training.sizes.numpy(), held.sizes.numpy())
     points = apply_maps(shape, inverse(held.maps))
     flat = points.shape[2] == 2
     scorer_points = round_original(points, held.original_sizes, config.dataset.image_size[0]) if flat else None
@@ -117,9 +117,8 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [record.patient or record.id for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
-    human = None
-    if all(record.annotators is not None for record in held.records):
-        human = annotator_distances(np.stack([record.annotators for record in held.records]), spacing)
+    pairs = [record.annotators for record in held.records if record.annotators is not None]
+    human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(held.records) else None
     leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,
