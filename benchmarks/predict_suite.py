@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,18 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         return result
 
     for file in files:
-        pixels = timed("decode files", lambda file=file: read_image(file))
-        timed("resize", lambda pixels=pixels: resize(pixels, config.dataset.image_size))
+        pixels = timed("decode files", partial(read_image, file))
+        timed("resize", partial(resize, pixels, config.dataset.image_size))
     records, some = collect_images(files), config.evaluation.batch_size
     rows: list[dict[str, Any]] = []
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
-        images = timed("hash, read cache", lambda chosen=chosen: load_images(chosen, config.dataset))
-        for _, outputs, maps in timed("network", lambda images=images: list(detector.heatmaps(images))):
-            points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(o, m, config, None, None))
+        images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
+        for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
+            points, confidence = timed("decode heatmaps", partial(locate, outputs, maps, config, None, None))
         found = Predictions(images, detector.landmark_names, points, confidence)
-        rows += timed("write", lambda found=found: table_rows(found))
-        timed("write", lambda rows=rows: write_table(folder / "parts.csv", rows))
+        rows += timed("write", partial(table_rows, found))
+        timed("write", partial(write_table, folder / "parts.csv", rows))
     return seconds
 
 
