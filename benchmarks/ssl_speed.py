@@ -18,6 +18,7 @@ import torch
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
 from core.config.ssl import SSL_METHODS
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.runs.record import environment
 from ssl_baselines.train import SelfSupervision, build_task
@@ -55,7 +56,7 @@ def step_rate(task: SelfSupervision, rounds: int) -> float:
 
 def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
     """One row of the table."""
-    task = build_task(config, method)
+    task = build_task(config, method, load_source(config.dataset))
     made = {count: view_rate(task, count) for count in workers}
     stepped = step_rate(task, rounds)
     alone = 1 / made[0] / (1 / made[0] + 1 / stepped)

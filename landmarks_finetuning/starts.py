@@ -47,15 +47,6 @@ START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are rando
     "imagenet": imagenet_weights, **{method: partial(ssl_weights, method=method) for method in SSL_METHODS}}
 
 
-def pretrained_path(config: Config) -> Path:
-    """The weights file that fine-tuning starts from."""
-    finetune = config.finetune
-    if finetune.checkpoint is not None:
-        return Path(finetune.checkpoint)
-    iteration = finetune.pretraining_iteration or max(config.ddpm.checkpoint_iterations)
-    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
-
-
 def check_same_network(path: Path, weights: Weights, config: Config, channels: int) -> None:
     """UserError naming the key in which the checkpoint's network differs from the config's."""
     held, wanted = weights.unet.model_dump(), config.unet.model_dump()

@@ -20,8 +20,10 @@ from pathlib import Path
 from core.errors import INTERRUPTED, Interrupted, UserError, run_command
 from core.files import write_json
 from core.runs.claims import held_by
+from core.training.run_log import logged
 from study import runner
-from study.plan import Run, logged, time_left
+from study.runs import Run
+from study.timing import time_left
 
 
 def visible_gpus() -> list[str]:

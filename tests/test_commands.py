@@ -180,9 +180,10 @@ def test_shots_that_leave_nothing_to_train_on(config_file, refused):
     message = r"--shots 2 .*at least 3 shots are needed \(finetune.validation is 2\)"
     refused(message, FINETUNING, "--config", path, *CELL)
     path = config_file()
-    for arguments in (("--shots", 0), ("--shots", 2, "--draw", -1), ("--shots", 2, "--seed", -1)):
-        refused("at least 1 shots are needed .* draw and seed from 0", FINETUNING, "--config", path, "--backbone",
+    for arguments in (("--shots", 0), ("--shots", 2, "--draw", -1)):
+        refused("at least 1 shots are needed .* draws count from 0", FINETUNING, "--config", path, "--backbone",
                 "scratch", *arguments)
+    refused("--seed -1: seeds count from 0", FINETUNING, "--config", path, *CELL, "--seed", -1)
 
 
 def test_unknown_backbone(config_file, refused):
@@ -319,8 +320,10 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
     for name in ("predictions.csv", "metrics.json"):
         assert (run_dir / name).read_bytes() == (tiny_cell / name).read_bytes()
     status, _, _ = run_main(EVALUATING, run_dir, "--decoder", "argmax", "--set", "evaluation.split=validation")
-    metrics = json.loads((run_dir / "metrics.json").read_text())
+    other = run_dir / "evaluations/split-validation_decoder-argmax"  # the study's own result stays
+    metrics = json.loads((other / "metrics.json").read_text())
     assert (status, metrics["split"], metrics["decoder"], metrics["images"]) == (0, "validation", "argmax", 20)
+    assert (run_dir / "metrics.json").read_bytes() == (tiny_cell / "metrics.json").read_bytes()
 
 
 def test_mean_shape_cell(tiny_study):

@@ -18,8 +18,8 @@ from core.data.cache import load_one
 from core.data.make_pack import main
 from core.data.records import Record
 from core.data.resize import normalise
-from core.data.source import stamp
 from core.errors import run_command
+from core.files import stamp
 from core.formats.geometry import apply_maps
 
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,29 @@ class DataSource:
         """Images for pre-training, labels removed: train + validation + unlabelled, never test."""
         images = (*self.splits["train"], *self.splits["validation"], *self.unlabelled)
         return tuple(replace(record, landmarks=None, annotators=None) for record in images)
+
+    def ordered(self, names: Sequence[str]) -> DataSource:
+        """The data set with its landmarks in the order of `names`: a detector's, which it was trained with.
+
+        UserError, naming them, where a name is in one of the two only.
+        """
+        if tuple(names) == self.landmark_names:
+            return self
+        own = set(self.landmark_names)
+        if own != set(names) or len(names) != len(own):
+            parts = [f"{what} {', '.join(some)}" for what, some in (
+                ("the detector alone knows", [name for name in names if name not in own]),
+                ("the data set alone has", [name for name in self.landmark_names if name not in names])) if some]
+            raise UserError(f"the landmarks of {self.root} are not the detector's: {'; '.join(parts)}")
+        order = [self.landmark_names.index(name) for name in names]
+
+        def turned(record: Record) -> Record:
+            landmarks, annotators = record.landmarks, record.annotators
+            return replace(record, landmarks=None if landmarks is None else landmarks[order],
+                           annotators=None if annotators is None else annotators[:, order])
+
+        splits = {split: tuple(map(turned, records)) for split, records in self.splits.items()}
+        return replace(self, landmark_names=tuple(names), splits=splits)
 
     def require(self, split: str) -> tuple[Record, ...]:
         """The records of `split`; UserError when it is empty or unknown."""

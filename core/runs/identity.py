@@ -21,7 +21,7 @@ SSL_FREE = (*PLACES, "ssl.workers", "ssl.log_every", "ssl.validate_every", "ssl.
 CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
              "finetune.transfer_from")
-SCORING = ("evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked")
+SCORING = ("evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked", "evaluation.window_overlap")
 BEFORE_THE_KEY = {"evaluation.leaked": "keep"}  # what runs did whose config.json does not have it yet
 
 
@@ -51,6 +51,13 @@ def check_cell(config: Config, cell: Cell) -> None:
         network += ("ddpm.checkpoint_iterations",)  # the last one is where it starts
     keys = ("experiment.seed", "dataset", *network, "finetune", *SCORING)
     check_unchanged(cell_dir(config, cell), config, keys, (*CELL_FREE, *others, *foreign))
+
+
+def scoring_settings(config: Config, decoder: str | None = None) -> dict[str, Any]:
+    """{key: value} of the settings that decide a score, with `decoder` in place of the config's."""
+    values = _flat(config.plain())
+    settings = {key: values[key] for key in (*SCORING, "finetune.decoder", "finetune.shape_prior")}
+    return settings | ({} if decoder is None else {"finetune.decoder": decoder})
 
 
 def check_unchanged(run_dir: Path, config: Config, keys: Iterable[str], free: Iterable[str] = ()) -> None:

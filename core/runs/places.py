@@ -90,3 +90,22 @@ def ssl_dir(config: Config, method: str) -> Path:
 def encoder_path(config: Config, method: str) -> Path:
     """runs/<experiment>/ssl/<method>/encoder_iter010000.safetensors."""
     return ssl_dir(config, method) / f"encoder_iter{config.ssl.iterations:06d}.safetensors"
+
+
+def pretrained_path(config: Config) -> Path:
+    """The weights file that backbone ddpm starts from: finetune.checkpoint, or this study's EMA checkpoint."""
+    finetune = config.finetune
+    if finetune.checkpoint is not None:
+        return Path(finetune.checkpoint)
+    iteration = finetune.pretraining_iteration or max(config.ddpm.checkpoint_iterations)
+    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
+
+
+def start_path(config: Config, backbone: str) -> Path | None:
+    """The weights file that a run of `backbone` starts from; None for random ones and for torchvision's."""
+    if backbone == "ddpm":
+        return pretrained_path(config)
+    given = getattr(config.finetune.encoder_weights, backbone, None)
+    if given is not None:
+        return None if Path(given).is_dir() else Path(given)
+    return encoder_path(config, backbone) if backbone in SSL_METHODS else None

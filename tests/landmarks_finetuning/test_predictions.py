@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import landmarks_finetuning.predictions as predictions_module
+import landmarks_finetuning.pictures.cases
 from core.config.dataset import Dataset
 from core.config.load import parse_config
 from core.data.dataset import load_images
@@ -109,7 +109,7 @@ def pictures(monkeypatch):
         given.append(SimpleNamespace(**dict(zip(keys, arguments, strict=True))))
         return Image.new("L", (2, 2))
 
-    monkeypatch.setattr(predictions_module, "draw_case", draw_case)
+    monkeypatch.setattr(landmarks_finetuning.pictures.cases, "draw_case", draw_case)
     return given
 
 

@@ -19,7 +19,7 @@ from core.runs.claims import claim
 from core.runs.places import Cell, cell_dir
 from core.training.stop_signal import StopSignal
 from study import workers
-from study.plan import study_runs
+from study.runs import study_runs
 from study.workers import gpus_of_workers, spread, visible_gpus
 from tests import stub_stages
 from tests.conftest import PROJECT, TINY, error_of, merged
