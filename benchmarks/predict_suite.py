@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -26,7 +26,7 @@ from core.networks.weights import save_weights
 from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.predict import collect_images, predict
-from landmarks_finetuning.predictions import Predictions, table_rows, write_table
+from landmarks_finetuning.predictions import Predictions, append_rows, table_rows
 
 LANDMARKS = 19  # of a cephalogram
 PARTS = ("decode files", "resize", "hash, read cache", "network", "decode heatmaps", "write")
@@ -45,6 +45,11 @@ def write_detector(folder: Path, options: argparse.Namespace, cache: Path) -> Pa
     return folder
 
 
+def append_predictions(table: BinaryIO, predictions: Predictions) -> None:
+    """The rows of a batch, behind those that are in the table."""
+    append_rows(table, table_rows(predictions))
+
+
 def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) -> dict[str, float]:
     """Seconds of each part over all files."""
     detector = TrainedDetector(run_dir / "best.safetensors")
@@ -61,15 +66,14 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         pixels = timed("decode files", partial(read_image, file))
         timed("resize", partial(resize, pixels, config.dataset.image_size))
     records, some = collect_images(files), config.evaluation.batch_size
-    rows: list[dict[str, Any]] = []
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
         images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
         for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
             points, confidence = timed("decode heatmaps", partial(locate, outputs, maps, config, None, None))
         found = Predictions(images, detector.landmark_names, points, confidence)
-        rows += timed("write", partial(table_rows, found))
-        timed("write", partial(write_table, folder / "parts.csv", rows))
+        with (folder / "parts.csv").open("ab") as table:
+            timed("write", partial(append_predictions, table, found))
     return seconds
 
 

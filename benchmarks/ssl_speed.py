@@ -17,7 +17,7 @@ import torch
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.runs.record import environment
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="processes that make views")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.methods)
     workers = [0, *(count for count in arguments.workers if count > 0)]
     machine = environment()
     print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}, {torch.get_num_threads()} threads; "

@@ -47,9 +47,9 @@ def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(file.absolute()), status.st_size, status.st_mtime_ns) for file, status in statuses)
 
 
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder in the order of their names; read again only after a change."""
-    return _digest_of(stamp(path))
+def content_digest(*files: Path) -> str:
+    """SHA-256 of the files' contents, one after the other; read again only after a change."""
+    return _digest_of(tuple(entry for file in files for entry in stamp(file)))
 
 
 @cache

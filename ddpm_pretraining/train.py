@@ -131,7 +131,8 @@ def loop_settings(config: Config) -> LoopSettings:
     device = resolve_device(experiment.device)
     pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
     return LoopSettings(
-        title=f"pre-train {config.dataset.name}", iterations=ddpm.iterations, seed=experiment.seed, device=device,
+        title=f"pre-train {config.dataset.name}", identity=f"ddpm of experiment.seed {experiment.seed}",
+        iterations=ddpm.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
         ema_decay=ddpm.ema_decay, log_every=ddpm.log_every, save_every=ddpm.save_every,

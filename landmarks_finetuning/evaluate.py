@@ -11,19 +11,19 @@ import numpy as np
 
 from core.config.config import Config
 from core.config.load import load_config
+from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
-from core.data.records import DataSource, Record
+from core.data.records import DataSource, Record, patient_group
 from core.data.shots import labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
-from core.formats.geometry import apply_maps, inverse
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, variant
+from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import TrainedDetector
@@ -35,6 +35,7 @@ from landmarks_finetuning.predictions import Predictions, find_landmarks, table_
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 
+NAME_BYTES = 200  # of an id in a file name, which may have 255
 PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is
 
 
@@ -46,18 +47,17 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     evaluations/, or `out`. Landmarks are matched with the data set's by name.
     """
     detector = TrainedDetector(run_dir / "best.safetensors")
-    own = detector.config
+    own, header = detector.config, detector.header
     if overrides:
         detector.config = load_config(run_dir / "config.json", overrides)
     config = detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
-    settings = scoring_settings(config, decoder)
+    settings = scoring_settings(config, header["backbone"], decoder)
     if out is None:
-        out = run_dir / other_score(run_dir, source, config, settings, scoring_settings(own))
+        out = run_dir / other_score(run_dir, source, config, settings, scoring_settings(own, header["backbone"]))
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
     predictions = find_landmarks(detector, scored, decoder)
-    header = detector.header
     seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
@@ -103,8 +103,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw)
     training = load_images(chosen, config.dataset)
     held = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
-    shape = mean_shape_prediction(training.truth.numpy(), training.sizes.numpy(), held.sizes.numpy())
-    points = apply_maps(shape, inverse(held.maps))
+    points = held.from_centred(mean_shape_prediction(training.centred_points()))
     flat = points.shape[2] == 2
     scorer_points = round_original(points, held.original_sizes, config.dataset.image_size[0]) if flat else None
     run_dir = cell_dir(config, cell)
@@ -131,7 +130,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     published, sigma = None, PAPER_SIGMA * size[0] / 256
     if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
-    patients = [record.patient or record.id for record in held.records]
+    patients = [patient_group(record.id, record.patient) for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
     pairs = [record.annotators for record in held.records if record.annotators is not None]
     human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(held.records) else None
@@ -155,7 +154,8 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     _write_overlays(folder / "overlays", config, predictions, source.unit, errors)
     if config.evaluation.overlays and predictions.detector is not None:
         write_heatmaps(folder / "heatmaps.npz", predictions)
-    write_json(folder / SCORED, {"images": images, "settings": scoring_settings(config, identity["decoder"])})
+    settings = scoring_settings(config, identity["backbone"], identity["decoder"])
+    write_json(folder / SCORED, {"images": images, "settings": settings})
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -175,13 +175,14 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def _write_overlays(folder: Path, config: Config, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
-    """rank001_<image>.png and so on, the worst image (mean error) first."""
+    """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
     shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
     for rank, index in enumerate(np.argsort(-mean_errors)[: config.evaluation.overlays].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
-        path = folder / f"rank{rank:03d}_{name.replace('/', '-')}.png"
+        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
+        path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])
 
 

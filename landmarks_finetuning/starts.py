@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from core.config.config import Config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.errors import UserError
 from core.networks.imagenet import HUB_FILES, download_weights
 from core.networks.weights import Weights

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES, ENCODER_LEVELS
 from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.starts import BACKBONES, ENCODER_LEVELS
 from core.data.augment import augment
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
@@ -101,7 +101,10 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
     device = resolve_device(experiment.device)
     iterations = finetune.optimiser_steps(plan.steps_per_epoch)
     return LoopSettings(
-        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}", iterations=iterations, seed=plan.seed,
+        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}",
+        identity=f"{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
+                 f"{experiment.seed}",
+        iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
         learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,
         clip=finetune.clip, accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
@@ -189,7 +192,8 @@ def main() -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: seeds count from 0")
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
-    config = single_setting(load_config(arguments.config, [*arguments.set, *encoder]), arguments.backbone)
+    config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
+    config = single_setting(config, arguments.backbone)
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)

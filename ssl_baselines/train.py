@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.records import DataSource
@@ -159,7 +159,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     ssl, experiment = config.ssl, config.experiment
     device = resolve_device(experiment.device)
     return LoopSettings(
-        title=f"{name} {config.dataset.name}", iterations=ssl.iterations, seed=experiment.seed, device=device,
+        title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
         ema_schedule=method.momentum_schedule, log_every=ssl.log_every, save_every=ssl.save_every,
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
     add_resume_argument(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, [arguments.method])
     with claim(ssl_dir(config, arguments.method)):
         run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")

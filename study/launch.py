@@ -71,7 +71,7 @@ def main() -> None:
     overrides = list(arguments.set)
     overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []
     overrides += [f"finetune.seeds={arguments.seeds}"] if arguments.seeds else []
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, ["imagenet"] if "encoders" in arguments.stages else [])
     stages = tuple(stage for stage in STAGES if stage in arguments.stages)
     if arguments.redo_pretraining and not arguments.dry_run:
         set_stale_pretraining_aside(config, stages)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES
-from core.config.ssl import SSL_METHODS
+from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
 from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
 from core.runs.inputs import SCORED, GroupedImages, image_changes, input_changes, read_record
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, ddpm_paths, encoder_path, ssl_dir, start_path
+from core.runs.places import Cell, cell_dir, ddpm_paths, encoder_path, ssl_dir, start_path
 from core.training.run_log import logged
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.config.finetune import BACKBONES
+from core.config.starts import BACKBONES
 from core.training.run_log import logged
 from study.runs import Run
 

@@ -93,7 +93,7 @@ def pretrain_together(run: Run, gpus: list[str]) -> None:
     images = run.config.ddpm.batch_size * run.config.ddpm.accumulation  # at least one for each process
     gpus = gpus[:images]
     path = run.config.experiment_dir / "logs" / "pretrain.json"
-    write_json(path, run.config.plain())
+    write_json(path, {**run.config.plain(), "run": {"stage": "ddpm"}})
     print(f"pre-training on GPUs {', '.join(gpus)} together", flush=True)
     job = subprocess.Popen(distributed_command("ddpm_pretraining.train", len(gpus), "--config", str(path)),
                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}, start_new_session=True)

@@ -14,6 +14,7 @@ from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
 from core.files import content_digest, write_atomically
+from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import read_image
 
@@ -68,9 +69,9 @@ def is_packed(record: Record, config: DatasetConfig) -> bool:
 
 
 def image_digest(record: Record, config: DatasetConfig) -> str | None:
-    """Of the content of the image's file, or of all files of its series; None in a pack made without."""
+    """Of the content of the image's file, or of all slices of its series; None in a pack made without."""
     if is_packed(record, config):
         return open_pack(Path(config.root)).images[record.id].digest
     if not record.image.exists():
         raise UserError(f"image {record.image} does not exist")
-    return content_digest(record.image)[:32]
+    return content_digest(*(dicom_files(record.image) if record.image.is_dir() else [record.image]))[:32]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
 from core.formats.images import image_suffix, read_geometry
 
@@ -111,11 +111,25 @@ class DataSource:
             )
         return self.splits[split]
 
+    def without(self, exclude: Iterable[str]) -> DataSource:
+        """The data set less the images with these ids (or file names). UserError for one that it does not have."""
+        unwanted = {image_id(str(name)) for name in exclude}
+        known = [record.id for record in self.records]
+        for name in sorted(unwanted.difference(known)):
+            raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
+        kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
+        return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
+
 
 def image_id(name: str | Path) -> str:
     """The id of an image: its file name or relative path without its image suffix, with forward slashes."""
     text = name.as_posix() if isinstance(name, Path) else name.replace("\\", "/")
     return text[: -len(image_suffix(text) or "")] if image_suffix(text) else text
+
+
+def patient_group(image: str, patient: str | None) -> str:
+    """What is split, resampled and counted together: a patient's images, or an image by itself where none is named."""
+    return f"patient {patient}" if patient else f"image {image}"
 
 
 def check_unique(records: Iterable[Record]) -> None:

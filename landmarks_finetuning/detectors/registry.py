@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES
+from core.config.starts import BACKBONES
 from core.networks.encoders import EncoderUNet
 from core.networks.weights import Weights
 from landmarks_finetuning.detectors.encoder_unet import rebuild_encoder_unet, start_encoder_unet

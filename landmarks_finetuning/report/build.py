@@ -26,16 +26,17 @@ from landmarks_finetuning.report.collect import (
 from landmarks_finetuning.report.filters import page_filters, published_names, row_keys
 from landmarks_finetuning.report.findings import (
     HUMAN,
-    MIN_PATIENTS,
     UNTRAINED,
     comparisons,
     display_name,
     headline,
     leak_sentence,
     p_text,
+    rule_sentence,
     sentences,
     setting_sentence,
     shots_text,
+    verdict_text,
 )
 from landmarks_finetuning.report.frames import grouped, named_rows, records
 from landmarks_finetuning.report.heatmap_figure import heatmap_rows, whole_figure
@@ -53,7 +54,6 @@ from landmarks_finetuning.report.tables import latex_table, metric_title, paper_
 HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
-VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
 
 
 @dataclass
@@ -97,11 +97,12 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     titles = [page["title"] for page in pages]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text}
+    environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text,
+                            "verdict": verdict_text}
     html = environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
-        built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
-        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS, filters=page_filters(pages),
+        built=f"{datetime.now():%Y-%m-%d %H:%M}", pictures_left_out=output.pictures.left_out,
+        tables=sorted(output.tables), paper_tables=tables, filters=page_filters(pages),
         styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
     path = output.folder / "index.html"
     write_atomically(path, html.encode())
@@ -166,7 +167,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     runs = with_chosen(every, iterations)
     tried = main_family(runs, iterations)
     first, summary = runs.iloc[0], aggregate(runs)
-    unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
+    unit, compared, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
     thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
     landmarks = per_landmark(runs, shots)
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
@@ -175,15 +176,15 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     cases = worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
-    output.add_table("comparisons", found.assign(**identity))
+    output.add_table("comparisons", compared.assign(**identity))
     output.add_table("pretraining_iterations", iterations.drop(columns="paths", errors="ignore").assign(**identity))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
         "phantom": bool(first["phantom"]),
-        "summary": summary, "comparisons": records(found),
-        "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
-        "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
+        "summary": summary, "comparisons": records(compared),
+        "headline": headline(compared, unit), "sentences": sentences(compared, unit), "slug": slug,
+        "rule": rule_sentence(compared), "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),

@@ -268,6 +268,28 @@ def test_predict_gives_the_points_of_evaluate(study, tmp_path):
         assert (tmp_path / f"out/overlays/{name}.nii.gz.png").exists()
 
 
+def test_a_killed_predict_leaves_no_half_table(study, tmp_path, monkeypatch):
+    """Struck at the third of three batches; a whole one then writes each row once."""
+    paths = sorted((study.data / "images").glob("*.nii.gz"))[:3]
+    one_by_one, written = ("evaluation.batch_size=1",), []
+
+    def struck(records, config):
+        if records[0].image == paths[-1]:
+            raise KeyboardInterrupt
+        return load_images(records, config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("landmarks_finetuning.predict.load_images", struck)
+        predict(study.cell, paths, tmp_path / "out", overlays=False, overrides=one_by_one)
+    assert len(list((tmp_path / "out/markups").iterdir())) == 2 and not list((tmp_path / "out").glob("*.csv"))
+    to_csv = pd.DataFrame.to_csv
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, **how: written.append(len(self)) or to_csv(self, **how))
+    table = predict(study.cell, paths, tmp_path / "out", overlays=False, overrides=one_by_one)
+    assert written == [12, 12, 12]
+    assert list(pd.read_csv(table).image.unique()) == [path.name for path in paths]
+    assert table.read_text().count("image,patient,landmark") == 1
+
+
 def test_crops_and_windows(volumes, study, tmp_path):
     """Voxels of 9 mm where the heads measure 20 cm: larger than the network's 16, on every axis."""
     runs, config = volumes("crops", dataset={"resample_mm": 9.0})
