@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from core.config.config import Config
-from core.config.load import load_config
 from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.digests import data_digests
@@ -46,15 +45,16 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors")
-    own, header = detector.config, detector.header
-    if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
-    config = detector.config
+    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    own, header, config = detector.own_config, detector.header, detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
+    own_data = has_data_of(run_dir, source, config)
     if out is None:
-        out = run_dir / other_score(run_dir, source, config, settings, scoring_settings(own, header["backbone"]))
+        own_settings = scoring_settings(own, header["backbone"])
+        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
+        parts += [] if own_data else [f"data-{config.dataset.name}"]
+        out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
     predictions = find_landmarks(detector, scored, decoder)
@@ -64,26 +64,21 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
-                "validation_mre": validation_error(detector, source, decoder)}
+                "validation_mre": validation_error(detector, source, decoder) if own_data else None}
     return out, score(out, config, source, predictions, identity)
 
 
-def other_score(run_dir: Path, source: DataSource, config: Config, settings: dict, own_settings: dict) -> Path:
-    """Where below the run a score goes: "." for the study's own, evaluations/<what differs> for another one.
+def has_data_of(run_dir: Path, source: DataSource, config: Config) -> bool:
+    """Whether `source` is the data set of the run, wherever it lies: it has its training images with their labels.
 
-    Another one has other scoring `settings`, or is of another data set: one without the run's training images, or with
-    other labels for them (where the data lie does not matter).
+    A run that records none is taken to be of it.
     """
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
     record = read_record(run_dir / INPUTS)
-    if record is not None:
-        before = record["images"]
-        known = [image for image in source.labelled if image.id in before["training"]]
-        now = data_digests(known, source.landmark_names, config.dataset)
-        if image_changes({"training": before["training"]}, {"training": now}):
-            parts.append(f"data-{config.dataset.name}")
-    slug = re.sub(r"[^\w.=-]+", "-", "_".join(parts))
-    return Path("evaluations") / slug if slug else Path()
+    if record is None:
+        return True
+    training = {"training": record["images"]["training"]}
+    images = [image for image in source.labelled if image.id in training["training"]]
+    return not image_changes(training, {"training": data_digests(images, source.landmark_names, config.dataset)})
 
 
 def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:

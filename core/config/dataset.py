@@ -14,8 +14,8 @@ NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the dat
 class PhantomData(Section):
     """Synthetic radiographs or volumes written to dataset.root when it does not exist yet."""
 
-    count: Count = setting(210, "radiographs or volumes; of radiographs 150 are for training and validation, the rest "
-                           "for testing")
+    count: Count = setting(210, "synthetic radiographs or volumes to make; of radiographs 150 are for training and "
+                           "validation, the rest for testing (dataset.phantom null: real data)")
     size: tuple[Count, ...] = setting((300, 242), "height, width in pixels; depth, height, width for volumes",
                                       min_length=2, max_length=3)
     seed: int = setting(0, "seed of the drawing")

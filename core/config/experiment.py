@@ -13,7 +13,7 @@ class Experiment(Section):
 
     name: str = setting("experiment", "folder name of the study, below output_dir", pattern=r"^[\w.-]+$")
     output_dir: str = setting("runs", "folder that holds the studies")
-    seed: Index = setting(0, "seed of pre-training, and of the bootstrap of every score",
+    seed: Index = setting(0, "seed of every stage and of the bootstrap; a cell adds its own seed and draw",
                           counts_for=("pretraining", "ssl", "training"), backbones=tuple(BACKBONES))
     device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "float32"] = setting(

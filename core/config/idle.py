@@ -1,7 +1,7 @@
 """A setting that is given and cannot act is an error, not something that is accepted and ignored.
 
-Each file of an `extends` chain, and the command line, is asked about what it gives itself: a value that a parent file
-gave and that a child's choice leaves without effect is nobody's mistake, and neither is a default written out, or null.
+Each file of an `extends` chain, and the command line, answers for what it gives itself. A value that a parent file gave
+and that only a child's choice leaves without effect is nobody's mistake; neither is a default written out, or null.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from core.config.settings import all_settings
 MISSING = object()
 
 
-def idle_setting(given: Mapping[str, Any], values: Mapping[str, Any], backbones: Collection[str] = ()) -> str | None:
-    """The first of the `given` settings that does not act where the whole config is `values`, in one line; or None.
+def idle_settings(given: Mapping[str, Any], values: Mapping[str, Any], backbones: Collection[str] = ()
+                  ) -> dict[str, str]:
+    """{key: why, in one line} of the `given` settings that do not act where the whole config is `values`.
 
     Both are plain values by sections. `backbones` are starts that are run beside those of finetune.backbones.
     """
     if "run" in given:
-        return None  # a run's record, which holds every setting
-    compared = {*_value(values, "finetune.backbones"), *backbones}
+        return {}  # a run's record, which holds every setting
+    idle, compared = {}, {*_value(values, "finetune.backbones"), *backbones}
     for key, setting in all_settings().items():
         value = _lookup(given, key)
         if value is MISSING or value is None or value == _plain(setting.default):
@@ -32,17 +33,16 @@ def idle_setting(given: Mapping[str, Any], values: Mapping[str, Any], backbones:
         for condition in setting.acts:
             other = _value(values, condition.key)
             if any(_is(other, each) for each in condition.values) != condition.allowed:
-                return _explain(key, value, condition, other)
+                idle[key] = _explain(key, value, condition, other)
         if not setting.may_wait and setting.backbones is not None and compared.isdisjoint(setting.backbones):
-            return (f"{key} {json.dumps(value)} acts for {_choices(setting.backbones)} only, and none of them is in "
-                    "finetune.backbones; add one, or leave the key away")
+            idle[key] = (f"{key} {json.dumps(value)} acts for {_choices(setting.backbones)} only, and none of them is "
+                         "in finetune.backbones; add one, or leave the key away")
     entries = _lookup(given, "finetune.losses")
     for entry in entries if isinstance(entries, list) else ():
         inside = {**values, "finetune": {**values["finetune"], **entry, "losses": []}}
-        idle = idle_setting({"finetune": entry}, inside, backbones)
-        if idle is not None:
-            return f"finetune.losses: {idle}"
-    return None
+        for key, why in idle_settings({"finetune": entry}, inside, backbones).items():
+            idle[f"finetune.losses {json.dumps(entry)} {key}"] = f"finetune.losses: {why}"
+    return idle
 
 
 def _explain(key: str, value: Any, condition: Condition, other: Any) -> str:

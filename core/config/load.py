@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from core.config.config import Config
 from core.config.finetune import fill_in_losses
-from core.config.idle import idle_setting
+from core.config.idle import idle_settings
 from core.config.section import Section
+from core.config.settings import section_of
 from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
 
@@ -36,10 +37,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), backbones: Sequ
         _apply(values, override)
         _apply(given, override)
     config = parse_config(values, str(path))
-    for layer, whole in zip([*layers, given], [*merged, values], strict=True):
-        idle = idle_setting(layer, fill_in_losses(fill_in_preset(whole)), backbones)
-        if idle is not None:
-            raise UserError(f"{path}: {idle}")
+    last, *earlier = (fill_in_losses(fill_in_preset(whole)) for whole in (values, *merged))
+    for layer, whole in zip([*layers, given], [*earlier, last], strict=True):
+        then = idle_settings(layer, whole, backbones)
+        for key, why in idle_settings(layer, last, backbones).items():
+            if key in then:
+                raise UserError(f"{path}: {why}")
     return config
 
 
@@ -49,6 +52,21 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def parse_recorded_config(values: dict[str, Any], where: str) -> Config:
+    """The config that a weights file recorded, without keys that this version does not have: a later one wrote them.
+
+    What rebuilds the network is read strictly, by core.networks.weights.
+    """
+    return parse_config(_without_unknown(Config, values), where)
+
+
+def _without_unknown(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The values without the keys that `model` does not have, section by section."""
+    fields = {field.alias or name: section_of(field.annotation) for name, field in model.model_fields.items()}
+    return {key: _without_unknown(section, value) if (section := fields[key]) and isinstance(value, dict) else value
+            for key, value in values.items() if key in fields}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

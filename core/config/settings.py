@@ -19,6 +19,7 @@ class Setting:
     description: str
     default: Any
     type: Any
+    limits: tuple[Any, ...]  # pydantic's, of the whole value
     counts_for: tuple[Run, ...] = FREE
     backbones: tuple[str, ...] | None = None
     slug: str | None = None
@@ -75,7 +76,7 @@ def _walk(model: type[Section], defaults: Section | None, prefix: str, inherited
         if section is not None:
             yield from _walk(section, default, f"{key}.", {each: own[each] for each in INHERITED if each in own})
         else:
-            yield Setting(key, field.description or "", default, field.annotation, **own)
+            yield Setting(key, field.description or "", default, field.annotation, tuple(field.metadata), **own)
 
 
 def _absolute(conditions: Sequence[Condition], model: type[Section], prefix: str) -> Iterator[Condition]:

@@ -97,6 +97,7 @@ def test_each_file_answers_for_what_it_gives(tmp_path):
     child = write(tmp_path / "child.json", extends="parent.json", finetune={"scheduler": "cosine"})
     load_config(child)
     load_config(tmp_path / "parent.json", ["finetune.scheduler=constant"])
+    load_config(write(tmp_path / "other.json", finetune={"plateau_factor": 0.3}), ["finetune.scheduler=plateau"])
     assert "plateau_patience 3 has no effect" in message(child, "finetune.plateau_patience=3")
     write(tmp_path / "parent.json", finetune={"plateau_factor": 0.3})
     assert "plateau_factor 0.3 has no effect" in message(child)
