@@ -38,14 +38,17 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is
 
 
-def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (),
-             out: Path | None = None) -> tuple[Path, dict]:
+def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
+             config: Config | None = None) -> tuple[Path, dict]:
     """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
-    evaluations/, or `out`. Landmarks are matched with the data set's by name.
+    evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
+    which may say other places than the run's own.
     """
     detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    if config is not None:
+        detector.config = config
     own, header, config = detector.own_config, detector.header, detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)

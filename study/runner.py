@@ -40,7 +40,7 @@ def perform(run: Run) -> None:
             from landmarks_finetuning.evaluate import evaluate
             from landmarks_finetuning.train import finetune_cell
 
-            evaluate(finetune_cell(run.config, *run.arguments))
+            evaluate(finetune_cell(run.config, *run.arguments), config=run.config)
             drop_states(run.folder)
 
 
@@ -56,6 +56,9 @@ def attempt(run: Run) -> str | None:
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")
+        changes = run.stale() or run.outdated()
+        if changes is not None:
+            raise UserError(f"{run.folder}: the data changed while it ran: {changes}")
     except Interrupted:
         raise
     except Exception as error:  # noqa: BLE001
