@@ -13,6 +13,7 @@ from pathlib import Path
 from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
 from core.runs.claims import Claimed, claim
+from core.training.stop_signal import interruptible
 from study.plan import Run, logged, time_left
 
 POLL_SECONDS = 5.0  # between two looks at what other processes hold
@@ -50,7 +51,8 @@ def attempt(run: Run) -> str | None:
     the message is printed and listed, the traceback kept, and the launch ends in status 1.
     """
     try:
-        perform(run)
+        with interruptible():
+            perform(run)
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")
