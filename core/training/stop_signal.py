@@ -46,7 +46,7 @@ class StopSignal:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A Ctrl-C in the block ends it as KeyboardInterrupt, never as another error; where SIGINT is ignored it stays so."""
+    """A Ctrl-C in the block ends it as KeyboardInterrupt, never as another error; an ignored SIGINT stays ignored."""
     interrupted = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
