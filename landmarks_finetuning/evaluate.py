@@ -37,7 +37,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     """Score best.safetensors of `run_dir` on evaluation.split; returns what metrics.json holds."""
     detector = TrainedDetector(run_dir / "best.safetensors")
     if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
+        detector.configure(load_config(run_dir / "config.json", overrides))
     config = detector.config
     source = load_source(config.dataset)
     held = load_images(scored_records(config, source), config.dataset)

@@ -40,7 +40,7 @@ class TrainedDetector:
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.config = parse_config(weights.header["config"], str(path))
+        self.configure(parse_config(weights.header["config"], str(path)))
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key
         self.shape = None if shape is None else np.array(shape, dtype=np.float64)
@@ -49,6 +49,18 @@ class TrainedDetector:
         model = network.rebuild(weights, self.config.dataset.image_size)
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
+
+    def configure(self, config: Config) -> None:
+        """Work by this config, of the run or changed in what training does not fix.
+
+        Detectors whose header has no "sigma_pixels" were trained when sigma was scaled by the crop's size as well: for
+        them it is taken over into today's pixels.
+        """
+        if config.dataset.resample_mm is not None and "sigma_pixels" not in self.header:
+            scale = float(np.mean(config.dataset.image_size)) / 256
+            finetune = config.finetune.model_copy(update={"sigma": config.finetune.sigma * scale})
+            config = config.model_copy(update={"finetune": finetune})
+        self.config = config
 
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
@@ -119,7 +131,13 @@ def window_weight(size: tuple[int, ...]) -> Tensor:
 
 
 def sigma_pixels(config: Config) -> float:
-    """finetune.sigma, stated for 256-pixel images, in pixels of this study's input (mean over its axes)."""
+    """finetune.sigma in pixels of this study's input.
+
+    Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
+    pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
+    """
+    if config.dataset.resample_mm is not None:
+        return config.finetune.sigma
     return config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
 
 

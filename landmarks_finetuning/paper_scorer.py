@@ -41,7 +41,7 @@ def why_undefined(rule: str, image_size: Sequence[int], resample_mm: float | Non
 
 
 def paper_sigma(side: int) -> float:
-    """Sigma of the published scorer's disk, whatever finetune.sigma is, in pixels of a `side` x `side` network input."""
+    """Sigma of the published scorer's disk, whatever finetune.sigma is, in pixels of an input of `side` x `side`."""
     return PAPER_SIGMA * side / 256
 
 

@@ -46,7 +46,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     """
     detector = TrainedDetector(run_dir / "best.safetensors")
     if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
+        detector.configure(load_config(run_dir / "config.json", overrides))
     records, some = collect_images(paths), detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:

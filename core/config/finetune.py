@@ -47,7 +47,8 @@ class LossSettings(Section):
 
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = "cross_entropy_pixels"
     target: Literal["disk", "gaussian", "pixel"] = "gaussian"
-    sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image; scales with dataset.image_size")
+    sigma: float = Field(2.5, gt=0, description="pixels of a 256-pixel image, scaled with dataset.image_size; with "
+                         "dataset.resample_mm pixels of that many mm, whatever the size of the crop")
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = (
         "local_expectation")
     shape_prior: float | None = Field(
