@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.load import parse_config
+from core.config.load import load_config, parse_recorded_config
+from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
@@ -22,6 +23,8 @@ from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+
+OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
 class Heatmaps(NamedTuple):
@@ -33,38 +36,47 @@ class Heatmaps(NamedTuple):
 
 
 class TrainedDetector:
-    """A detector read from best.safetensors: everything it needs stands in the file's header."""
+    """A detector read from best.safetensors: everything it needs stands in the file's header.
 
-    def __init__(self, path: Path) -> None:
+    `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.configure(parse_config(weights.header["config"], str(path)))
+        self.own_config = as_trained(parse_recorded_config(weights.header["config"], str(path)), self.header)
+        self.config = self.own_config
+        if overrides:
+            self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key
         self.shape = None if shape is None else np.array(shape, dtype=np.float64)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
-        model = network.rebuild(weights, self.config.dataset.image_size)
+        model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
-
-    def configure(self, config: Config) -> None:
-        """Work by this config, of the run or changed in what training does not fix.
-
-        Detectors whose header has no "sigma_pixels" were trained when sigma was scaled by the crop's size as well: for
-        them it is taken over into today's pixels.
-        """
-        if config.dataset.resample_mm is not None and "sigma_pixels" not in self.header:
-            scale = float(np.mean(config.dataset.image_size)) / 256
-            finetune = config.finetune.model_copy(update={"sigma": config.finetune.sigma * scale})
-            config = config.model_copy(update={"finetune": finetune})
-        self.config = config
 
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         return run_batched(self.model, images, self.config, self.device, chosen)
+
+
+def overridden(path: Path, overrides: Sequence[str]) -> Config:
+    """A run's config.json under `overrides` that a trained detector can follow; UserError for any other."""
+    config = load_config(path, overrides)
+    scoring = (key for key, each in all_settings().items() if "scoring" in each.counts_for)
+    free = ("dataset.", "evaluation.", *OF_PREDICTION, *(key for key in scoring if key.startswith("finetune.")))
+    for override in overrides:
+        given = override.partition("=")[0]
+        fixed = [key for key in all_settings() if f"{key}.".startswith(f"{given}.") and not key.startswith(free)]
+        if fixed:
+            raise UserError(f"--set {override}: {fixed[0]} has no effect on a trained detector; the keys that have one "
+                            f"are {', '.join(free)}")
+    return config
 
 
 @torch.no_grad()
@@ -103,13 +115,14 @@ def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: t
     places = [tuple(slice(first, first + window) for first, window in zip(corner, size, strict=True))
               for corner in product(*starts)]
     weight = window_weight(size)
-    total, weights = None, torch.zeros(image.shape[2:])
+    total, weights = torch.zeros(()), torch.zeros(image.shape[2:])
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
-        outputs = outputs_of(torch.cat([image[(..., *place)] for place in some]))
-        total = outputs.new_zeros((outputs.shape[1], *image.shape[2:])) if total is None else total
+        outputs = outputs_of(torch.cat([image[(slice(None), slice(None), *place)] for place in some]))
+        if first == 0:
+            total = outputs.new_zeros((outputs.shape[1], *image.shape[2:]))
         for place, output in zip(some, outputs, strict=True):
-            total[(..., *place)] += output * weight.to(output.device)
+            total[(slice(None), *place)] += output * weight.to(output.device)
             weights[place] += weight
     return (total / weights.to(total.device))[None]
 
@@ -128,6 +141,17 @@ def window_weight(size: tuple[int, ...]) -> Tensor:
         rise = torch.minimum(torch.arange(length) + 1, length - torch.arange(length)).float()
         weight = weight[..., None] * (rise / rise.max())
     return weight
+
+
+def as_trained(config: Config, header: dict[str, Any]) -> Config:
+    """`config` for a detector of this `header`, with finetune.sigma in today's pixels.
+
+    One without "sigma_pixels" was trained when resampled images had sigma scaled by the size of the crop as well.
+    """
+    if config.dataset.resample_mm is None or "sigma_pixels" in header:
+        return config
+    sigma = config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"sigma": sigma})})
 
 
 def sigma_pixels(config: Config) -> float:

@@ -1,4 +1,4 @@
-"""Radial errors of landmark predictions: the physical scorer, the published scorer, summaries and baselines.
+"""Radial errors of landmark predictions in mm or pixels, and their summaries: means, percentiles, success rates.
 
 Points are (M, N, D) arrays in tensor-axis order ((y, x) or (z, y, x)), pixel centres at integers, NaN where not
 annotated; errors are (M, N), NaN where not scored. M images (or volumes), N landmarks.
@@ -7,6 +7,7 @@ annotated; errors are (M, N), NaN where not scored. M images (or volumes), N lan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +23,18 @@ def physical_errors(pred: np.ndarray, truth: np.ndarray, spacing: np.ndarray | N
     landmark has no finite prediction: it would otherwise drop out of the mean.
     """
     pred, truth = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
-    scale = 1.0 if spacing is None else np.asarray(spacing, dtype=np.float64)[:, None, :]
-    return _radial_errors((pred - truth) * scale, pred, truth)
+    return radial_errors(_scaled(pred - truth, spacing), pred, truth)
 
 
-def _radial_errors(difference: np.ndarray, pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def _scaled(difference: np.ndarray, spacing: np.ndarray | None) -> np.ndarray:
+    return difference if spacing is None else difference * np.asarray(spacing, dtype=np.float64)[:, None, :]
+
+
+def radial_errors(difference: np.ndarray, pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Lengths (M, N) of `difference` (M, N, D) between `pred` and `truth`, in its unit; NaN where the truth is.
+
+    Raises UserError where an annotated landmark has no finite prediction.
+    """
     lost = ~np.isfinite(pred).all(axis=-1) & np.isfinite(truth).all(axis=-1)
     if lost.any():
         image, landmark = np.argwhere(lost)[0]
@@ -40,8 +48,7 @@ def annotator_distances(annotators: np.ndarray, spacing: np.ndarray | None = Non
 
     In mm with a `spacing` (M, D) of mm per pixel, else in pixels.
     """
-    scale = 1.0 if spacing is None else np.asarray(spacing, dtype=np.float64)[:, None, :]
-    return np.linalg.norm((annotators[:, 0] - annotators[:, 1]) * scale, axis=-1)
+    return np.linalg.norm(_scaled(annotators[:, 0] - annotators[:, 1], spacing), axis=-1)
 
 
 def share_within(errors: np.ndarray, distances: np.ndarray) -> float | None:
@@ -65,14 +72,14 @@ def summarise(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
     if np.isnan(errors).all():
         raise UserError("nothing can be scored: no landmark of these images is annotated")
     columns = [_statistics(column, thresholds) for column in errors.T]
-    per_landmark = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
+    per_landmark: dict[str, Any] = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
     per_landmark["sdr"] = {f"{t:g}": [column["sdr"][f"{t:g}"] for column in columns] for t in thresholds}
     return {**_statistics(errors, thresholds), "macro_mre": macro_mean(per_landmark["mre"]),
             "per_landmark": per_landmark}
 
 
 def macro_mean(landmark_means: Sequence[float | None]) -> float:
-    """The mean of the landmarks' own mean errors, each landmark alike; those never scored (None) are left out."""
+    """The mean of the landmarks' own mean errors, each landmark alike; those never scored (None) do not count."""
     return float(np.mean([mean for mean in landmark_means if mean is not None]))
 
 
@@ -90,15 +97,3 @@ def _statistics(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
 def within(errors: np.ndarray, threshold: float) -> np.ndarray:
     """1.0 where an error is at most `threshold`, 0.0 where it is above, NaN where nothing was scored."""
     return np.where(np.isnan(errors), np.nan, errors <= threshold + ROUNDING_NOISE)
-
-
-
-
-
-
-
-
-
-
-
-

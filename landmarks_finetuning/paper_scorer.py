@@ -9,7 +9,7 @@ import torch
 
 from core.errors import UserError
 from landmarks_finetuning.heatmaps import contour_centroid, draw_target
-from landmarks_finetuning.metrics import _radial_errors
+from landmarks_finetuning.metrics import radial_errors
 
 CEPHALO_SIZE = (2400, 1935)  # height, width
 CEPHALO_SPACING_MM = 0.1
@@ -63,7 +63,7 @@ def paper_errors(rule: str, predictions: np.ndarray, truth_original: np.ndarray,
                         "use a sigma above 0.85 px (a larger network input)")
     predictions = np.rint(np.asarray(predictions, dtype=np.float64))
     truth = _reextract_truth(round_original(truth_original, original_sizes, side), side, sigma)
-    return _radial_errors((predictions - truth) * PAPER_RULES[rule](truth, side), predictions, truth)
+    return radial_errors((predictions - truth) * PAPER_RULES[rule](truth, side), predictions, truth)
 
 
 def round_original(
@@ -80,7 +80,7 @@ def round_original(
 def _square_side(input_size: int | Sequence[int]) -> int:
     sides = set(np.atleast_1d(input_size).tolist())
     if len(sides) != 1:
-        size = " x ".join(str(side) for side in input_size)
+        size = " x ".join(map(str, np.atleast_1d(input_size).tolist()))
         raise UserError(f"paper scorer: it is defined for a square network input, not {size}; use the physical scorer")
     return int(sides.pop())
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.config.load import load_config
 from core.data.dataset import load_images
 from core.data.records import Record
 from core.errors import CommandParser, UserError, run_command
@@ -44,9 +43,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
     whole. Returns the table's path.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors")
-    if overrides:
-        detector.configure(load_config(run_dir / "config.json", overrides))
+    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
     records, some = collect_images(paths), detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:

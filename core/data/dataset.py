@@ -15,11 +15,9 @@ from tqdm import tqdm
 
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
-from core.data.make_pack import main
 from core.data.records import Record
 from core.data.resize import normalise
-from core.data.source import stamp
-from core.errors import run_command
+from core.files import stamp
 from core.formats.geometry import apply_maps, inverse
 
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
@@ -46,6 +44,13 @@ class ImageSet:
     sizes: Tensor
     original_sizes: np.ndarray
     network_size: tuple[int, ...]
+
+    @property
+    def truth(self) -> Tensor:
+        """`points` of a labelled set; ValueError for one without labels."""
+        if self.points is None:
+            raise ValueError("these images have no labels")
+        return self.points
 
     @property
     def fits(self) -> bool:
@@ -84,7 +89,7 @@ class ImageSet:
 
     def original_points(self) -> np.ndarray:
         """Annotations (M, N, D) in stored pixels."""
-        return np.stack([record.landmarks for record in self.records])
+        return np.stack([record.truth for record in self.records])
 
     def spacings(self) -> np.ndarray | None:
         """(M, D) reporting units per stored pixel, or None where unknown."""
@@ -128,11 +133,7 @@ def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: s
     maps[:, :, -1] += firsts
     points = None
     if all(record.landmarks is not None for record in records):
-        points = torch.from_numpy(apply_maps(np.stack([record.landmarks for record in records]), maps))
+        points = torch.from_numpy(apply_maps(np.stack([record.truth for record in records]), maps))
     return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
                     torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
                     tuple(config.image_size))
-
-
-if __name__ == "__main__":
-    run_command(main)

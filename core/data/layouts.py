@@ -72,7 +72,7 @@ def read_layout(
     complete = LAYOUTS[layout](root, spacing_mm, described)
     if not complete.labelled:
         raise UserError(f"{layout} data set at {root} has no labelled image; see datasets/README.md")
-    source = _without(complete, exclude)
+    source = complete.without(exclude)
     known = {record.image.resolve() for record in complete.records}
     more = tuple(record for folder in unlabelled_dirs for record in _unlabelled(Path(folder), known))
     source = replace(source, unlabelled=source.unlabelled + more)
@@ -89,7 +89,7 @@ def read_layout(
 def _with_geometry(source: DataSource, dims: int) -> DataSource:
     """Every record with its file's geometry; UserError for an image of another number of axes than the config's."""
     def complete(record: Record) -> Record:
-        geometry = record.geometry or read_geometry(record.image)
+        geometry = record.file_geometry()
         if len(geometry.size) != dims:
             raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has {dims} numbers; set "
                             f"is_3d to {str(len(geometry.size) == 3).lower()} and dataset.image_size to match")
@@ -102,22 +102,13 @@ def _with_geometry(source: DataSource, dims: int) -> DataSource:
 def _check_volumes(source: DataSource, check_geometry: bool) -> None:
     def geometry(record: Record) -> Geometry:
         """With the spacing that counts: a bare array's is told elsewhere."""
-        return replace(record.geometry, spacing_mm=record.spacing)
+        return replace(record.file_geometry(), spacing_mm=record.spacing)
 
-    cases = [Case(r.id, r.image, r.labels, geometry(r), r.landmarks) for r in source.labelled]
+    cases = [Case(r.id, r.image, r.labels or source.root, geometry(r), r.truth) for r in source.labelled]
     for case in cases:
         check_volume(case, source.landmark_names)
     if check_geometry:
         check_against_others(cases, [(r.image, geometry(r)) for r in source.unlabelled], source.landmark_names)
-
-
-def _without(source: DataSource, exclude: Iterable[str]) -> DataSource:
-    unwanted = {image_id(str(name)) for name in exclude}
-    known = [record.id for record in source.records]
-    for name in sorted(unwanted.difference(known)):
-        raise UserError(f'exclude: "{name}" is no image of {source.layout} at {source.root}{did_you_mean(name, known)}')
-    kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in source.splits.items()}
-    return replace(source, splits=kept, unlabelled=tuple(r for r in source.unlabelled if r.id not in unwanted))
 
 
 def _unlabelled(folder: Path, known: set[Path]) -> list[Record]:
@@ -130,10 +121,9 @@ def _unlabelled(folder: Path, known: set[Path]) -> list[Record]:
 
 def _check_inside(record: Record, names: Sequence[str]) -> None:
     """Every annotated landmark within [-0.5, size - 0.5] on each axis."""
-    size = record.geometry.size
-    points = record.landmarks
+    size, points = record.file_geometry().size, record.truth
     outside = ~np.isnan(points) & ~((points >= -0.5) & (points <= np.array(size) - 0.5))
-    for index in np.flatnonzero(outside.any(axis=1)):
+    for index in np.flatnonzero(outside.any(axis=1)).tolist():
         place = ", ".join(f"{value:g}" for value in points[index, ::-1])
         shape = " x ".join(map(str, size[::-1]))
         raise UserError(

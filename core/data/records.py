@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
-from core.formats.images import image_suffix
+from core.formats.images import image_suffix, read_geometry
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,6 +35,17 @@ class Record:
     geometry: Geometry | None = None
     labels: Path | None = None
     annotators: np.ndarray | None = None
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The landmarks of a labelled record; ValueError for one without labels."""
+        if self.landmarks is None:
+            raise ValueError(f"image {self.image} has no labels")
+        return self.landmarks
+
+    def file_geometry(self) -> Geometry:
+        """`geometry`, read from the file's header where it is not known yet. UserError: as `read_geometry`."""
+        return self.geometry or read_geometry(self.image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +76,29 @@ class DataSource:
         images = (*self.splits["train"], *self.splits["validation"], *self.unlabelled)
         return tuple(replace(record, landmarks=None, annotators=None) for record in images)
 
+    def ordered(self, names: Sequence[str]) -> DataSource:
+        """The data set with its landmarks in the order of `names`: a detector's, which it was trained with.
+
+        UserError, naming them, where a name is in one of the two only.
+        """
+        if tuple(names) == self.landmark_names:
+            return self
+        own = set(self.landmark_names)
+        if own != set(names) or len(names) != len(own):
+            parts = [f"{what} {', '.join(some)}" for what, some in (
+                ("the detector alone knows", [name for name in names if name not in own]),
+                ("the data set alone has", [name for name in self.landmark_names if name not in names])) if some]
+            raise UserError(f"the landmarks of {self.root} are not the detector's: {'; '.join(parts)}")
+        order = [self.landmark_names.index(name) for name in names]
+
+        def turned(record: Record) -> Record:
+            landmarks, annotators = record.landmarks, record.annotators
+            return replace(record, landmarks=None if landmarks is None else landmarks[order],
+                           annotators=None if annotators is None else annotators[:, order])
+
+        splits = {split: tuple(map(turned, records)) for split, records in self.splits.items()}
+        return replace(self, landmark_names=tuple(names), splits=splits)
+
     def require(self, split: str) -> tuple[Record, ...]:
         """The records of `split`; UserError when it is empty or unknown."""
         if split not in SPLITS:
@@ -76,6 +110,15 @@ class DataSource:
                 "(datasets/README.md says how the splits are made)"
             )
         return self.splits[split]
+
+    def without(self, exclude: Iterable[str]) -> DataSource:
+        """The data set less the images with these ids (or file names). UserError for one that it does not have."""
+        unwanted = {image_id(str(name)) for name in exclude}
+        known = [record.id for record in self.records]
+        for name in sorted(unwanted.difference(known)):
+            raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
+        kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
+        return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
 
 
 def image_id(name: str | Path) -> str:

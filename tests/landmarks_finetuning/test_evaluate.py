@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from core.config.load import parse_config
-from core.runs.places import MEAN_SHAPE, Cell
+from core.config.starts import MEAN_SHAPE
+from core.runs.places import Cell
 from landmarks_finetuning.evaluate import evaluate_mean_shape
 from landmarks_finetuning.pictures.cases import pictured_image
 from landmarks_finetuning.report.build import build_report

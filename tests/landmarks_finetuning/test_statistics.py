@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from landmarks_finetuning import statistics
 from landmarks_finetuning.metrics import within
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
-from landmarks_finetuning.statistics import holm, patient_sums, rate_interval, sign_flip_p
+from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p
 from tests.landmarks_finetuning.report.test_report import NAMES, write_run
 
 
@@ -120,7 +122,48 @@ def test_all_comparisons_of_a_data_set_are_one_family(tmp_path):
     assert len(table) == 5
     clear = table.drop((5, "dino"))
     assert clear["p"].tolist() == [2 / 64] * 4 and clear["p_holm"].tolist() == [5 * 2 / 64] * 4
-    assert set(clear["verdict"]) == {"open"}  # six patients cannot carry five comparisons
+    assert set(clear["verdict"]) == {"few"}  # six patients cannot carry five comparisons
+    assert set(table["patients_needed"]) == {8} and "6 test images are too few to tell (needed here: 8)." in html
     assert table.index[table["best_rival"]].tolist() == [(1, "scratch"), (5, "dino")]
     assert "one family" in html and "All comparisons (5)" in html and "0.156" in html
     assert NAMES[0] in html
+
+
+@pytest.mark.parametrize(("comparisons", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8), (6, 8), (7, 9), (499, 15)])
+def test_the_fewest_patients_win_when_all_agree_and_one_fewer_cannot(comparisons, needed):
+    """By the test and the correction themselves: the best of a family whose other members show nothing."""
+    assert patients_needed(comparisons) == needed
+    smallest = [holm([*sign_flip_p(np.ones((patients, 1))), *[1.0] * (comparisons - 1)])[0]
+                for patients in (needed - 1, needed)]
+    assert smallest[0] >= 0.05 > smallest[1]
+
+
+def test_no_number_of_patients_is_enough_for_500_comparisons():
+    assert patients_needed(500) == np.inf
+    assert 500 * sign_flip_p(np.ones((1000, 1)))[0] == pytest.approx(0.05)
+
+
+def write_agreeing_runs(root, patients, draws):
+    """All of `patients` have half the error of the rival's, at 5 labels and at 10; six comparisons with two rivals."""
+    errors = np.linspace(1, 2, patients)[:, None] + [0, 0.1]
+    for draw, shots in itertools.product(range(draws), (1, 5, 10)):
+        for backbone, factor in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
+            write_run(root, backbone, shots, draw, (factor * errors * (1 + draw / 100)).tolist())
+
+
+@pytest.mark.parametrize(("patients", "verdict"), [(7, "few"), (8, "better")])
+def test_the_number_of_patients_that_the_page_asks_for_is_enough(tmp_path, patients, verdict):
+    write_agreeing_runs(tmp_path / "study", patients, draws=2)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    table = pd.read_csv(tmp_path / "study/report/tables/comparisons.csv")
+    assert set(table["verdict"]) == {verdict} and len(table) == 6
+    assert "test patients for 6 comparisons, needed here: 8)" in html
+    assert ("clear gain" in html) == (verdict == "better") and "clear gain for this draw" not in html
+
+
+def test_with_one_draw_nothing_is_clear_but_for_this_draw(tmp_path):
+    write_agreeing_runs(tmp_path / "study", 8, draws=1)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    assert "is clearly better for this draw of the labels at 1, 5 and 10 labels, measured" in html
+    assert html.count("clear gain") == html.count("clear gain for this draw") == 3 + 6
+    assert html.count("for this draw of the labels. 95 % interval") == 3

@@ -21,8 +21,8 @@ from pydicom.uid import (
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
 from core.data.records import Record
-from core.data.source import stamp
 from core.errors import UserError
+from core.files import stamp
 from core.formats.geometry import index_to_world
 from core.formats.images import find_images, image_suffix, read_geometry, read_image
 

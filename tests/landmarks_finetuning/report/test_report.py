@@ -119,8 +119,10 @@ def test_compare_pairs_draws_and_images(experiment):
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({}, "better"),
-    ({"patients": 5}, "open"),  # too few to say
     ({"p_holm": 0.06}, "open"),  # not after the correction
+    ({"p_holm": 0.06, "patients": 7}, "few"),  # nor could it be
+    ({"patients": 7}, "better"),  # not the family's smallest p-value, which Holm corrects less
+    ({"p_holm": 0.06, "patients_needed": np.inf}, "few"),
     ({"low": np.nan, "high": np.nan}, "open"),  # no interval
     ({"low": -0.1}, "open"),  # the interval over patients has 0
     ({"draws_won": 2}, "open"),  # a draw disagrees
@@ -129,8 +131,8 @@ def test_compare_pairs_draws_and_images(experiment):
     ({"draws": 1, "draws_won": 1, "spread": np.nan}, "better"),
 ])
 def test_verdict(changes, expected):
-    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 6, "draws": 3, "draws_won": 3,
-                    "p_holm": 0.04, "spread": 0.5} | changes) == expected
+    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 8, "draws": 3, "draws_won": 3,
+                    "patients_needed": 8, "p_holm": 0.04, "spread": 0.5} | changes) == expected
 
 
 def test_a_loss_of_pretraining_is_said(tmp_path):
@@ -140,8 +142,8 @@ def test_a_loss_of_pretraining_is_said(tmp_path):
     found = comparisons(read_experiment(root).runs, aggregate(read_experiment(root).runs))
     assert found["verdict"].tolist() == ["worse"]
     html = build_report([root]).read_text(encoding="utf8")
-    assert "is clearly worse at 5 labels" in html
-    assert "2.05 mm (102%) worse" in html
+    assert "is clearly worse for this draw of the labels at 5 labels" in html
+    assert "2.05 mm (102%) worse for this draw of the labels." in html and "clear loss for this draw" in html
     assert "one draw of the labels" in html
 
 
@@ -149,7 +151,9 @@ def test_few_patients_name_no_winner(tmp_path):
     write_run(tmp_path / "study", "ddpm", 5, 0, [[2, 2]] * 4)
     write_run(tmp_path / "study", "scratch", 5, 0, [[4, 4]] * 4)
     html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
-    assert "4 test images are too few to name a winner" in html and "is clearly better" not in html
+    assert "4 test images are too few to tell (needed here: 6)." in html and "clearly" not in html
+    assert "has too few test images to tell at 5 labels" in html
+    assert "test patients for one comparison, needed here: 6)" in html
 
 
 def test_tables_hold_the_numbers(experiment, page):
