@@ -161,6 +161,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     header = {"kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
               "seed": cell.seed, "dataset": config.dataset.name,
               "landmark_names": list(source.landmark_names),
+              "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}

@@ -14,6 +14,7 @@ from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
 from core.runs.claims import LOCK, Claimed, claim
 from core.training.run_log import logged
+from core.training.stop_signal import interruptible
 from study.runs import Run
 from study.timing import time_left
 
@@ -52,7 +53,8 @@ def attempt(run: Run) -> str | None:
     the message is printed and listed, the traceback kept, and the launch ends in status 1.
     """
     try:
-        perform(run)
+        with interruptible():
+            perform(run)
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")

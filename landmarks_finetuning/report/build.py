@@ -187,6 +187,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "rule": rule_sentence(compared), "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
+        "paper_left_out": next(iter(runs["scorer_left_out"].dropna()), None),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),

@@ -86,6 +86,7 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
                                              "unit", "images", "validation_labels")}
         row |= {"layout": metrics.get("layout"), "paper_rule": metrics.get("paper_rule"),
                 "phantom": bool(metrics.get("phantom", False)), "decoder": metrics.get("decoder"),
+                "scorer_left_out": metrics.get("paper_left_out"),
                 "volumes": len(metrics.get("image_size") or ()) == 3,
                 "stored_mre": metrics.get("stored_pixels", {}).get("mre", np.nan),
                 "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}
