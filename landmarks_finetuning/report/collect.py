@@ -6,10 +6,13 @@ set's unit (mm or px). Only numbers are made here, no pictures and no sentences.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +172,28 @@ def _pooled(group: pd.DataFrame, *options) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_predictions(folder: Path) -> pd.DataFrame:
-    """predictions.csv with text as text and numbers as numbers (NaN where empty). UserError where it is missing."""
+    """predictions.csv with text as text and numbers as numbers (NaN where empty).
+
+    Raises UserError where it is missing, or not whole: a row for each of the images and landmarks of metrics.json.
+    """
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing though metrics.json is there; evaluate that run again")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in NUMBERS:
-        if column in table:
+    try:
+        text = path.read_text(encoding="utf8")
+        table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
+        rows = set(zip(table["image"], table["landmark"], strict=True))
+        complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
+        for column in table.columns.intersection(NUMBERS):
             table[column] = pd.to_numeric(table[column])
+    except (ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} is not a table of predictions ({error}); evaluate that run again") from error
+    metrics = _read_json(folder / "metrics.json")
+    images, landmarks = metrics["images"], metrics["landmark_names"]
+    expected = set(product(table["image"].unique(), landmarks))
+    if not complete or rows != expected or not len(table) == len(expected) == images * len(landmarks):
+        raise UserError(f"{path} is cut or damaged: it has {len(table)} rows, not one for each of {len(landmarks)} "
+                        f"landmarks in each of {images} images, as metrics.json says; evaluate that run again")
     table["patient"] = table["patient"].where(table["patient"] != "", table["image"])
     return table
 
