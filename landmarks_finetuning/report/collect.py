@@ -135,8 +135,8 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
     of_paper = [column for column in runs if column.startswith("paper_") and column != "paper_rule"]
-    known = [column for column in ("human_within", "without_leaks_mre") if column in runs]
-    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *known]
+    optional = [column for column in ("human_within", "without_leaks_mre") if column in runs]
+    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *optional]
     rows = []
     for key, group in runs.groupby(CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
@@ -151,19 +151,19 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _intervals(group: pd.DataFrame) -> dict[str, float]:
     """95 % intervals over patients, all draws pooled, of each mean and rate of one method at one number of shots."""
-    found = {}
+    limits = {}
     for prefix, column in (("", "error"), ("paper_", "paper_error")):
         if f"{prefix}mre" not in group or group[f"{prefix}mre"].isna().any():
             continue
         low, high = bootstrap_interval(*_pooled(group, column), seed=0)
-        found |= {f"low_{prefix}mre" if prefix else "interval_low": low,
-                  f"high_{prefix}mre" if prefix else "interval_high": high}
+        limits |= {f"low_{prefix}mre" if prefix else "interval_low": low,
+                   f"high_{prefix}mre" if prefix else "interval_high": high}
         for rate in sdr_columns(group, prefix):
             limit = float(rate.rsplit("_", 1)[1])
             sums = patient_sums(*_pooled(group, column, lambda errors, limit=limit: within(errors, limit)))
             low, high = rate_interval(*(values[:, None] for values in sums))
-            found |= {f"low_{rate}": low[0], f"high_{rate}": high[0]}
-    return found
+            limits |= {f"low_{rate}": low[0], f"high_{rate}": high[0]}
+    return limits
 
 
 def _pooled(group: pd.DataFrame, *options) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +235,7 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
             raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
                             "evaluate both again with the same data")
         matrices.setdefault(run.draw, []).append(matrix.reindex_like(first))
-    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in found], axis=0) for draw, found in matrices.items()}
+    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in seeds], axis=0) for draw, seeds in matrices.items()}
     return by_draw, patients.reindex(first.index).to_numpy()
 
 
@@ -263,9 +263,9 @@ def main_variants(runs: pd.DataFrame) -> dict[str, str]:
     usual = min(counts.index, key=lambda setting: (-counts[setting], setting), default="")  # "" is the default's
     chosen = {}
     for backbone, group in runs.assign(away=away, other=settings != usual).groupby("backbone"):
-        known = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
+        variants = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
         ranks = {row.Index: (row.away, row.other, -row.runs, row.Index != "default", row.Index)
-                 for row in known.itertuples()}
+                 for row in variants.itertuples()}
         chosen[backbone] = min(ranks, key=ranks.get)
     return chosen
 

@@ -145,7 +145,7 @@ def test_no_number_of_patients_is_enough_for_500_comparisons():
 
 
 def compare_agreeing_patients(root, patients, draws):
-    """All of `patients` have half the error of the rival's, at three numbers of labels: six comparisons of two rivals."""
+    """All of `patients` have half the error of the rival's, at three numbers of labels: six comparisons."""
     errors = np.linspace(1, 2, patients)[:, None] + [0, 0.1]
     for draw, shots in itertools.product(range(draws), (1, 5, 10)):
         for backbone, factor in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
