@@ -63,7 +63,7 @@ def main() -> None:
     for row, cell in jobs[worker::workers]:
         started = time.perf_counter()
         place = [f"experiment.output_dir={arguments.out / 'runs' / row['name']}", f"finetune.shots=[{cell.shots}]"]
-        config = load_config(arguments.config, [*arguments.set, *row["set"], *place])
+        config = load_config(arguments.config, [*arguments.set, *row["set"], *place], [cell.backbone])
         scores = score_decoders(finetune_cell(config, cell), arguments.split)
         line = {"row": row["name"], "set": row["set"], "backbone": cell.backbone, "shots": cell.shots,
                 "draw": cell.draw, "seconds": time.perf_counter() - started, "decoders": scores}

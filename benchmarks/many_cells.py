@@ -15,9 +15,10 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
+from core.config.starts import MEAN_SHAPE
 from core.errors import CommandParser, run_command
 from core.runs.cells import cells
-from core.runs.places import MEAN_SHAPE, is_scored
+from core.runs.places import is_scored
 from core.runs.record import environment
 from study.run import run_study
 

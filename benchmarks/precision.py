@@ -30,7 +30,7 @@ def run_one(options: argparse.Namespace, precision: str, seed: int) -> dict[str,
     lines = read_metrics(pretrain(config) / "metrics.jsonl")
     denoising = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
     run_dir = finetune_cell(config, Cell("ddpm", options.shots, 0, seed))
-    scored = evaluate(run_dir)["physical"]
+    scored = evaluate(run_dir)[1]["physical"]
     return {"precision": precision, "seed": seed, "denoising_loss": denoising, "mre": scored["mre"]}
 
 

@@ -25,7 +25,7 @@ from core.networks.weights import save_weights
 from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.predict import collect_images, predict
-from landmarks_finetuning.predictions import Predictions, table_rows, write_table
+from landmarks_finetuning.predictions import Predictions, append_rows, table_rows
 
 LANDMARKS = 19  # of a cephalogram
 PARTS = ("decode files", "resize", "hash, read cache", "network", "decode heatmaps", "write")
@@ -60,15 +60,14 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         pixels = timed("decode files", lambda file=file: read_image(file))
         timed("resize", lambda pixels=pixels: resize(pixels, config.dataset.image_size))
     records, some = collect_images(files), config.evaluation.batch_size
-    rows: list[dict[str, Any]] = []
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
         images = timed("hash, read cache", lambda chosen=chosen: load_images(chosen, config.dataset))
         for _, outputs, maps in timed("network", lambda images=images: list(detector.heatmaps(images))):
             points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(o, m, config, None, None))
         found = Predictions(images, detector.landmark_names, points, confidence)
-        rows += timed("write", lambda found=found: table_rows(found))
-        timed("write", lambda rows=rows: write_table(folder / "parts.csv", rows))
+        with (folder / "parts.csv").open("ab") as table:
+            timed("write", lambda found=found, table=table: append_rows(table, table_rows(found)))
     return seconds
 
 

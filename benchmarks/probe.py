@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
 from core.data.shots import select_shots
 from core.data.source import load_source
@@ -141,7 +141,7 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         place = [f"experiment.output_dir={arguments.out}", f"experiment.name=seed{seed}", f"experiment.seed={seed}"]
-        config = load_config(arguments.config, [*arguments.set, *place])
+        config = load_config(arguments.config, [*arguments.set, *place], arguments.methods)
         rows += run_seed(config, seed, arguments.labelled, arguments.methods)
     write_json(arguments.out / f"probe_{config.ssl.preset}.json", {"environment": environment(), "rows": rows})
     print_table(rows)

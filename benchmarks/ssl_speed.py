@@ -17,7 +17,8 @@ import torch
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.runs.record import environment
 from core.training.loop import Training
@@ -56,7 +57,7 @@ def step_rate(training: Training, rounds: int) -> float:
 
 def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
     """One row of the table."""
-    training = build_training(config, method)
+    training = build_training(config, method, load_source(config.dataset))
     made = {count: view_rate(training, count) for count in workers}
     stepped = step_rate(training, rounds)
     alone = 1 / made[0] / (1 / made[0] + 1 / stepped)
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="processes that make views")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.methods)
     workers = [0, *(count for count in arguments.workers if count > 0)]
     machine = environment()
     print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}, {torch.get_num_threads()} threads; "

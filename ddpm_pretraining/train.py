@@ -16,6 +16,7 @@ from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
 from core.data.augment import augment
 from core.data.dataset import ImageSet, load_images
+from core.data.digests import data_digests
 from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.files import write_atomically
@@ -23,11 +24,13 @@ from core.networks.unet import UNet
 from core.networks.weights import save_weights
 from core.runs.claims import claim
 from core.runs.identity import check_pretraining
+from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan, step_generator
 from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
+from core.training.run_log import logged
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 
@@ -127,7 +130,8 @@ def loop_settings(config: Config) -> LoopSettings:
     device = resolve_device(experiment.device)
     pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
     return LoopSettings(
-        title=f"pre-train {config.dataset.name}", iterations=ddpm.iterations, seed=experiment.seed, device=device,
+        title=f"pre-train {config.dataset.name}", identity=f"ddpm of experiment.seed {experiment.seed}",
+        iterations=ddpm.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
         ema_decay=ddpm.ema_decay, log_every=ddpm.log_every, save_every=ddpm.save_every,
@@ -146,7 +150,10 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     with ranks.leader_first():
         check_pretraining(config)
         source = load_source(config.dataset)
-        images = load_images(source.pretraining_records(), config.dataset, "images" if ranks.leads else None)
+        records = source.pretraining_records()
+        inputs = {"pretraining": data_digests(records, source.landmark_names, config.dataset)}
+        check_inputs(run_dir, inputs, may_grow=logged(run_dir / "metrics.jsonl")[1] >= config.ddpm.iterations)
+        images = load_images(records, config.dataset, "images" if ranks.leads else None)
         held = source.splits["validation"]
         validation = load_images(held, config.dataset) if held else None
     torch.manual_seed(config.experiment.seed)
@@ -166,6 +173,8 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
         write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
                                                    "precision": settings.precision, "device": str(settings.device),
                                                    "processes": ranks.count})
+        if not (run_dir / INPUTS).is_file():
+            write_inputs(run_dir, inputs)
     command = f"{ranks.command('ddpm_pretraining.train')} --config {shlex.quote(str(run_dir / 'config.json'))}"
     train(training, run_dir, resume, command)
     return run_dir

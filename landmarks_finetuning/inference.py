@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.load import parse_config
+from core.config.load import load_config, parse_recorded_config
+from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
@@ -22,6 +23,8 @@ from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+
+OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
 class Heatmaps(NamedTuple):
@@ -33,26 +36,45 @@ class Heatmaps(NamedTuple):
 
 
 class TrainedDetector:
-    """A detector read from best.safetensors: everything it needs stands in the file's header."""
+    """A detector read from best.safetensors: everything it needs stands in the file's header.
 
-    def __init__(self, path: Path) -> None:
+    `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.config = parse_config(weights.header["config"], str(path))
+        self.own_config = parse_recorded_config(weights.header["config"], str(path))
+        self.config = overridden(path.parent / "config.json", overrides) if overrides else self.own_config
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key
         self.shape = None if shape is None else np.array(shape, dtype=np.float64)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
-        model = network.rebuild(weights, self.config.dataset.image_size)
+        model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
 
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         return run_batched(self.model, images, self.config, self.device, chosen)
+
+
+def overridden(path: Path, overrides: Sequence[str]) -> Config:
+    """A run's config.json under `overrides` that a trained detector can follow; UserError for any other."""
+    config = load_config(path, overrides)
+    scoring = (key for key, each in all_settings().items() if "scoring" in each.counts_for)
+    free = ("dataset.", "evaluation.", *OF_PREDICTION, *(key for key in scoring if key.startswith("finetune.")))
+    for override in overrides:
+        given = override.partition("=")[0]
+        fixed = [key for key in all_settings() if f"{key}.".startswith(f"{given}.") and not key.startswith(free)]
+        if fixed:
+            raise UserError(f"--set {override}: {fixed[0]} has no effect on a trained detector; the keys that have one "
+                            f"are {', '.join(free)}")
+    return config
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 
 from core.data.dataset import ImageSet
-from core.files import write_atomically
+from core.files import atomic_file
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.heatmaps import contour_centroid
@@ -69,9 +69,16 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
     return rows
 
 
+def append_rows(table: BinaryIO, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` to the end of a CSV with empty cells for NaN, below a header where nothing is there yet."""
+    text = pd.DataFrame(rows).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
+    table.write(text.encode())
+
+
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` as a CSV with empty cells for NaN."""
-    write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.4f").encode())
+    """Write `rows` as a CSV, atomically."""
+    with atomic_file(path) as table:
+        append_rows(table, rows)
 
 
 def write_slicer_files(folder: Path, predictions: Predictions) -> None:

@@ -83,15 +83,13 @@ def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray) -> n
     return (moving - source_mean) @ ((left * signs) @ right) * scale + target_mean
 
 
-def mean_shape_prediction(train_points: np.ndarray, train_sizes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The mean of the labelled shapes as a prediction for every image: the floor any detector has to beat.
+def mean_shape_prediction(centred: np.ndarray) -> np.ndarray:
+    """The mean (N, D) of labelled points (K, N, D) about their images' centres: the floor any detector has to beat.
 
-    `train_points` (K, N, D) in network pixels of images of `train_sizes` (K, D); `sizes` (M, D) are those of the
-    images to predict. Shapes are averaged about the images' centres. Returns (M, N, D) network pixels. Each landmark
-    is averaged over the labels that have it; one that no label has is put at the mean of the others. Raises UserError
-    if no label has any landmark.
+    Each landmark is averaged over the labels that have it (NaN = not annotated); one that no label has is put at the
+    mean of the others. Raises UserError if no label has any landmark.
     """
-    centred = np.asarray(train_points, dtype=np.float64) - (np.asarray(train_sizes)[:, None] - 1) / 2
+    centred = np.asarray(centred, dtype=np.float64)
     present = ~np.isnan(centred).any(axis=-1)
     counts = present.sum(axis=0)
     if not counts.any():
@@ -99,4 +97,4 @@ def mean_shape_prediction(train_points: np.ndarray, train_sizes: np.ndarray, siz
     sums = np.where(present[..., None], centred, 0.0).sum(axis=0)
     mean = sums / np.maximum(counts, 1)[:, None]
     mean[counts == 0] = mean[counts > 0].mean(axis=0)
-    return mean[None] + (np.asarray(sizes)[:, None] - 1) / 2
+    return mean

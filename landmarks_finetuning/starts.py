@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from core.config.config import Config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.errors import UserError
 from core.networks.imagenet import HUB_FILES, download_weights
 from core.networks.weights import Weights
@@ -45,15 +45,6 @@ def ssl_weights(config: Config, method: str) -> Path:
 
 START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are random
     "imagenet": imagenet_weights, **{method: partial(ssl_weights, method=method) for method in SSL_METHODS}}
-
-
-def pretrained_path(config: Config) -> Path:
-    """The weights file that fine-tuning starts from."""
-    finetune = config.finetune
-    if finetune.checkpoint is not None:
-        return Path(finetune.checkpoint)
-    iteration = finetune.pretraining_iteration or max(config.ddpm.checkpoint_iterations)
-    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
 
 
 def check_same_network(path: Path, weights: Weights, config: Config, channels: int) -> None:

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.data.dataset import ImageSet, load_images
+from core.data.digests import data_digests
+from core.data.records import DataSource
 from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.networks.encoders import build_encoder
@@ -23,6 +25,7 @@ from core.networks.weights import save_tensors
 from core.runs.cells import require_backbone
 from core.runs.claims import claim
 from core.runs.identity import check_ssl
+from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import encoder_path, ssl_dir
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan
@@ -127,7 +130,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     ssl, experiment = config.ssl, config.experiment
     device = resolve_device(experiment.device)
     return LoopSettings(
-        title=f"{name} {config.dataset.name}", iterations=ssl.iterations, seed=experiment.seed, device=device,
+        title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
         ema_schedule=method.momentum_schedule, log_every=ssl.log_every, save_every=ssl.save_every,
@@ -135,9 +139,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
         compile=experiment.compile, milestones=frozenset({ssl.iterations}))
 
 
-def build_training(config: Config, name: str) -> Training:
-    """Images, views, network and optimiser of method `name`, before the first step."""
-    source = load_source(config.dataset)
+def build_training(config: Config, name: str, source: DataSource) -> Training:
+    """Images of `source`, views, network and optimiser of method `name`, before the first step."""
     images = load_images(source.pretraining_records(), config.dataset, "images")
     held = source.splits["validation"]
     task = SelfSupervision(config, name, images, load_images(held, config.dataset) if held else None)
@@ -157,11 +160,16 @@ def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Pa
     check_ssl(config, name)
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
-    training = build_training(config, name)
+    source = load_source(config.dataset)
+    inputs = {"pretraining": data_digests(source.pretraining_records(), source.landmark_names, config.dataset)}
+    check_inputs(run_dir, inputs, may_grow=encoder_path(config, name).is_file())
+    training = build_training(config, name, source)
     settings = training.settings
     write_run_config(run_dir, config.plain(), {"stage": "ssl", "method": name, "preset": config.ssl.preset,
                                                "images": training.plan.count, "precision": settings.precision,
                                                "device": str(settings.device)})
+    if not (run_dir / INPUTS).is_file():
+        write_inputs(run_dir, inputs)
     command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
     train(training, run_dir, resume, command)
     return run_dir
@@ -176,7 +184,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
     add_resume_argument(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, [arguments.method])
     with claim(ssl_dir(config, arguments.method)):
         run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")

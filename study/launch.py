@@ -8,8 +8,11 @@ from pathlib import Path
 from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, UserError, run_command
-from study.prepare import prepare
+from core.runs.claims import claim
+from study.prepare import prepare, with_inputs
 from study.run import run_study
+from study.runner import set_aside
+from study.runs import study_runs
 
 STAGES = ("pretrain", "ssl", "finetune", "encoders", "report")
 DEFAULT_STAGES = ("pretrain", "ssl", "finetune", "report")  # of `encoders` only those who ask have the weights
@@ -34,6 +37,18 @@ def launched(config: Config, stages: tuple[str, ...], workers: int | None, gpus:
     return run_study(config, stages, do)
 
 
+def set_stale_pretraining_aside(config: Config, stages: tuple[str, ...]) -> None:
+    """Make room for pre-trainings of the images there are now where they were done with others."""
+    from core.data.source import load_source
+
+    runs = [run for run in study_runs(config, stages) if run.is_pretraining]
+    for run in with_inputs(runs, load_source(config.dataset)):
+        with claim(run.folder):
+            reason = run.stale()
+            if reason is not None:
+                set_aside(run, reason)
+
+
 def main() -> None:
     """Command line."""
     parser = CommandParser(
@@ -49,13 +64,17 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="use N GPUs of this machine, a process for each")
     parser.add_argument("--slurm", action="store_true",
                         help="submit the study as a job array, as the config's section slurm says, and return")
+    parser.add_argument("--redo-pretraining", action="store_true",
+                        help="set pre-trainings of other images than there are now aside, and pre-train again")
     parser.add_argument("--dry-run", action="store_true", help="print what is left and how long it takes, and stop")
     arguments = parser.parse_args()
     overrides = list(arguments.set)
     overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []
     overrides += [f"finetune.seeds={arguments.seeds}"] if arguments.seeds else []
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, ["imagenet"] if "encoders" in arguments.stages else [])
     stages = tuple(stage for stage in STAGES if stage in arguments.stages)
+    if arguments.redo_pretraining and not arguments.dry_run:
+        set_stale_pretraining_aside(config, stages)
     if arguments.dry_run:
         prepare(config, stages)
         return

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.errors import RunsFailed
-from study.plan import Run, study_runs
-from study.prepare import prepare
+from study.prepare import data_stamp, prepare, remember
 from study.report_page import report_page
 from study.runner import failed_at, run_all
+from study.runs import Run, study_runs
 
 Do = Callable[[list[Run], dict[Path, int | None]], dict[Path, str]]
 
@@ -30,7 +30,10 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     """
     failed_before = failures_so_far(config, stages) if failed_before is None else failed_before
     runs = prepare(config, stages)
+    digest = data_stamp(config)
     failed = (do or run_all)(runs, failed_before)
+    if not failed:
+        remember(config, digest, runs)
     worth = not failed or any(run.done for run in runs)
     page = report_page(config) if "report" in stages and worth else None
     if failed:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
-from core.runs.claims import Claimed, claim
-from study.plan import Run, logged, time_left
+from core.runs.claims import LOCK, Claimed, claim
+from core.training.run_log import logged
+from study.runs import Run
+from study.timing import time_left
 
 POLL_SECONDS = 5.0  # between two looks at what other processes hold
 NEWS_SECONDS = 60.0  # between two lines about it
@@ -86,7 +88,23 @@ def take(run: Run, failed_before: int | None) -> str | None:
             return None
         if failed_at(run) not in (None, failed_before):
             return run.failure()
+        reason = run.stale()
+        if reason is not None:
+            set_aside(run, reason)
         return attempt(run)
+
+
+def set_aside(run: Run, reason: str) -> Path:
+    """Move what lies in the claimed folder of a stale run to runs/<experiment>/stale/<time>/...; returns its place."""
+    home = run.config.experiment_dir
+    target = home / "stale" / f"{datetime.now():%Y%m%d-%H%M%S}" / run.folder.relative_to(home)
+    target.mkdir(parents=True)
+    for path in run.folder.iterdir():
+        if path.name != LOCK:
+            path.rename(target / path.name)
+    write_json(target / "stale.json", {"folder": str(run.folder), "reason": reason})
+    print(f"set aside: {run.folder} is now {target}: {reason}", flush=True)
+    return target
 
 
 def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path, str]:

@@ -19,8 +19,10 @@ from pathlib import Path
 from core.errors import INTERRUPTED, Interrupted, UserError, run_command
 from core.files import write_json
 from core.runs.claims import held_by
+from core.training.run_log import logged
 from study import runner
-from study.plan import Run, logged, time_left
+from study.runs import Run
+from study.timing import time_left
 
 
 def visible_gpus() -> list[str]:
@@ -90,7 +92,7 @@ def pretrain_together(run: Run, gpus: list[str]) -> None:
     images = run.config.ddpm.batch_size * run.config.ddpm.accumulation  # at least one for each process
     gpus = gpus[:images]
     path = run.config.experiment_dir / "logs" / "pretrain.json"
-    write_json(path, run.config.plain())
+    write_json(path, {**run.config.plain(), "run": {"stage": "ddpm"}})
     print(f"pre-training on GPUs {', '.join(gpus)} together", flush=True)
     job = subprocess.Popen(distributed_command("ddpm_pretraining.train", len(gpus), "--config", str(path)),
                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}, start_new_session=True)

@@ -15,7 +15,7 @@ from core.errors import run_command
 from core.runs.places import cell_dir, ddpm_paths
 from study import cluster, launch, report_page, run, runner, workers
 from study.cluster import StudyTask
-from study.plan import study_runs
+from study.runs import study_runs
 
 LIMIT_SECONDS = 100
 
@@ -92,6 +92,7 @@ def stub(patch) -> None:
     patch(runner, "perform", perform)
     patch(report_page, "build", build)
     patch(run, "prepare", study_runs)
+    patch(run, "data_stamp", lambda config: "")
     patch(cluster, "prepare", study_runs)
 
 

@@ -5,35 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from core.config.dataset import Dataset, check_divisible
 from core.config.ddpm import DDPM
 from core.config.evaluation import Evaluation, Report
 from core.config.experiment import Experiment
-from core.config.finetune import BACKBONES, ENCODER_LEVELS, Finetune
-from core.config.section import Section
+from core.config.finetune import Finetune
+from core.config.section import Section, setting
 from core.config.slurm import Slurm
 from core.config.ssl import SSL
+from core.config.starts import BACKBONES, ENCODER_LEVELS, UNET_STARTS
 from core.config.unet import UNet
 
 
 class Config(Section):
     """The whole file."""
 
-    schema_: str | None = Field(None, alias="$schema")
-    is_3d: bool = False
-    experiment: Experiment = Experiment()
-    dataset: Dataset = Dataset()
-    unet: UNet = UNet()
-    ddpm: DDPM = DDPM()
-    ssl: SSL = SSL()
-    finetune: Finetune = Finetune()
-    evaluation: Evaluation = Evaluation()
-    report: Report = Report()
-    slurm: Slurm = Slurm()
-    run: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
-    environment: dict[str, Any] | None = Field(None, description="written by the program into a run's config.json")
+    schema_: str | None = setting(None, "the JSON Schema that editors complete and check with", alias="$schema")
+    is_3d: bool = setting(False, "volumes, in place of images; dataset.image_size has three numbers then")
+    experiment: Experiment = setting(Experiment(), "what the study is called, where it goes and what it runs on")
+    dataset: Dataset = setting(Dataset(), "where images and landmarks come from and how they become tensors",
+                               counts_for=("pretraining", "ssl", "training"))
+    unet: UNet = setting(UNet(), "the diffusion network", counts_for=("pretraining", "training"), backbones=UNET_STARTS,
+                         may_wait=True)
+    ddpm: DDPM = setting(DDPM(), "denoising diffusion pre-training", counts_for=("pretraining",), may_wait=True)
+    ssl: SSL = setting(SSL(), "self-supervised pre-training of encoders", counts_for=("ssl",), may_wait=True)
+    finetune: Finetune = setting(Finetune(), "training of the detectors", counts_for=("training",),
+                                 backbones=tuple(BACKBONES))
+    evaluation: Evaluation = setting(Evaluation(), "how predictions are scored")
+    report: Report = setting(Report(), "the HTML page")
+    slurm: Slurm = setting(Slurm(), "what a study asks of a cluster")
+    run: dict[str, Any] | None = setting(None, "written by the program into a run's config.json")
+    environment: dict[str, Any] | None = setting(None, "written by the program into a run's config.json")
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Config:

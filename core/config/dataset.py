@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from core.config.section import Count, Section
+from core.config.section import FREE, Count, Section, only, setting, unless
+
+NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the data again with this key")
 
 
 class PhantomData(Section):
     """Synthetic radiographs or volumes written to dataset.root when it does not exist yet."""
 
-    count: int = Field(210, gt=0, description="radiographs: 150 for training and validation, the rest for testing")
-    size: tuple[Count, ...] = Field((300, 242), min_length=2, max_length=3,
-                                    description="height, width in pixels; depth, height, width for volumes")
-    seed: int = 0
+    count: Count = setting(210, "synthetic radiographs or volumes to make; of radiographs 150 are for training and "
+                           "validation, the rest for testing (dataset.phantom null: real data)")
+    size: tuple[Count, ...] = setting((300, 242), "height, width in pixels; depth, height, width for volumes",
+                                      min_length=2, max_length=3)
+    seed: int = setting(0, "seed of the drawing")
 
     @model_validator(mode="after")
     def _enough(self) -> PhantomData:
@@ -28,23 +31,33 @@ class PhantomData(Section):
 class Dataset(Section):
     """Where images and landmarks come from and how they become tensors."""
 
-    name: str = Field("dataset", pattern=r"^[\w.-]+$")
-    layout: Literal["cephalo", "chest", "hand", "folder"] = "folder"
-    root: str = "datasets/mine"
-    description: str | None = Field(None, description="folder layout: a dataset.json in another place than root")
-    image_size: tuple[int, ...] = Field((256, 256), description="height, width (3D: depth, height, width) of the "
-                                        "network's input; a crop of this size where resample_mm is given")
-    resample_mm: float | None = Field(None, gt=0, description="null: each image is resized to image_size; a number: "
-                                      "isotropic pixels of so many mm, training on crops, predicting in windows")
-    check_geometry: bool = Field(True, description="compare volumes' spacings and landmarks' orientation")
-    unlabelled_dirs: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = Field((), description="image ids left out of every split")
-    spacing_mm: float | None = Field(None, gt=0, description="overrides the layout's mm per pixel")
-    cache_dir: str = "runs/cache"
-    intensity: Literal["minmax", "percentile", "window"] = "minmax"
-    percentiles: tuple[float, float] = (1.0, 99.0)
-    window: tuple[float, float] | None = Field(None, description="low, high intensities mapped to 0..1")
-    phantom: PhantomData | None = None
+    name: str = setting("dataset", "what tables and weights files call the data", pattern=r"^[\w.-]+$")
+    layout: Literal["cephalo", "chest", "hand", "folder"] = setting(
+        "folder", "how the files below root are arranged: folder = your own data, the others are the paper's data sets")
+    root: str = setting("datasets/mine", "folder of the data, or a pack (.npz) of python -m core.data.make_pack",
+                        counts_for=FREE)
+    description: str | None = setting(None, "folder layout: a dataset.json in another place than root",
+                                      acts=[only("layout", "folder"), NO_PACK])
+    image_size: tuple[int, ...] = setting(
+        (256, 256), "height, width (3D: depth, height, width) of the network's input in pixels; a crop of this size "
+        "where resample_mm is given")
+    resample_mm: float | None = setting(
+        None, "null: each image is resized to image_size; a number: isotropic pixels of so many mm, training on crops, "
+        "predicting in windows", gt=0, acts=[NO_PACK])
+    check_geometry: bool = setting(True, "compare volumes' spacings and landmarks' orientation",
+                                   acts=[only("is_3d", True), NO_PACK])
+    unlabelled_dirs: tuple[str, ...] = setting((), "folders with more images for pre-training", acts=[NO_PACK])
+    exclude: tuple[str, ...] = setting((), "image ids that are in no split; the others keep theirs")
+    spacing_mm: float | None = setting(None, "mm per pixel in place of the data's own, layouts cephalo and folder",
+                                       gt=0, acts=[only("layout", "cephalo", "folder"), NO_PACK])
+    cache_dir: str = setting("runs/cache", "folder for resized images", counts_for=FREE)
+    intensity: Literal["minmax", "percentile", "window"] = setting(
+        "minmax", "what becomes 0 and 1: each image's darkest and brightest pixel, its percentiles, or a fixed window")
+    percentiles: tuple[float, float] = setting((1.0, 99.0), "percentiles of an image that become 0 and 1",
+                                               acts=[only("intensity", "percentile")])
+    window: tuple[float, float] | None = setting(None, "low, high intensities that become 0 and 1",
+                                                 acts=[only("intensity", "window")])
+    phantom: PhantomData | None = setting(None, "synthetic data, made where root does not exist yet; null = real data")
 
     @model_validator(mode="after")
     def _window_is_given(self) -> Dataset:
@@ -57,8 +70,10 @@ class Dataset(Section):
         if self.resample_mm is not None and self.layout not in ("folder", "cephalo"):
             raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
                              f'"{self.layout}"')
-        dims, made = len(self.image_size), None if self.phantom is None else len(self.phantom.size)
-        if made not in (None, dims) or (made and self.layout != ("cephalo", "folder")[made - 2]):
+        if self.phantom is None:
+            return self
+        dims = len(self.phantom.size)
+        if dims != len(self.image_size) or self.layout != ("cephalo", "folder")[dims - 2]:
             raise ValueError('dataset.phantom writes radiographs of two sizes in layout "cephalo" and volumes of three '
                              f'in layout "folder"; size {list(self.phantom.size)}, image_size {list(self.image_size)}, '
                              f'layout "{self.layout}"')

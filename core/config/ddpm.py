@@ -4,41 +4,62 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from core.config.section import Augmentation, NormClip, Section
+from core.config.section import (
+    FREE,
+    Augmentation,
+    Count,
+    Fraction,
+    Index,
+    NormClip,
+    Rate,
+    Section,
+    only,
+    setting,
+    unless,
+)
 
 
 class DDPM(Section):
     """Denoising diffusion pre-training."""
 
-    num_train_timesteps: int = Field(500, gt=1)
-    min_timestep: int = Field(0, ge=0, description="smallest timestep drawn in training (the published code: 1)")
-    schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] = "linear"
-    beta_start: float = Field(1e-4, gt=0, lt=1)
-    beta_end: float = Field(0.02, gt=0, lt=1)
-    loss: Literal["l1", "l2", "huber"] = "l2"
-    iterations: int = Field(10000, gt=0, description="optimiser steps")
-    checkpoint_iterations: tuple[int, ...] = (4000, 6000, 8000, 10000)
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_iterations: int = Field(0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    batch_size: int = Field(8, gt=0)
-    accumulation: int = Field(1, gt=0)
-    accumulation_reduction: Literal["mean", "sum"] = "mean"
-    sampling: Literal["stream", "epoch"] = Field(
-        "stream", description="stream: endless permutations; epoch: drop_last and a step for the last partial group"
-    )
-    clip: NormClip = NormClip()
-    ema_decay: float = Field(0.995, ge=0, lt=1)
-    augmentation: Augmentation = Augmentation()
-    log_every: int = Field(20, gt=0)
-    validate_every: int = Field(1000, gt=0)
-    sample_every: int = Field(2000, gt=0)
-    save_every: int = Field(500, gt=0)
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    sampling_steps: int = Field(50, gt=0, description="DDIM steps")
-    sample_count: int = Field(8, gt=0)
+    num_train_timesteps: int = setting(500, "steps of the noise schedule", gt=1)
+    min_timestep: Index = setting(0, "smallest timestep drawn in training (the published code: 1)")
+    schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] = setting(
+        "linear", "how the noise grows with the timestep; cosine knows no beta_start and beta_end")
+    beta_start: float = setting(1e-4, "variance of the noise that the first timestep adds", gt=0, lt=1,
+                                acts=[unless("schedule", "cosine")])
+    beta_end: float = setting(0.02, "variance of the noise that the last timestep adds", gt=0, lt=1,
+                              acts=[unless("schedule", "cosine")])
+    loss: Literal["l1", "l2", "huber"] = setting("l2", "distance between the noise and its prediction")
+    iterations: Count = setting(10000, "optimiser steps", counts_for=FREE)
+    checkpoint_iterations: tuple[int, ...] = setting(
+        (4000, 6000, 8000, 10000), "steps at which the averaged weights are kept; fine-tuning starts from the last one",
+        counts_for=("training",), backbones=("ddpm",))
+    learning_rate: Rate = setting(1e-4, "AdamW's learning rate")
+    warmup_iterations: Index = setting(0, "steps over which the learning rate rises to its value")
+    weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0)
+    batch_size: Count = setting(8, "images of a micro-batch")
+    accumulation: Count = setting(1, "micro-batches of an optimiser step")
+    accumulation_reduction: Literal["mean", "sum"] = setting(
+        "mean", "how the micro-batches' gradients are joined", acts=[unless("accumulation", 1)])
+    sampling: Literal["stream", "epoch"] = setting(
+        "stream", "stream: endless permutations; epoch: drop_last and a step for the last partial group")
+    clip: NormClip = setting(NormClip(), "gradient clipping")
+    ema_decay: Fraction = setting(0.995, "decay of the moving average of the weights, each step")
+    augmentation: Augmentation = setting(Augmentation(), "random changes of the images")
+    log_every: Count = setting(20, "steps between lines of the log", counts_for=FREE)
+    validate_every: Count = setting(1000, "steps between losses on the validation images", counts_for=FREE)
+    sample_every: Count = setting(2000, "steps between pictures of sampled images; the last step draws some too",
+                                  counts_for=FREE)
+    save_every: Count = setting(500, "steps between saved states, from which a run can be continued", counts_for=FREE)
+    sampler: Literal["ddpm", "ddim"] = setting(
+        "ddim", "how images are sampled: ddpm goes through every timestep, ddim through sampling_steps of them",
+        counts_for=FREE)
+    sampling_steps: Count = setting(50, "timesteps that DDIM goes through", counts_for=FREE,
+                                    acts=[only("sampler", "ddim")])
+    sample_count: Count = setting(8, "images sampled for a picture", counts_for=FREE)
 
     @model_validator(mode="after")
     def _iterations_fit(self) -> DDPM:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from core.config.section import Index, Section
+from core.config.section import Index, Section, setting
+from core.config.starts import BACKBONES
 
 
 class Experiment(Section):
     """What the study is called, where it goes and what it runs on."""
 
-    name: str = Field("experiment", pattern=r"^[\w.-]+$", description="folder name below output_dir")
-    output_dir: str = "runs"
-    seed: Index = 0
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto = bf16 where native, else float32")
-    sharding: Literal["none", "full"] = Field(
-        "none", description="diffusion pre-training by several processes: full = each holds a share of the network")
-    compile: bool = Field(False, description="torch.compile the network's training step")
-    activation_checkpointing: bool = Field(
-        False, description="diffusion U-Net: recompute activations going back: less memory for about a third more time")
+    name: str = setting("experiment", "folder name of the study, below output_dir", pattern=r"^[\w.-]+$")
+    output_dir: str = setting("runs", "folder that holds the studies")
+    seed: Index = setting(0, "seed of every stage and of the bootstrap; a cell adds its own seed and draw",
+                          counts_for=("pretraining", "ssl", "training"), backbones=tuple(BACKBONES))
+    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
+    precision: Literal["auto", "bf16", "float32"] = setting(
+        "auto", "auto: bf16 where the hardware has it natively, else float32")
+    sharding: Literal["none", "full"] = setting(
+        "none", "diffusion pre-training by several processes: full = each holds a share of the network")
+    compile: bool = setting(False, "torch.compile the network's training step")
+    activation_checkpointing: bool = setting(
+        False, "diffusion U-Net: recompute activations going back: less memory for about a third more time")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,36 @@ from pydantic import ValidationError
 
 from core.config.config import Config
 from core.config.finetune import fill_in_losses
+from core.config.idle import idle_settings
 from core.config.section import Section
+from core.config.settings import section_of
 from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read `path`, follow its `extends`, apply `section.key=value` overrides and validate; raises UserError."""
-    values = _read(Path(path), ())
+def load_config(path: str | Path, overrides: Sequence[str] = (), backbones: Sequence[str] = ()) -> Config:
+    """Read `path`, follow its `extends`, apply `section.key=value` overrides and validate.
+
+    `backbones` are starts that a command runs beside those of finetune.backbones. Raises UserError, also where a file
+    or an override gives a setting that cannot act.
+    """
+    layers = _read(Path(path), ())
+    merged = list(accumulate(layers, merge))
+    given: dict[str, Any] = {}
+    values = deepcopy(merged[-1])
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, str(path))
+        _apply(given, override)
+    config = parse_config(values, str(path))
+    last, *earlier = (fill_in_losses(fill_in_preset(whole)) for whole in (values, *merged))
+    for layer, whole in zip([*layers, given], [*earlier, last], strict=True):
+        then = idle_settings(layer, whole, backbones)
+        for key, why in idle_settings(layer, last, backbones).items():
+            if key in then:
+                raise UserError(f"{path}: {why}")
+    return config
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
@@ -32,6 +52,21 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def parse_recorded_config(values: dict[str, Any], where: str) -> Config:
+    """The config that a weights file recorded, without keys that this version does not have: a later one wrote them.
+
+    What rebuilds the network is read strictly, by core.networks.weights.
+    """
+    return parse_config(_without_unknown(Config, values), where)
+
+
+def _without_unknown(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The values without the keys that `model` does not have, section by section."""
+    fields = {field.alias or name: section_of(field.annotation) for name, field in model.model_fields.items()}
+    return {key: value if fields[key] is None or not isinstance(value, dict) else _without_unknown(fields[key], value)
+            for key, value in values.items() if key in fields}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +82,8 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
                         help="continue from last.pt (done anyway when it is there) or from previous.pt")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The values of the files that `path` extends, the first ancestor first, and its own."""
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     if not path.is_file():
@@ -61,10 +97,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: must hold one JSON object")
     parent = values.pop("extends", None)
     if parent is None:
-        return values
+        return [values]
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one file")
-    return merge(_read(path.parent / parent, (*seen, path.resolve())), values)
+    return [*_read(path.parent / parent, (*seen, path.resolve())), values]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from core.config.section import Count, Degrees, Index, NormClip, Rate, Section, Share
-
-SSL_METHODS = ("mocov3", "simclrv2", "dino")
+from core.config.section import FREE, Count, Degrees, Fraction, Index, NormClip, Rate, Section, Share, setting, unless
 
 
 class Views(Section):
     """How a view is made of an image; lists are of the first and the second view, further views are as the first."""
 
-    crop_area: tuple[Share, Share] = Field((0.3, 1.0), description="smallest and largest share of the image's area")
-    flip: Share = Field(0.0, description="probability; off for X-rays, whose left and right differ")
-    rotation_degrees: Degrees = Field(10.0, description="largest angle, either way")
-    jitter: Share = Field(0.8, description="probability of another brightness and contrast")
-    jitter_strength: float = Field(0.4, ge=0, lt=1)
-    blur: tuple[Share, Share] = Field((0.5, 0.5), description="probabilities; sigma 0.1 to 2 of 224 pixels")
-    solarise: tuple[Share, Share] = Field((0.0, 0.0), description="probabilities")
+    crop_area: tuple[Share, Share] = setting((0.3, 1.0), "smallest and largest share of the image's area in a view")
+    flip: Share = setting(0.0, "probability of a mirrored view; off for X-rays, whose left and right differ")
+    rotation_degrees: Degrees = setting(10.0, "largest angle, either way")
+    jitter: Share = setting(0.8, "probability of another brightness and contrast",
+                            acts=[unless("jitter_strength", 0)])
+    jitter_strength: Fraction = setting(0.4, "largest relative change of brightness and contrast",
+                                        acts=[unless("jitter", 0)])
+    blur: tuple[Share, Share] = setting((0.5, 0.5), "probabilities of a blur; sigma 0.1 to 2 of 224 pixels")
+    solarise: tuple[Share, Share] = setting((0.0, 0.0), "probabilities that pixels above the middle are inverted")
 
     @model_validator(mode="after")
     def _crop_is_a_range(self) -> Views:
@@ -32,43 +32,47 @@ class Views(Section):
 class MoCoV3(Section):
     """Momentum contrast without a queue (Chen et al., ICCV 2021)."""
 
-    temperature: float = Field(1.0, gt=0)
-    scaled_loss: bool = Field(True, description="times twice the temperature (their algorithm 1)")
-    momentum: float = Field(0.99, ge=0, lt=1, description="of the momentum encoder")
-    momentum_schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine: rising to 1")
-    hidden: Count = 2048
-    out: Count = 256
-    views: Views = Views()
+    temperature: Rate = setting(1.0, "divides the similarities of views")
+    scaled_loss: bool = setting(True, "the loss times twice the temperature (their algorithm 1)")
+    momentum: Fraction = setting(0.99, "decay of the momentum encoder, each step")
+    momentum_schedule: Literal["constant", "cosine"] = setting("cosine", "cosine: the momentum rises to 1")
+    hidden: Count = setting(2048, "width of the projector's hidden layers")
+    out: Count = setting(256, "width of the projector's output")
+    views: Views = setting(Views(), "how views are made")
 
 
 class SimCLRv2(Section):
     """Contrast of the two views of each image within the batch, a projector of three layers (Chen et al., 2020)."""
 
-    temperature: float = Field(0.5, gt=0)
-    hidden: Count = 2048
-    out: Count = 128
-    views: Views = Views()
+    temperature: Rate = setting(0.5, "divides the similarities of views")
+    hidden: Count = setting(2048, "width of the projector's hidden layers")
+    out: Count = setting(128, "width of the projector's output")
+    views: Views = setting(Views(), "how views are made")
 
 
 class DINO(Section):
     """Self-distillation without labels (Caron et al., ICCV 2021)."""
 
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: float = Field(0.07, gt=0, description="below the student's, or the outputs become alike")
-    teacher_warmup_temperature: float = Field(0.04, gt=0, description="where the teacher's temperature starts")
-    teacher_warmup: Share = Field(0.1, description="share of the iterations over which it rises")
-    momentum: float = Field(0.996, ge=0, lt=1, description="of the teacher")
-    momentum_schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine: rising to 1")
-    centre_momentum: float = Field(0.9, ge=0, lt=1)
-    freeze_last_layer: Index = Field(100, description="iterations in which the last layer stays as it is")
-    head_norm: bool = Field(True, description="batch normalisation in the head, as for convolutional encoders")
-    hidden: Count = 2048
-    bottleneck: Count = 256
-    out: Count = Field(4096, description="prototypes; 65536 for ImageNet's million images")
-    local_crops: Index = 6
-    local_size: float = Field(3 / 7, gt=0, le=1, description="side of a local view, of the image's")
-    local_area: tuple[Share, Share] = Field((0.05, 0.3), description="share of the image's area in a local view")
-    views: Views = Views()
+    student_temperature: Rate = setting(0.1, "divides the student's outputs before their softmax")
+    teacher_temperature: Rate = setting(0.07, "the same of the teacher; below the student's, or the outputs become "
+                                        "alike")
+    teacher_warmup_temperature: Rate = setting(0.04, "where the teacher's temperature starts",
+                                               acts=[unless("teacher_warmup", 0)])
+    teacher_warmup: Share = setting(0.1, "share of the iterations over which it rises")
+    momentum: Fraction = setting(0.996, "decay of the teacher, each step")
+    momentum_schedule: Literal["constant", "cosine"] = setting("cosine", "cosine: the momentum rises to 1")
+    centre_momentum: Fraction = setting(0.9, "decay of the outputs' centre, each step")
+    freeze_last_layer: Index = setting(100, "iterations in which the last layer stays as it is")
+    head_norm: bool = setting(True, "batch normalisation in the head, as for convolutional encoders")
+    hidden: Count = setting(2048, "width of the head's hidden layers")
+    bottleneck: Count = setting(256, "width of the head's last layer but one")
+    out: Count = setting(4096, "prototypes; 65536 for ImageNet's million images")
+    local_crops: Index = setting(6, "local views of an image beside its two global ones")
+    local_size: float = setting(3 / 7, "side of a local view as a share of the image's", gt=0, le=1,
+                                acts=[unless("local_crops", 0)])
+    local_area: tuple[Share, Share] = setting((0.05, 0.3), "smallest and largest share of the image's area in a local "
+                                              "view", acts=[unless("local_crops", 0)])
+    views: Views = setting(Views(), "how views are made")
 
     @model_validator(mode="after")
     def _local_is_a_range(self) -> DINO:
@@ -96,29 +100,31 @@ PRESETS: dict[str, dict[str, Any]] = {  # what differs from the defaults
 class SSL(Section):
     """Self-supervised pre-training of finetune.encoder on the unlabelled images, 2D; for each method of backbones."""
 
-    preset: Literal["tuned", "paper"] = Field("tuned", description="what the other keys are where none is given")
-    iterations: Count = Field(10000, description="optimiser steps")
-    learning_rate: Rate = 5e-4
-    weight_decay: float = Field(0.01, ge=0)
-    scheduler: Literal["cosine", "constant"] = "cosine"
-    warmup_iterations: Index = 100
-    batch_size: int = Field(64, gt=1, description="images; a batch is all that contrastive losses compare with")
-    accumulation: Count = Field(1, description="micro-batches a step; they add no negatives")
-    clip: NormClip = NormClip(limit=3.0)
-    workers: Index | None = Field(None, description="processes that make views; null: by device, 0: none of their own")
-    log_every: Count = 20
-    validate_every: Count = Field(500, description="steps between looks for collapse")
-    save_every: Count = 500
-    mocov3: MoCoV3 = MoCoV3()
-    simclrv2: SimCLRv2 = SimCLRv2()
-    dino: DINO = DINO()
+    preset: Literal["tuned", "paper"] = setting("tuned", "what the other keys are where none is given")
+    iterations: Count = setting(10000, "optimiser steps")
+    learning_rate: Rate = setting(5e-4, "AdamW's peak learning rate")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    scheduler: Literal["cosine", "constant"] = setting("cosine", "cosine: the learning rate falls to 0")
+    warmup_iterations: Index = setting(100, "steps over which the learning rate rises to its peak")
+    batch_size: int = setting(64, "images; a batch is all that contrastive losses compare with", gt=1)
+    accumulation: Count = setting(1, "micro-batches of an optimiser step; they add no negatives")
+    clip: NormClip = setting(NormClip(limit=3.0), "gradient clipping")
+    workers: Index | None = setting(None, "processes that make views; null: by device, 0: none of their own",
+                                    counts_for=FREE)
+    log_every: Count = setting(20, "steps between lines of the log", counts_for=FREE)
+    validate_every: Count = setting(500, "steps between looks for collapse", counts_for=FREE)
+    save_every: Count = setting(500, "steps between saved states, from which a run can be continued", counts_for=FREE)
+    mocov3: MoCoV3 = setting(MoCoV3(), "momentum contrast", backbones=("mocov3",))
+    simclrv2: SimCLRv2 = setting(SimCLRv2(), "contrast within the batch", backbones=("simclrv2",))
+    dino: DINO = setting(DINO(), "self-distillation", backbones=("dino",))
 
 
 def fill_in_preset(values: dict[str, Any]) -> dict[str, Any]:
     """The plain values of a whole config, with what ssl.preset says below those given in its `ssl` section."""
     ssl = values.get("ssl")
-    preset = PRESETS.get(str(ssl.get("preset"))) if isinstance(ssl, dict) else None
-    return {**values, "ssl": merge(preset, ssl)} if preset else values
+    if not isinstance(ssl, dict):
+        return values  # nothing to do, or refused by the models
+    return {**values, "ssl": merge(PRESETS.get(str(ssl.get("preset")), {}), ssl)}
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

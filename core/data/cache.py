@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from pathlib import Path
@@ -14,7 +13,8 @@ from core.data.packs import Loaded, open_pack
 from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
-from core.files import write_atomically
+from core.files import content_digest, write_atomically
+from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import read_geometry, read_image
 
@@ -23,7 +23,7 @@ CACHE_VERSION = "2"  # of decoding and resizing together
 
 def load_one(record: Record, config: DatasetConfig) -> Loaded:
     """One image upright and resampled, from pack, cache or the file itself."""
-    if Path(config.root).suffix == ".npz" and record.image == Path(config.root):
+    if is_packed(record, config):
         pack = open_pack(Path(config.root))
         if pack.size != config.image_size:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
@@ -37,7 +37,7 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     turned = tuple(geometry.size[axis] for axis in order)
     size, ratio = _grid(turned, order, record, geometry, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (size, ratio))
-    digest = _digest(record.image)
+    digest = image_digest(record, config)
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     if cached.is_file():
         pixels = np.load(cached)
@@ -63,11 +63,15 @@ def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geome
     return tuple(max(1, math.ceil(old / step - 1e-6)) for old, step in zip(turned, ratio, strict=True)), ratio
 
 
-def _digest(path: Path) -> str:
-    """Of the file's content, or of all files of a series."""
-    if not path.exists():
-        raise UserError(f"image {path} does not exist")
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
+def is_packed(record: Record, config: DatasetConfig) -> bool:
+    """Whether the image lies in the pack that is dataset.root."""
+    return Path(config.root).suffix == ".npz" and record.image == Path(config.root)
+
+
+def image_digest(record: Record, config: DatasetConfig) -> str | None:
+    """Of the content of the image's file, or of all slices of its series; None in a pack made without."""
+    if is_packed(record, config):
+        return open_pack(Path(config.root)).images[record.id].digest
+    if not record.image.exists():
+        raise UserError(f"image {record.image} does not exist")
+    return content_digest(*(dicom_files(record.image) if record.image.is_dir() else [record.image]))[:32]

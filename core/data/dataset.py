@@ -15,12 +15,10 @@ from tqdm import tqdm
 
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
-from core.data.make_pack import main
 from core.data.records import Record
 from core.data.resize import normalise
-from core.data.source import stamp
-from core.errors import run_command
-from core.formats.geometry import apply_maps
+from core.files import stamp
+from core.formats.geometry import apply_maps, inverse
 
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
 KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
@@ -69,6 +67,18 @@ class ImageSet:
         return replace(self, images=self.images.to(device) if small else self.images,
                        points=None if self.points is None else self.points.to(device), sizes=self.sizes.to(device),
                        firsts=self.firsts.to(device))
+
+    def _centres(self) -> np.ndarray:
+        """(M, 1, D) network pixels: the middle of what each image fills of the canvas."""
+        return (self.firsts.cpu().numpy() + (self.sizes.cpu().numpy() - 1) / 2)[:, None]
+
+    def centred_points(self) -> np.ndarray:
+        """Annotations (M, N, D) in network pixels from the middle of each image, wherever it lies on the canvas."""
+        return apply_maps(self.original_points(), self.maps) - self._centres()
+
+    def from_centred(self, points: np.ndarray) -> np.ndarray:
+        """Points (N, D) or (M, N, D) from the middle of each image, in network pixels -> (M, N, D) stored pixels."""
+        return apply_maps(points + self._centres(), inverse(self.maps))
 
     def original_points(self) -> np.ndarray:
         """Annotations (M, N, D) in stored pixels."""
@@ -120,7 +130,3 @@ def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: s
     return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
                     torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
                     tuple(config.image_size))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -72,7 +72,7 @@ def read_layout(
     complete = LAYOUTS[layout](root, spacing_mm, described)
     if not complete.labelled:
         raise UserError(f"{layout} data set at {root} has no labelled image; see datasets/README.md")
-    source = _without(complete, exclude)
+    source = complete.without(exclude)
     known = {record.image.resolve() for record in complete.records}
     more = tuple(record for folder in unlabelled_dirs for record in _unlabelled(Path(folder), known))
     source = replace(source, unlabelled=source.unlabelled + more)
@@ -109,15 +109,6 @@ def _check_volumes(source: DataSource, check_geometry: bool) -> None:
         check_volume(case, source.landmark_names)
     if check_geometry:
         check_against_others(cases, [(r.image, geometry(r)) for r in source.unlabelled], source.landmark_names)
-
-
-def _without(source: DataSource, exclude: Iterable[str]) -> DataSource:
-    unwanted = {image_id(str(name)) for name in exclude}
-    known = [record.id for record in source.records]
-    for name in sorted(unwanted.difference(known)):
-        raise UserError(f'exclude: "{name}" is no image of {source.layout} at {source.root}{did_you_mean(name, known)}')
-    kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in source.splits.items()}
-    return replace(source, splits=kept, unlabelled=tuple(r for r in source.unlabelled if r.id not in unwanted))
 
 
 def _unlabelled(folder: Path, known: set[Path]) -> list[Record]:

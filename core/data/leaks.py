@@ -32,8 +32,7 @@ from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
 from core.data.records import DataSource, Record
 from core.data.resize import resize
-from core.data.source import stamp
-from core.files import write_atomically
+from core.files import stamp, write_atomically
 
 VERSION = 1  # of what is looked for; part of the name under which a finding is kept
 GRID = {2: 32, 3: 16}  # cells along each axis, by number of axes

@@ -31,7 +31,7 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     loaded = [load_one(record, config) for record in tqdm(records, desc="packing")]
     description = {
         "layout": source.layout, "landmark_names": source.landmark_names, "unit": source.unit,
-        "sdr_thresholds": source.sdr_thresholds, "paper_rule": source.paper_rule,
+        "sdr_thresholds": source.sdr_thresholds, "paper_rule": source.paper_rule, "excluded": config.exclude,
         "groups": {name: [_describe(record) for record in group] for name, group in groups.items()},
     }
     buffer = io.BytesIO()

@@ -54,7 +54,10 @@ def open_pack(path: Path) -> Pack:
 
 
 def read_pack(config: DatasetConfig) -> DataSource:
-    """The data set in the pack that is dataset.root. UserError when it was packed from another layout."""
+    """The data set in the pack that is dataset.root, less dataset.exclude.
+
+    UserError when it was packed from another layout, or when an excluded image neither is nor was in it.
+    """
     told = open_pack(Path(config.root)).description
     if told["layout"] != config.layout:
         raise UserError(f'{config.root} was packed from layout "{told["layout"]}", dataset.layout is "{config.layout}"')
@@ -65,8 +68,8 @@ def read_pack(config: DatasetConfig) -> DataSource:
         spacing = None if entry["spacing"] is None else tuple(entry["spacing"])
         return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"], annotators=annotators)
 
-    groups = {name: tuple(record(e) for e in entries if e["id"] not in config.exclude)
-              for name, entries in told["groups"].items()}
-    return DataSource(told["layout"], tuple(told["landmark_names"]), {name: groups[name] for name in SPLITS},
-                      groups["unlabelled"], told["unit"], tuple(told["sdr_thresholds"]), told["paper_rule"],
-                      Path(config.root))
+    groups = {name: tuple(record(e) for e in entries) for name, entries in told["groups"].items()}
+    whole = DataSource(told["layout"], tuple(told["landmark_names"]), {name: groups[name] for name in SPLITS},
+                       groups["unlabelled"], told["unit"], tuple(told["sdr_thresholds"]), told["paper_rule"],
+                       Path(config.root))
+    return whole.without(name for name in config.exclude if name not in told.get("excluded", ()))

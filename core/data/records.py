@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
 from core.formats.images import image_suffix
 
@@ -65,6 +65,29 @@ class DataSource:
         images = (*self.splits["train"], *self.splits["validation"], *self.unlabelled)
         return tuple(replace(record, landmarks=None, annotators=None) for record in images)
 
+    def ordered(self, names: Sequence[str]) -> DataSource:
+        """The data set with its landmarks in the order of `names`: a detector's, which it was trained with.
+
+        UserError, naming them, where a name is in one of the two only.
+        """
+        if tuple(names) == self.landmark_names:
+            return self
+        own = set(self.landmark_names)
+        if own != set(names) or len(names) != len(own):
+            parts = [f"{what} {', '.join(some)}" for what, some in (
+                ("the detector alone knows", [name for name in names if name not in own]),
+                ("the data set alone has", [name for name in self.landmark_names if name not in names])) if some]
+            raise UserError(f"the landmarks of {self.root} are not the detector's: {'; '.join(parts)}")
+        order = [self.landmark_names.index(name) for name in names]
+
+        def turned(record: Record) -> Record:
+            landmarks, annotators = record.landmarks, record.annotators
+            return replace(record, landmarks=None if landmarks is None else landmarks[order],
+                           annotators=None if annotators is None else annotators[:, order])
+
+        splits = {split: tuple(map(turned, records)) for split, records in self.splits.items()}
+        return replace(self, landmark_names=tuple(names), splits=splits)
+
     def require(self, split: str) -> tuple[Record, ...]:
         """The records of `split`; UserError when it is empty or unknown."""
         if split not in SPLITS:
@@ -77,11 +100,25 @@ class DataSource:
             )
         return self.splits[split]
 
+    def without(self, exclude: Iterable[str]) -> DataSource:
+        """The data set less the images with these ids (or file names). UserError for one that it does not have."""
+        unwanted = {image_id(str(name)) for name in exclude}
+        known = [record.id for record in self.records]
+        for name in sorted(unwanted.difference(known)):
+            raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
+        kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
+        return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
+
 
 def image_id(name: str | Path) -> str:
     """The id of an image: its file name or relative path without its image suffix, with forward slashes."""
     text = name.as_posix() if isinstance(name, Path) else name.replace("\\", "/")
     return text[: -len(image_suffix(text) or "")] if image_suffix(text) else text
+
+
+def patient_group(image: str, patient: str | None) -> str:
+    """What is split, resampled and counted together: a patient's images, or an image by itself where none is named."""
+    return f"patient {patient}" if patient else f"image {image}"
 
 
 def check_unique(records: Iterable[Record]) -> None:

@@ -9,6 +9,7 @@ from core.config.dataset import Dataset as DatasetConfig
 from core.data.layouts import read_layout
 from core.data.packs import read_pack
 from core.data.records import DataSource
+from core.files import stamp
 from core.phantoms.radiographs import write_phantom_radiographs
 from core.phantoms.volumes import write_phantom_volumes
 
@@ -33,10 +34,3 @@ def _read_source(config: DatasetConfig, _stamps: tuple) -> DataSource:
     return read_layout(config.layout, config.root, unlabelled_dirs=config.unlabelled_dirs,
                        spacing_mm=config.spacing_mm, exclude=config.exclude, description=config.description,
                        dims=len(config.image_size), check_geometry=config.check_geometry)
-
-
-def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Place, size and time of a file, or of all files of a folder: another stamp, another content."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    told = [(file, file.stat()) for file in files if file.is_file()]
-    return tuple((str(file.absolute()), status.st_size, status.st_mtime_ns) for file, status in told)

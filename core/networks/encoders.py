@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from core.config.finetune import ENCODER_LEVELS
+from core.config.starts import ENCODER_LEVELS
 from core.errors import UserError, did_you_mean
 from core.formats.pickles import read_pickle
 from core.networks.imagenet import HUB_FILES

@@ -65,6 +65,10 @@ def load_weights(path: Path, networks: Sequence[str] = ("unet",)) -> Weights:
     network = header.get("network", "unet")
     if network not in networks:
         raise UserError(f'{path} holds a network of kind "{network}", where {" or ".join(networks)} is needed')
+    unknown = sorted(header["config"]["unet"].keys() - UNetConfig.model_fields.keys())
+    if unknown:
+        raise UserError(f"{path} holds a network of a later version: it has unet.{unknown[0]}, which this one does not "
+                        "know; update the project")
     unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
     return Weights(tensors, unet, header["channels"], header["out_channels"], header)
 

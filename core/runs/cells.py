@@ -8,9 +8,9 @@ from typing import Any
 
 from core.config.config import Config
 from core.config.finetune import LossSettings
-from core.config.ssl import SSL_METHODS
+from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
-from core.runs.places import MEAN_SHAPE, Cell, variant
+from core.runs.places import Cell, variant
 
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
 

@@ -52,6 +52,7 @@ class LoopSettings:
     """Everything the loop needs beside model and task; iterations are optimiser steps."""
 
     title: str
+    identity: str  # which run this is, in words: a saved state of another one is refused
     iterations: int
     seed: int
     device: torch.device
@@ -147,7 +148,7 @@ class Training:
     def optimiser_step(self) -> int:
         """Accumulate the step's micro-batches, clip, step, average; returns the number of images seen."""
         settings = self.settings
-        if settings.scheduler != "plateau":
+        if settings.scheduler != "plateau" or self.step < settings.warmup_iterations:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * self.learning_rate_factor()
         groups = self.plan.groups(self.step)
@@ -207,7 +208,7 @@ class Training:
                 return
             log.write(self.step, figures)
             loss = figures["validation_loss"]
-            if self.settings.scheduler == "plateau":
+            if self.settings.scheduler == "plateau" and self.step >= self.settings.warmup_iterations:
                 self.plateau.step(loss)
             self.since_best += 1
             if loss < self.best:
@@ -235,7 +236,7 @@ class Training:
         """Write last.pt."""
         state = self.state()
         if self.ranks.leads:
-            save_state(run_dir, state)
+            save_state(run_dir, {**state, "identity": self.settings.identity})
         self.ranks.wait()
 
     def due(self, every: int) -> bool:
@@ -257,7 +258,12 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     """
     settings, ranks = training.settings, training.ranks
     if resume:
-        training.restore(load_state(run_dir, resume, resume_command), run_dir / f"{resume}.pt")
+        state, path = load_state(run_dir, resume, resume_command), run_dir / f"{resume}.pt"
+        saved = state.get("identity", settings.identity)  # older states do not say
+        if saved != settings.identity:
+            raise UserError(f"{path} is the state of {saved}, not of {settings.identity}; delete it to start this run "
+                            "over")
+        training.restore(state, path)
         if training.step != ranks.told(training.step):
             raise UserError(f"{run_dir} holds another step here than on rank 0: all machines must share that folder")
     if ranks.leads:

@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-
-
-
-
+def logged(path: Path) -> tuple[float, int]:
+    """Seconds that a metrics.jsonl accounts for, and the steps done in them."""
+    timed = [line for line in read_metrics(path) if "seconds" in line]
+    return sum(line["seconds"] for line in timed), timed[-1]["step"] if timed else 0

@@ -8,7 +8,8 @@ from torch import Tensor
 from core.config.config import Config
 from core.networks.unet import UNet
 from core.networks.weights import Weights, load_weights
-from landmarks_finetuning.starts import check_same_network, pretrained_path
+from core.runs.places import pretrained_path
+from landmarks_finetuning.starts import check_same_network
 
 
 class HeatmapUNet(UNet):

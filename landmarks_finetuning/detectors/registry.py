@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from core.config.config import Config
-from core.config.finetune import BACKBONES
+from core.config.starts import BACKBONES
 from core.networks.weights import Weights
 from landmarks_finetuning.detectors.encoder_unet import rebuild_encoder_unet, start_encoder_unet
 from landmarks_finetuning.detectors.heatmap_unet import rebuild_unet, start_unet

@@ -20,8 +20,10 @@ import numpy as np
 import pandas as pd
 
 from core.config.finetune import LossSettings
+from core.config.settings import all_settings
+from core.config.starts import MEAN_SHAPE
+from core.data.records import patient_group
 from core.errors import UserError
-from core.runs.places import MEAN_SHAPE, VARIANT_KEYS
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.provenance import starting_point
@@ -30,8 +32,9 @@ from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, ra
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "confidence")
-SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(VARIANT_KEYS.values())})-)")
-LOSS_SLUGS = {VARIANT_KEYS[key] for key in LossSettings.model_fields}
+SLUGS = {key: each.slug for key, each in all_settings().items() if each.slug is not None}
+SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(SLUGS.values())})-)")
+LOSS_SLUGS = {SLUGS[f"finetune.{key}"] for key in LossSettings.model_fields}
 CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
 
 
@@ -194,19 +197,19 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     if not complete or rows != expected or not len(table) == len(expected) == images * len(landmarks):
         raise UserError(f"{path} is cut or damaged: it has {len(table)} rows, not one for each of {len(landmarks)} "
                         f"landmarks in each of {images} images, as metrics.json says; evaluate that run again")
-    table["patient"] = table["patient"].where(table["patient"] != "", table["image"])
     return table
 
 
 def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
-    """A run's errors, images x landmarks in the order of the file, and the images' patients.
+    """A run's errors, images x landmarks in the order of the file, and the images' patients (`patient_group`).
 
     `column` "paper_error" takes those of the paper's scorer.
     """
     table = read_predictions(folder)
     matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
-    return matrix, table.drop_duplicates("image").set_index("image")["patient"]
+    patients = table.drop_duplicates("image").set_index("image")["patient"]
+    return matrix, pd.Series({image: patient_group(image, patient) for image, patient in patients.items()})
 
 
 def human_distances(runs: pd.DataFrame) -> np.ndarray:

@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from core.errors import UserError
+from landmarks_finetuning.pictures.cases import pictured_image
 from landmarks_finetuning.report.collect import Experiment, error_matrix, select
 from landmarks_finetuning.report.findings import UNTRAINED
 from landmarks_finetuning.report.order import best_first
@@ -65,9 +66,9 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
                 continue
             run = group.sort_values(["draw", "seed"]).iloc[0]
             files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
-            errors = error_matrix(run["path"])[0].mean(axis=1).rename(lambda image: image.replace("/", "-"))
+            errors = error_matrix(run["path"])[0].mean(axis=1)
             width = OVERLAY_WIDTHS[bool(run["volumes"])]
-            images = [{"source": pictures.embed(path, width, 78), "image": path.stem.partition("_")[2]}
+            images = [{"source": pictures.embed(path, width, 78), "image": pictured_image(path)}
                       for path in files]
             images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
             groups.append({"id": f"{slug}-cases-{len(groups)}", "backbone": backbone, "variant": variant,

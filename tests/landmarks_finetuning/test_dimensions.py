@@ -130,8 +130,7 @@ def test_resampling_to_a_common_spacing(tmp_path, size):
     assert images.sizes.tolist() == expected and images.images.shape[2:] == tuple(np.max(expected, axis=0))
     assert images.original_sizes.tolist() == [list(size)] * 2 and images.maps.shape == (2, dims, dims + 1)
     for m, (_, point, spacing) in enumerate(places):
-        middle = (images.firsts[m] + (images.sizes[m] - 1) / 2).numpy()
-        in_mm = (images.points[m].numpy() - middle) * mm
+        in_mm = images.centred_points()[m] * mm
         np.testing.assert_allclose(in_mm[0], (point - (np.array(size) - 1) / 2) * spacing, atol=1e-9)
         np.testing.assert_allclose(in_mm[1] - in_mm[0], 2 * spacing, atol=1e-9)
         canvas = images.images[m, 0].numpy()
@@ -141,6 +140,7 @@ def test_resampling_to_a_common_spacing(tmp_path, size):
         assert np.abs(centroid(bright) - images.points[m, 0].numpy()).max() < 0.1
         back = apply_maps(images.points[[m]].numpy(), inverse(images.maps[[m]]))
         np.testing.assert_allclose(back[0], records[m].landmarks, atol=1e-9)
+    np.testing.assert_allclose(images.from_centred(images.centred_points()), images.original_points(), atol=1e-9)
     large = config.model_copy(update={"image_size": tuple(n + 3 for n in images.images.shape[2:])})
     padded = load_images(records, large)
     assert padded.fits and padded.images.shape[2:] == large.image_size

@@ -1,76 +1,132 @@
-"""Scoring against figures known beforehand: clusters of the bootstrap, the guess without an image."""
+"""Scoring of a whole run: the mean shape on images of unlike size, the paper's scorer, pictures, patients."""
 
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
 from core.config.load import parse_config
+from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.source import load_source
-from core.runs.places import MEAN_SHAPE, Cell
+from core.runs.places import Cell
 from landmarks_finetuning.evaluate import evaluate_mean_shape, score
+from landmarks_finetuning.pictures.cases import pictured_image
 from landmarks_finetuning.predictions import Predictions
+from landmarks_finetuning.report.build import build_report
+from landmarks_finetuning.report.collect import error_matrix, read_experiment
+from landmarks_finetuning.report.pictures import Pictures, worst_cases
 from landmarks_finetuning.statistics import bootstrap_interval
+from tests.conftest import TINY, merged
+
+SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51), "e": (33, 29), "f": (47, 40)}  # height, width
+CELL = Cell(MEAN_SHAPE, 2, 0, 0)
 
 
-def write_dataset(root, sizes, splits, points, patients=None):
-    """Images of `sizes` {id: (height, width)}, 1 mm a pixel; `points` {id: (N, 2) of (y, x)} are the landmarks."""
-    (root / "images").mkdir(parents=True)
-    rng, rows = np.random.default_rng(0), []
-    for name, size in sizes.items():
-        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(root / f"images/{name}.png")
-        row = {"image": name} | ({"patient": patients[name]} if patients else {})
-        for number, (y, x) in enumerate(points[name]):
-            row |= {f"p{number}_x": x, f"p{number}_y": y}
-        rows.append(row)
-    pd.DataFrame(rows).to_csv(root / "landmarks.csv", index=False)
-    names = [f"p{number}" for number in range(len(next(iter(points.values()))))]
-    (root / "dataset.json").write_text(json.dumps({"landmarks": names, "spacing_mm": 1.0, "splits": splits}))
+@pytest.fixture
+def mean_shape(tmp_path):
+    """mean_shape(points, section={...}) -> (folder, metrics.json) of the guess: trained on a and b, tested on the rest.
+
+    `points` gives the landmarks (y, x) of an image's size, `patients` the patients of images, `names` other ids of
+    images; pixels are of 0.5 mm.
+    """
+    def score(points, patients=None, names=None, **changes):
+        root = tmp_path / "data"
+        (root / "images").mkdir(parents=True)
+        rows, called = [], {name: (names or {}).get(name, name) for name in SIZES}
+        for key, size in SIZES.items():
+            name = called[key]
+            (root / f"images/{name}").parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)).save(
+                root / f"images/{name}.png")
+            rows.append(",".join([name, *(f"{value:.6f}" for point in points(size) for value in point[::-1])]))
+        landmarks = [f"p{number}" for number in range(len(points((9, 9))))]
+        columns = ",".join(f"{name}_x,{name}_y" for name in landmarks)
+        (root / "landmarks.csv").write_text("\n".join([f"image,{columns}", *rows, ""]))
+        (root / "dataset.json").write_text(json.dumps({
+            "landmarks": landmarks, "spacing_mm": 0.5,
+            "patients": patients or {},
+            "splits": {"train": ["a", "b"], "validation": [], "test": [called[key] for key in "cdef"]}}))
+        dataset = {"name": "sizes", "layout": "folder", "root": str(root), "cache_dir": str(tmp_path / "cache"),
+                   "image_size": [16, 16], "spacing_mm": None}
+        values = merged(merged(TINY, {"dataset": dataset, "experiment": {"output_dir": str(tmp_path / "runs")},
+                                      "finetune": {"validation": "none"}}), changes)
+        run_dir = evaluate_mean_shape(parse_config(values, "test"), CELL)
+        return run_dir, json.loads((run_dir / "metrics.json").read_text())
+
+    return score
 
 
-def study(tmp_path, **dataset):
-    return parse_config({
-        "experiment": {"name": "study", "output_dir": str(tmp_path / "runs"), "seed": 5},
-        "dataset": {"name": "mine", "layout": "folder", "root": str(tmp_path / "data"), "image_size": [16, 16],
-                    "cache_dir": str(tmp_path / "cache"), **dataset},
-        "finetune": {"validation": "none", "selection": "first"}, "evaluation": {"overlays": 0},
-    }, "study.json")
+def middle(size):
+    return (np.array(size) - 1) / 2
+
+
+@pytest.mark.parametrize("resample_mm", [0.5, 1.3, None])
+def test_the_guess_of_every_images_centre_is_exact(mean_shape, resample_mm):
+    _, metrics = mean_shape(lambda size: [middle(size)], dataset={"resample_mm": resample_mm})
+    assert metrics["physical"]["mre"] == pytest.approx(0, abs=1e-3)  # 39 mm when the canvas counted twice
+
+
+def test_the_guess_is_the_mean_in_mm_from_the_centres(mean_shape):
+    """Landmark 5 mm below the centre where the image is low, 2 mm where it is high: 3.5 mm is guessed for all."""
+    def points(size):
+        return [middle(size) + [10.0 if size[0] == 30 else 4.0, 0]]
+
+    _, metrics = mean_shape(points, dataset={"resample_mm": 0.8})
+    assert metrics["physical"]["mre"] == pytest.approx(1.5, abs=1e-3)
+
+
+def test_an_image_is_no_patient_of_the_same_name(mean_shape):
+    """Image c without a patient and patient "c": four clusters, the fewest that have an interval."""
+    run_dir, metrics = mean_shape(lambda size: [(3.0, 5.0)], {"d": "c"})
+    low, high = metrics["physical"]["interval"]
+    assert low < metrics["physical"]["mre"] < high
+    assert error_matrix(run_dir)[1].nunique() == 4
+
+
+def test_images_whose_names_look_alike_have_their_own_pictures(mean_shape):
+    """Every id is read back from its picture, and the report puts the picture's own error below it."""
+    deep = "/".join(["folder" * 5] * 10 + ["c"])  # longer than a file name may be
+    names = {"c": "a/b", "d": "a-b", "e": "a%2Fb", "f": deep}
+    run_dir, _ = mean_shape(lambda size: [(3.0, size[1] / 3)], names=names, evaluation={"overlays": 4})
+    paths = sorted((run_dir / "overlays").iterdir())
+    assert sorted(pictured_image(path) for path in paths) == sorted(names.values())
+    for file in ("metrics.json", "config.json"):  # the report shows no pictures of the guess
+        (run_dir / file).write_text((run_dir / file).read_text().replace('"mean_shape"', '"scratch"'))
+    moved = run_dir.parents[2] / "scratch/default" / run_dir.name
+    moved.parent.mkdir(parents=True)
+    run_dir.rename(moved)
+    experiment = read_experiment(moved.parents[3])
+    [group] = worst_cases(experiment, "s", experiment.runs, Pictures())
+    errors = error_matrix(moved)[0].mean(axis=1)
+    assert [image["image"] for image in group["images"]] == list(errors.sort_values(ascending=False).index)
+    assert [image["error"] for image in group["images"]] == sorted(errors, reverse=True)
+    assert build_report([experiment.path]).is_file()
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["patients", "images alone"])
 def test_the_interval_is_over_patients(tmp_path, named):
     """Six patients with two images each, whose errors (along x, in mm) are equal: six values and not twelve."""
-    names = [f"{patient}{visit}" for patient in "abcdef" for visit in (1, 2)]
-    errors = np.repeat([1.0, 1.5, 2.0, 3.0, 5.0, 8.0], 2)
-    patients = {name: name[0] for name in ["t", *names]}
-    write_dataset(tmp_path / "data", dict.fromkeys(patients, (20, 30)), {"train": ["t"], "test": names},
-                  dict.fromkeys(patients, [(10.0, 10.0)]), patients if named else None)
-    config = study(tmp_path)
+    errors = dict(zip([f"{patient}{visit}" for patient in "abcdef" for visit in (1, 2)],
+                      np.repeat([1.0, 1.5, 2.0, 3.0, 5.0, 8.0], 2).tolist(), strict=True))
+    (tmp_path / "images").mkdir()
+    for name in ("train", *errors):
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "landmarks.csv").write_text("".join(["image,p_x,p_y\n", *(f"{n},9,5\n" for n in ("train", *errors))]))
+    (tmp_path / "dataset.json").write_text(json.dumps({
+        "landmarks": ["p"], "spacing_mm": 1.0, "splits": {"train": ["train"], "validation": [], "test": list(errors)},
+        "patients": {name: name[0] for name in errors} if named else {}}))
+    config = parse_config({"experiment": {"seed": 5}, "evaluation": {"overlays": 0},
+                           "dataset": {"layout": "folder", "root": str(tmp_path), "image_size": [16, 16],
+                                       "cache_dir": str(tmp_path / "cache")}}, "test")
     source = load_source(config.dataset)
     test_images = load_images(source.require("test"), config.dataset)
-    order = [names.index(record.id) for record in test_images.records]
     points = test_images.original_points()
-    points[:, 0, 1] += errors[order]
-    metrics = score(tmp_path / "run", config, source,
-                    Predictions(test_images, source.landmark_names, points, np.ones((12, 1))), {})
-    each = errors[::2, None] if named else errors[order, None]
-    expected = bootstrap_interval(each, range(len(each)), seed=5)
+    points[:, 0, 1] += [errors[record.id] for record in test_images.records]
+    predictions = Predictions(test_images, source.landmark_names, points, np.ones((12, 1)))
+    metrics = score(tmp_path / "run", config, source, predictions, {"backbone": "scratch", "decoder": "argmax"})
+    values = np.array(list(errors.values()))[::2 if named else 1, None]
+    expected = bootstrap_interval(values, range(len(values)), seed=5)
     assert metrics["physical"]["interval"] == pytest.approx(expected, rel=1e-9)
-    assert metrics["physical"]["mre"] == pytest.approx(errors.mean())
-
-
-def test_the_mean_shape_stands_about_the_centre_of_each_test_image(tmp_path):
-    """Landmarks at the same place about every image's centre: the guess is exact, though test images are larger."""
-    sizes = {**{f"train{n}": (40, 30) for n in range(3)}, **{f"test{n}": (64, 50) for n in range(4)}}
-    offsets = np.array([[3.0, -5.0], [-8.0, 6.0], [0.0, 0.0]])
-    points = {name: (np.array(size) - 1) / 2 + offsets for name, size in sizes.items()}
-    splits = {"train": [n for n in sizes if "train" in n], "test": [n for n in sizes if "test" in n]}
-    write_dataset(tmp_path / "data", sizes, splits, points)
-    folder = evaluate_mean_shape(study(tmp_path, resample_mm=1.0), Cell(MEAN_SHAPE, 3, 0, 0))
-    table = pd.read_csv(folder / "predictions.csv")
-    assert len(table) == 4 * 3
-    np.testing.assert_allclose(table["error"], 0, atol=1e-6)
-    np.testing.assert_allclose(table[["y", "x"]].to_numpy().reshape(4, 3, 2), [points["test0"]] * 4, atol=1e-3)
+    assert metrics["physical"]["mre"] == pytest.approx(np.mean(list(errors.values())))

@@ -215,22 +215,11 @@ def test_an_interval_needs_four_patients():
 
 
 @dims
-def test_mean_shape_is_the_mean_about_the_centres(dimension):
-    train_sizes = np.array([[10, 20, 40], [10, 22, 40]])[:, :dimension]
-    points = np.array([[[2.0, 3.0, 5.0]], [[4.0, 9.0, 9.0]]])[..., :dimension]
-    predicted = mean_shape_prediction(points, train_sizes, np.array([[10, 20, 40], [12, 20, 40]])[:, :dimension])
-    np.testing.assert_allclose(predicted[0, 0], [3.0, 5.5, 7.0][:dimension])  # the second lies 1 less off its centre
-    np.testing.assert_allclose(predicted[1, 0], [4.0, 5.5, 7.0][:dimension])
-
-
-@dims
 def test_mean_shape_averages_each_landmark_over_the_labels_that_have_it(dimension):
     points = np.full((2, 3, dimension), 20.0)
     points[1, 0] = 40
     points[0, 1] = np.nan
     points[:, 2] = np.nan
-    sizes = np.full((2, dimension), 100)
-    predicted = mean_shape_prediction(points, sizes, sizes[:1])
-    np.testing.assert_allclose(predicted[0], [[30] * dimension, [20] * dimension, [25] * dimension])
+    np.testing.assert_allclose(mean_shape_prediction(points), [[30] * dimension, [20] * dimension, [25] * dimension])
     with pytest.raises(UserError, match="mean shape"):
-        mean_shape_prediction(np.full((2, 3, dimension), np.nan), sizes, sizes[:1])
+        mean_shape_prediction(np.full((2, 3, dimension), np.nan))

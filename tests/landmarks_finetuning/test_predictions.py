@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import landmarks_finetuning.predictions as predictions_module
+import landmarks_finetuning.pictures.cases
 from core.config.dataset import Dataset
 from core.config.load import parse_config
 from core.data.dataset import load_images
@@ -109,7 +109,7 @@ def pictures(monkeypatch):
         given.append(SimpleNamespace(**dict(zip(keys, arguments, strict=True))))
         return Image.new("L", (2, 2))
 
-    monkeypatch.setattr(predictions_module, "draw_case", draw_case)
+    monkeypatch.setattr(landmarks_finetuning.pictures.cases, "draw_case", draw_case)
     return given
 
 
@@ -266,6 +266,28 @@ def test_predict_gives_the_points_of_evaluate(study, tmp_path):
         np.testing.assert_allclose(points, points_of(table, name), atol=1e-3)
         assert positions(tmp_path / f"out/markups/{name}.nii.gz.mrk.json").keys() == set(table.landmark)
         assert (tmp_path / f"out/overlays/{name}.nii.gz.png").exists()
+
+
+def test_a_killed_predict_leaves_no_half_table(study, tmp_path, monkeypatch):
+    """Struck at the third of three batches; a whole one then writes each row once."""
+    paths = sorted((study.data / "images").glob("*.nii.gz"))[:3]
+    one_by_one, written = ("evaluation.batch_size=1",), []
+
+    def struck(records, config):
+        if records[0].image == paths[-1]:
+            raise KeyboardInterrupt
+        return load_images(records, config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("landmarks_finetuning.predict.load_images", struck)
+        predict(study.cell, paths, tmp_path / "out", overlays=False, overrides=one_by_one)
+    assert len(list((tmp_path / "out/markups").iterdir())) == 2 and not list((tmp_path / "out").glob("*.csv"))
+    to_csv = pd.DataFrame.to_csv
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, **how: written.append(len(self)) or to_csv(self, **how))
+    table = predict(study.cell, paths, tmp_path / "out", overlays=False, overrides=one_by_one)
+    assert written == [12, 12, 12]
+    assert list(pd.read_csv(table).image.unique()) == [path.name for path in paths]
+    assert table.read_text().count("image,patient,landmark") == 1
 
 
 def test_crops_and_windows(volumes, study, tmp_path):

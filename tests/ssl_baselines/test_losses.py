@@ -210,7 +210,8 @@ def momentum_training(schedule, iterations=4, decay=0.9):
     torch.manual_seed(3)
     network = method(MoCoV3, "mocov3", hidden=5, out=3).network(Pooled(Encoder()))
     settings = LoopSettings(
-        title="x", iterations=iterations, seed=0, device=torch.device("cpu"), precision="float32", learning_rate=0.05,
+        title="x", identity="x",
+        iterations=iterations, seed=0, device=torch.device("cpu"), precision="float32", learning_rate=0.05,
         weight_decay=0.0, clip=Clip(), accumulation_reduction="mean", ema_decay=decay, ema_schedule=schedule,
         log_every=1, save_every=9, validate_every=1)
     return Training(network, Squares(), BatchPlan(9, 4, 1, "stream", True, 0), settings)

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 import ssl_baselines.train
 from core.config.load import parse_config
-from core.config.ssl import SSL_METHODS
+from core.config.starts import SSL_METHODS
 from core.files import write_atomically
 from core.formats.pickles import read_pickle
 from core.networks.encoders import build_encoder

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from core.config.load import load_config, parse_config
-from core.config.ssl import DINO, SSL_METHODS, Views
+from core.config.ssl import DINO, Views
+from core.config.starts import SSL_METHODS
 from core.runs.places import Cell, cell_dir, ssl_dir
 from core.training.batches import BatchPlan
 from ssl_baselines.dino import DINO as Distillation

@@ -18,10 +18,11 @@ from core.errors import Interrupted, RunsFailed, UserError
 from core.runs.claims import LOCK, Claimed, claim
 from core.runs.places import Cell, cell_dir
 from study import report_page
-from study.plan import study_runs
+from study.prepare import data_stamp, remember
 from study.report_page import ingredients
 from study.run import run_study
 from study.runner import failed_at, take
+from study.runs import study_runs
 from tests import stub_stages
 from tests.conftest import PROJECT, TINY, merged
 
@@ -308,6 +309,7 @@ def test_finished_study_imports_and_reads_little(study, tmp_path):
     page.parent.mkdir()
     page.touch()
     (page.parent / "ingredients.sha256").write_text(ingredients(config.experiment_dir))
+    remember(config, data_stamp(config), study_runs(config, STAGES))
     code = ("import sys, study.launch; study.launch.main()\n"
             "print(sorted({'torch', 'numpy', 'pandas', 'scipy', 'PIL', 'tensorboard'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code, "--config", study], cwd=PROJECT, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from core.runs.places import Cell, cell_dir
 from core.training.stop_signal import StopSignal
 from study import cluster
 from study.cluster import REQUEUES, StudyTask, submit
-from study.plan import study_runs
+from study.runs import study_runs
 from tests import stub_stages
 from tests.conftest import PROJECT, TINY, error_of, merged
 

@@ -7,6 +7,7 @@ import pytest
 
 from core.config.dataset import check_divisible
 from core.config.load import CONFIG_DIR, add_config_arguments, load_config, parse_config
+from core.config.reference import PAGE, reference
 from core.config.schema import write_schema
 from core.errors import CommandParser, UserError
 
@@ -216,7 +217,25 @@ def test_schema_refuses_what_the_models_refuse():
 def test_schema_file_is_up_to_date(tmp_path):
     write_schema(tmp_path / "schema.json")
     fresh = (tmp_path / "schema.json").read_text() == (CONFIG_DIR / "schema.json").read_text()
-    assert fresh, "run python -m core.config.load"
+    assert fresh, "run python -m core.config.schema"
+
+
+def test_reference_is_up_to_date():
+    assert PAGE.read_text() == reference(), "run python -m core.config.reference"
+
+
+def test_reference_says_what_a_key_is():
+    """Rows written by hand, and a row for each key, with no cell left empty."""
+    rows = [line.strip("|").split(" | ") for line in reference().splitlines() if line.startswith("| `")]
+    assert all(len(row) == 5 and all(cell.strip() for cell in row) for row in rows)
+    assert [row[0].strip(" `") for row in rows if "ddpm.clip" in row[0]] == ["ddpm.clip.mode", "ddpm.clip.limit"]
+    for row in ("| `evaluation.split` | `test`, `validation` | `\"test\"` | scoring | images that are scored: choose "
+                "settings on validation, test once |",
+                "| `finetune.learning_rate.dino` | number above 0 | `0.001` | identity: training | of an encoder from "
+                "DINO; for dino (`lr-` in a variant's name) |",
+                "| `dataset.percentiles` | [number, number] | `[1.0, 99.0]` | identity: pretraining, ssl, training | "
+                'percentiles of an image that become 0 and 1; only where dataset.intensity is "percentile" |'):
+        assert row in reference()
 
 
 def test_paper_presets():

@@ -235,6 +235,11 @@ def test_pack_round_trip(folder, tmp_path):
     assert not (tmp_path / "unused").exists()
     fewer = load_source(packed.model_copy(update={"exclude": ("d", "c")}))
     assert [r.id for r in fewer.pretraining_records()] == ["a", "b"] and fewer.splits["test"] == ()
+    with pytest.raises(UserError, match='exclude: "e" is no image of folder at .*pack.npz'):
+        load_source(packed.model_copy(update={"exclude": ("e",)}))
+    without = folder.model_copy(update={"exclude": ("d",)})
+    assert write_pack(without, tmp_path / "less.npz") == 3
+    assert len(load_source(without.model_copy(update={"root": str(tmp_path / "less.npz")})).records) == 3
 
 
 @pytest.mark.parametrize("mode, dtype, values", [

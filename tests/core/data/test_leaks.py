@@ -18,13 +18,14 @@ from core.data.dataset import load_images
 from core.data.leaks import LARGEST_UNEXPLAINED, MARGIN, Leak, find_leaks, leak_lines, leaked_ids, reduced, unexplained
 from core.data.make_pack import write_pack
 from core.data.records import SPLITS, DataSource, Record
+from core.data.shots import labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import UserError
 from core.runs.identity import check_cell
 from core.runs.places import Cell, cell_dir
-from landmarks_finetuning.evaluate import score, scored_records
+from landmarks_finetuning.evaluate import score
 from landmarks_finetuning.predictions import Predictions
-from landmarks_finetuning.train import finetune_cell, labelled_subset
+from landmarks_finetuning.train import finetune_cell
 from study.plan import print_plan
 from tests.conftest import DATA
 
@@ -214,20 +215,21 @@ def study(tmp_path, dataset, leaked="keep", **finetune):
 
 def test_the_plan_shows_them(leaky, tmp_path, capsys):
     source = load_source(leaky)
-    print_plan(study(tmp_path, leaky), ("finetune",), source)
+    print_plan(study(tmp_path, leaky), ("finetune",), source, [])
     out = capsys.readouterr().out
     assert "leaks  2 test images have" in out and "    test c = train a (identical files)\n" in out
-    print_plan(study(tmp_path, leaky), ("pretrain",), source)  # nothing is scored
+    print_plan(study(tmp_path, leaky), ("pretrain",), source, [])  # nothing is scored
     assert "leaks" not in capsys.readouterr().out
 
 
 def scored(tmp_path, dataset, leaked, errors):
     """metrics.json of predictions that miss the test images by `errors` {id: pixels of 0.5 mm}."""
     config, source = study(tmp_path, dataset, leaked), load_source(dataset)
-    held = load_images(scored_records(config, source), dataset)
+    held = load_images(scored_records(source, config.evaluation, config.dataset), dataset)
     points = held.original_points() + np.array([[[errors[record.id], 0]] for record in held.records])
     run_dir = tmp_path / "run"
-    score(run_dir, config, source, Predictions(held, source.landmark_names, points, np.ones((len(points), 1))), {})
+    score(run_dir, config, source, Predictions(held, source.landmark_names, points, np.ones((len(points), 1))),
+          {"decoder": None})
     return json.loads((run_dir / "metrics.json").read_text())
 
 
@@ -248,7 +250,7 @@ def test_figures_without_leaks(leaky, tmp_path):
 def test_nothing_left_to_score(tmp_path):
     dataset = folder_of(tmp_path, a=texture(0), b=texture(1), **{name: texture(0) for name in "cde"})
     with pytest.raises(UserError, match='evaluation.leaked "drop" leaves none of the 3 test images of .*data'):
-        scored_records(study(tmp_path, dataset, "drop"), load_source(dataset))
+        scored_records(load_source(dataset), study(tmp_path, dataset, "drop").evaluation, dataset)
     nothing = scored(tmp_path, dataset, "keep", dict.fromkeys("cde", 2))["without_leaks"]
     assert (nothing["images"], nothing["mre"]) == (0, None)
 
@@ -276,7 +278,7 @@ def test_test_images_choose_neither_labels_nor_checkpoint(phantom, tmp_path, mon
     allowed = {split: {record.id for record in source.splits[split]} for split in SPLITS}
     for shots in (5, 130):
         for draw in (0, 1, 2):
-            training, held = labelled_subset(config, source, Cell("scratch", shots, draw, 0))
+            training, held = labelled_subset(source, config.finetune, shots, draw)
             assert {record.id for record in training} <= allowed["train"]
             assert {record.id for record in held} <= allowed["validation" if validation == "official" else "train"]
             assert not {record.id for record in training} & {record.id for record in held}

@@ -18,7 +18,11 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.cache import load_one
+from core.data.records import Record
 from core.errors import UserError
+from core.files import stamp
 from core.formats.geometry import index_to_world
 from core.formats.images import find_images, image_suffix, read_geometry, read_image
 
@@ -301,3 +305,18 @@ def test_find_images_takes_a_series_for_one_image(series):
         root / "ct", root / "deep/1.2.3", root / "flat.dcm", root / "radiographs/x.dcm", root / "radiographs/y.dcm"
     ]  # fmt: skip
     assert image_suffix(root / "deep/1.2.3") is None and image_suffix(root / "flat.dcm") == ".dcm"
+
+
+def test_what_else_lies_in_the_folder_of_a_series_does_not_count(series, tmp_path):
+    """A sub-folder, a note and a link to nowhere: the same volume, from the same cache entry."""
+    config = DatasetConfig(image_size=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
+    record = Record("series", series, None, None)
+    before = load_one(record, config)
+    (series / "report").mkdir()
+    (series / "report/page.html").write_text("no slice")
+    (series / "notes.txt").write_text("no slice")
+    (series / "gone").symlink_to(tmp_path / "nowhere")
+    after = load_one(record, config)
+    assert after.digest == before.digest and np.array_equal(after.pixels, before.pixels)
+    assert len(stamp(series)) == len(NAMES) + 2
+    assert find_images(tmp_path) == [series]

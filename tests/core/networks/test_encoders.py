@@ -15,8 +15,9 @@ from torchvision.models.densenet import DenseNet
 
 import core.networks.encoders
 import core.networks.imagenet
-from core.config.finetune import BACKBONES, Finetune, LearningRates
+from core.config.finetune import Finetune, LearningRates
 from core.config.load import parse_config
+from core.config.starts import BACKBONES
 from core.networks.encoders import EncoderUNet, build_encoder_unet
 from core.networks.imagenet import HUB, HUB_FILES
 from core.networks.weights import load_weights, save_tensors, save_weights

@@ -10,7 +10,8 @@ from core.runs.cells import settings_compared, single_setting
 from core.runs.identity import check_cell
 from core.runs.places import Cell, cell_dir
 from core.runs.record import write_run_config
-from study.plan import study_runs, time_left
+from study.runs import study_runs
+from study.timing import time_left
 from tests.conftest import error_of
 from tests.core.runs.test_cells import log, make, touch
 

@@ -71,7 +71,7 @@ class Regression:
 def make_training(task=None, plan=None, weight=None, **changes):
     """A linear model (3 -> 1) with known weights under the loop's care."""
     plan = plan or BatchPlan(12, 3, 1, "stream", False, 0)
-    settings = {"title": "test", "iterations": 6, "seed": 0, "device": CPU, "precision": "float32",
+    settings = {"title": "test", "identity": "test", "iterations": 6, "seed": 0, "device": CPU, "precision": "float32",
                 "learning_rate": 0.1, "weight_decay": 0.0, "clip": Clip(), "accumulation_reduction": "mean",
                 "ema_decay": None, "log_every": 2, "save_every": 2, "validate_every": 100} | changes
     model = nn.Linear(3, 1)
@@ -258,6 +258,16 @@ def test_plateau_and_early_stop(tmp_path):
     assert [line["validation_loss"] for line in lines if "validation_loss" in line] == [3.0, 2.0, 2.0, 2.5, 2.5, 2.5]
     state = read_pickle(tmp_path / "last.pt")
     assert (state["step"], state["best"], state["since_best"]) == (6, 2.0, 4)
+
+
+def test_a_plateau_schedule_warms_up(tmp_path):
+    """By hand: thirds of the rate; the loss at its end is the first that counts, two no better ones halve it."""
+    task = Regression(scripted=[2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0])
+    training = make_training(task, scheduler="plateau", plateau_factor=0.5, plateau_patience=1, warmup_iterations=3,
+                             validate_every=1, iterations=7, log_every=1)
+    run(training, tmp_path)
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if "learning_rate" in line]
+    assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1, 0.05, 0.05])
 
 
 def test_early_stop_count_and_plateau_survive_a_resume(tmp_path):
