@@ -42,10 +42,11 @@ class OrdinaryImages(Dataset):
 
     def __init__(self, files: list[Path], side: int) -> None:
         like = StrongAugmentation()
+        turn = float(np.max(like.rotation_degrees))
         self.files = files
         self.change = albumentations.Compose([
             albumentations.Resize(side, side, interpolation=cv2.INTER_AREA),
-            albumentations.Affine(rotate=(-like.rotation_degrees, like.rotation_degrees),
+            albumentations.Affine(rotate=(-turn, turn),
                                   scale=(1 - like.scale, 1 + like.scale), p=like.probability,
                                   translate_percent=(-like.translation, like.translation),
                                   border_mode=cv2.BORDER_REPLICATE),

@@ -67,7 +67,7 @@ def peak_functions(device: torch.device, dims: int) -> dict[str, tuple[Callable[
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         matrix = torch.rand((side, side), device=device, dtype=dtype)
-        layer = CONV[dims](channels, channels, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
+        layer = CONV[dims](channels, channels, 3, padding=1, bias=False).to(device, dtype).to(memory_format=layout)
         x = image.to(dtype, memory_format=layout)
         found[f"matrix product, {precision}"] = (_without_grad(torch.mm, matrix, matrix), 2 * side**3)
         found[f"convolution, {precision}"] = (

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 from denoising_diffusion_pytorch import Unet as LucidrainsUNet
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
     """The network on the images' device, its weights lying as its makers have them: ours as in training."""
     layout = memory_format(images.ndim, images.device) if isinstance(network, UNet) else torch.contiguous_format
-    return network.to(images.device, memory_format=layout)
+    return network.to(images.device).to(memory_format=layout)
 
 
 class TrainingStep:

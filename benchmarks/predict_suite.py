@@ -10,8 +10,9 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -44,6 +45,11 @@ def write_detector(folder: Path, options: argparse.Namespace, cache: Path) -> Pa
     return folder
 
 
+def append_predictions(table: BinaryIO, predictions: Predictions) -> None:
+    """The rows of a batch, behind those that are in the table."""
+    append_rows(table, table_rows(predictions))
+
+
 def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) -> dict[str, float]:
     """Seconds of each part over all files."""
     detector = TrainedDetector(run_dir / "best.safetensors")
@@ -57,17 +63,17 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         return result
 
     for file in files:
-        pixels = timed("decode files", lambda file=file: read_image(file))
-        timed("resize", lambda pixels=pixels: resize(pixels, config.dataset.image_size))
+        pixels = timed("decode files", partial(read_image, file))
+        timed("resize", partial(resize, pixels, config.dataset.image_size))
     records, some = collect_images(files), config.evaluation.batch_size
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
-        images = timed("hash, read cache", lambda chosen=chosen: load_images(chosen, config.dataset))
-        for _, outputs, maps in timed("network", lambda images=images: list(detector.heatmaps(images))):
-            points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(o, m, config, None, None))
+        images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
+        for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
+            points, confidence = timed("decode heatmaps", partial(locate, outputs, maps, config, None, None))
         found = Predictions(images, detector.landmark_names, points, confidence)
         with (folder / "parts.csv").open("ab") as table:
-            timed("write", lambda found=found, table=table: append_rows(table, table_rows(found)))
+            timed("write", partial(append_predictions, table, found))
     return seconds
 
 

@@ -83,8 +83,8 @@ def probe(encoder: nn.Module, unlabelled: ImageSet, train: ImageSet, test: Image
     settle_normalisation(encoder, unlabelled.images)
     features, _ = pooled_maps(encoder, train.images)
     held, embeddings = pooled_maps(encoder, test.images)
-    found = ridge_predict(features, train.points.flatten(1).numpy(), held)
-    errors = np.linalg.norm(found.reshape(test.points.shape) - test.points.numpy(), axis=2)
+    found = ridge_predict(features, train.truth.flatten(1).numpy(), held)
+    errors = np.linalg.norm(found.reshape(test.truth.shape) - test.truth.numpy(), axis=2)
     return {"error_px": float(errors.mean()), "effective_rank": effective_rank(embeddings)}
 
 
@@ -94,7 +94,7 @@ def run_seed(config: Config, seed: int, labelled: int, methods: list[str]) -> li
     chosen = select_shots(source.require("train"), labelled, seed, "random")
     unlabelled, train, test = (load_images(records, config.dataset) for records in
                                (source.pretraining_records(), chosen, source.require("test")))
-    guess = np.linalg.norm((test.points - train.points.mean(dim=0)).numpy(), axis=2).mean()
+    guess = np.linalg.norm((test.truth - train.truth.mean(dim=0)).numpy(), axis=2).mean()
     rows = [{"method": "mean shape", "error_px": float(guess)}]
     torch.manual_seed(seed)
     start = build_encoder(config.finetune.encoder, 1)

@@ -28,7 +28,7 @@ from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan, step_generator
 from core.training.device import resolve_device, resolve_precision
-from core.training.distributed import ALONE, Ranks, join, recorded
+from core.training.distributed import ALONE, Job, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
 from core.training.run_log import logged
 from ddpm_pretraining.diffusion import Diffusion
@@ -87,7 +87,8 @@ class Denoising:
     def _centres(self, images: ImageSet) -> Tensor:
         """(M, C, *network_size): the middle of every image."""
         spare = (np.array(images.images.shape[2:]) - images.network_size) // 2
-        return images.images[(..., *map(slice, spare.tolist(), (spare + images.network_size).tolist()))]
+        middle = (slice(None), slice(None), *map(slice, spare.tolist(), (spare + images.network_size).tolist()))
+        return images.images[middle]
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """Keep the EMA weights and draw pictures at the configured steps."""
@@ -101,7 +102,7 @@ class Denoising:
     def _save_pictures(self, model: nn.Module, step: int) -> None:
         ddpm = self.config.ddpm
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
-        shape = (ddpm.sample_count, model.channels, *self.training.network_size)
+        shape = (ddpm.sample_count, self.training.images.shape[1], *self.training.network_size)
         images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
         save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
         shown = self._centres(self.validation or self.training)[:2].to(self.device)
@@ -163,7 +164,8 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
     task = Denoising(config, run_dir, images, validation)
-    if ranks.count == 1:
+    training: Training[UNet]
+    if ranks.count == 1 or not isinstance(ranks, Job):
         training = Training(model, task, plan, settings)
     else:
         from core.training.parallel import TRAININGS  # imports for seconds

@@ -21,7 +21,7 @@ from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
-from core.runs.inputs import INPUTS, SCORED, image_changes, images_digest, read_record, write_inputs
+from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
@@ -127,9 +127,8 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
     patients = [patient_group(record.id, record.patient) for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
-    human = None
-    if all(record.annotators is not None for record in held.records):
-        human = annotator_distances(np.stack([record.annotators for record in held.records]), spacing)
+    pairs = [record.annotators for record in held.records if record.annotators is not None]
+    human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(held.records) else None
     leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,
@@ -142,7 +141,8 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
         "without_leaks": _without(leaked, held.records, errors, thresholds) if leaked else None,
         "human": None if human is None else {**summarise(human, thresholds), "within": share_within(errors, human)},
     }
-    images = {config.evaluation.split: data_digests(held.records, source.landmark_names, config.dataset, scoring=True)}
+    images: GroupedImages = {
+        config.evaluation.split: data_digests(held.records, source.landmark_names, config.dataset, scoring=True)}
     metrics["scored_on"] = images_digest(images)
     write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(folder / "markups", predictions)

@@ -113,13 +113,14 @@ def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: t
     places = [tuple(slice(first, first + window) for first, window in zip(corner, size, strict=True))
               for corner in product(*starts)]
     weight = window_weight(size)
-    total, weights = None, torch.zeros(image.shape[2:])
+    total, weights = torch.zeros(()), torch.zeros(image.shape[2:])
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
-        outputs = outputs_of(torch.cat([image[(..., *place)] for place in some]))
-        total = outputs.new_zeros((outputs.shape[1], *image.shape[2:])) if total is None else total
+        outputs = outputs_of(torch.cat([image[(slice(None), slice(None), *place)] for place in some]))
+        if first == 0:
+            total = outputs.new_zeros((outputs.shape[1], *image.shape[2:]))
         for place, output in zip(some, outputs, strict=True):
-            total[(..., *place)] += output * weight.to(output.device)
+            total[(slice(None), *place)] += output * weight.to(output.device)
             weights[place] += weight
     return (total / weights.to(total.device))[None]
 

@@ -7,6 +7,7 @@ annotated; errors are (M, N), NaN where not scored. M images (or volumes), N lan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def summarise(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
     if np.isnan(errors).all():
         raise UserError("nothing can be scored: no landmark of these images is annotated")
     columns = [_statistics(column, thresholds) for column in errors.T]
-    per_landmark = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
+    per_landmark: dict[str, Any] = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
     per_landmark["sdr"] = {f"{t:g}": [column["sdr"][f"{t:g}"] for column in columns] for t in thresholds}
     return {**_statistics(errors, thresholds), "macro_mre": macro_mean(per_landmark["mre"]),
             "per_landmark": per_landmark}

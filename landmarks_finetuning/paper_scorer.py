@@ -53,7 +53,7 @@ def round_original(
 def _square_side(input_size: int | Sequence[int]) -> int:
     sides = set(np.atleast_1d(input_size).tolist())
     if len(sides) != 1:
-        size = " x ".join(str(side) for side in input_size)
+        size = " x ".join(map(str, np.atleast_1d(input_size).tolist()))
         raise UserError(f"paper scorer: it is defined for a square network input, not {size}; use the physical scorer")
     return int(sides.pop())
 

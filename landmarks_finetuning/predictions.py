@@ -62,7 +62,7 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
             row = {"image": record.id, "patient": record.patient, "landmark": name}
             row |= dict(zip(axes, predictions.points[m, n, ::-1], strict=True))
             if errors is not None:
-                row |= {f"truth_{a}": v for a, v in zip(axes, record.landmarks[n, ::-1], strict=True)}
+                row |= {f"truth_{a}": v for a, v in zip(axes, record.truth[n, ::-1], strict=True)}
                 row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
                 row |= {} if human is None else {"human_distance": human[m, n]}
             rows.append({**row, "confidence": predictions.confidence[m, n]})

@@ -90,7 +90,7 @@ def mean_shape_prediction(centred: np.ndarray) -> np.ndarray:
     mean of the others. Raises UserError if no label has any landmark.
     """
     centred = np.asarray(centred, dtype=np.float64)
-    present = ~np.isnan(centred).any(axis=-1)
+    present = ~np.any(np.isnan(centred), axis=-1)
     counts = present.sum(axis=0)
     if not counts.any():
         raise UserError("the mean shape needs at least one labelled landmark in the training subset")

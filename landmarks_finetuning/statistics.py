@@ -6,9 +6,8 @@ K figures side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from core.errors import UserError
@@ -23,7 +22,7 @@ SIGN_PATTERNS = 9999  # drawn ones, above
 # ---- intervals
 
 
-def patient_sums(values: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def patient_sums(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(P,) sums and (P,) counts of the scored values (M, N) of each patient (`groups`, (M,)) who has any.
 
     Raises UserError when nothing can be scored.
@@ -37,7 +36,7 @@ def patient_sums(values: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.n
     return sums[counts > 0], counts[counts > 0]
 
 
-def bootstrap_interval(errors: np.ndarray, groups: Sequence, seed: int) -> tuple[float, float]:
+def bootstrap_interval(errors: np.ndarray, groups: ArrayLike, seed: int) -> tuple[float, float]:
     """95 % interval of the mean of all scored errors (M, N), resampling patients (`groups`, (M,)).
 
     Images of one patient are drawn together (cluster bootstrap); see `studentised_interval`. (NaN, NaN) for fewer than
@@ -127,15 +126,15 @@ def smallest_p(patients: int) -> float:
     return 2.0 ** (1 - patients) if patients <= EXACT_PATIENTS else 1 / (1 + SIGN_PATTERNS)
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: ArrayLike) -> np.ndarray:
     """Holm's step-down adjusted p-values, in the order given: the family-wise error stays below the level.
 
     Holm 1979, A simple sequentially rejective multiple test procedure.
     """
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
-    result = np.empty_like(p_values)
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    result = np.empty_like(values)
     result[order] = np.minimum(adjusted, 1.0)
     return result
 

@@ -60,7 +60,7 @@ class HeatmapRegression:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
         chosen = torch.from_numpy(indices)
         there = chosen.to(self.device)
-        images, points = self.training.images[chosen].to(self.device), self.training.points[there]
+        images, points = self.training.images[chosen].to(self.device), self.training.truth[there]
         images, points = augment(images, points, self.config.finetune.augmentation, generator,
                                  self.training.crops(there))
         return self._loss(model(images), points, not self.training.fits)
@@ -99,7 +99,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
     """The loop's settings for one cell."""
     finetune, experiment = config.finetune, config.experiment
     device = resolve_device(experiment.device)
-    iterations = finetune.iterations or finetune.epochs * plan.steps_per_epoch
+    iterations = finetune.optimiser_steps(plan.steps_per_epoch)
     return LoopSettings(
         title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}",
         identity=f"{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
@@ -152,7 +152,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
                         'has one; choose "cross_entropy_pixels"')
     images = load_images(training_records, config.dataset)
     validation = load_images(validation_records, config.dataset) if validation_records else None
-    shape = mean_shape(images.points.numpy())
+    shape = mean_shape(images.truth.numpy())
     finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
     torch.manual_seed(seed)
     model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))

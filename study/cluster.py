@@ -34,7 +34,8 @@ class StudyTask(Checkpointable):
         submitit's own handler requeues the task. SIGTERM, as from scancel, saves and ends it.
         """
         number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
-        requeue, task, asked = signal.getsignal(number), os.getpid(), []
+        requeue, task = signal.getsignal(number), os.getpid()
+        asked: list[bool] = []
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             if os.getpid() == task and not asked:  # SLURM signals a task's children as well
@@ -46,7 +47,7 @@ class StudyTask(Checkpointable):
         try:
             page = run_study(self.config, self.stages, failed_before=self.failed_before)
         except (Interrupted, KeyboardInterrupt):
-            if not asked:
+            if not asked or not callable(requeue):
                 raise
             requeue(number, None)  # ends the process
             return None

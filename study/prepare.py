@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.files import stamp, write_json
 from core.runs.cells import cells, needs_pretraining, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
-from core.runs.inputs import ImageDigests
+from core.runs.inputs import GroupedImages, ImageDigests
 from core.runs.places import is_scored
 from study.plan import print_plan
 from study.runs import Run, studies, study_runs
@@ -66,7 +66,9 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     from core.data.digests import data_digests
     from core.data.shots import labelled_subset, scored_records
 
-    dataset = runs[0].config.dataset if runs else None
+    if not runs:
+        return []
+    dataset = runs[0].config.dataset
 
     def digests(records: Sequence[Record], scoring: bool = False) -> ImageDigests:
         return data_digests(records, source.landmark_names, dataset, scoring)
@@ -83,7 +85,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
         inputs = {"training": digests(training)}
         if run.stage == "finetune":
             inputs["validation"] = digests(validation)
-        test = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
         extended.append(replace(run, inputs=inputs, test=test))
     return extended
 

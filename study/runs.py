@@ -68,7 +68,9 @@ class Run:
 
     def outdated(self) -> str | None:
         """How the test images that it was scored on differ from those there are now; None where they do not."""
-        record = None if self.test is None else read_record(self.folder / SCORED)
+        if self.test is None:
+            return None
+        record = read_record(self.folder / SCORED)
         return None if record is None else "; ".join(image_changes(record["images"], self.test)) or None
 
     @property
@@ -111,7 +113,7 @@ def cell_run(config: Config, cell: Cell) -> Run:
     if cell.backbone == MEAN_SHAPE:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0)
     group = finetune.batch_size * finetune.accumulation
-    steps = finetune.iterations or finetune.epochs * -(-cell.shots // group)
+    steps = finetune.optimiser_steps(-(-cell.shots // group))
     needs = None
     if cell.backbone == "ddpm" and needs_pretraining(config):
         needs = config.experiment_dir / "ddpm"

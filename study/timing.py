@@ -40,7 +40,7 @@ def time_left(runs: list[Run]) -> str:
         if left:
             steps[run.kind] = steps.get(run.kind, 0) + left
     rates = {kind: seconds_per_step(kind, runs) for kind in steps}
-    known = [count * rates[kind] for kind, count in steps.items() if rates[kind] is not None]
+    known = [steps[kind] * rate for kind, rate in rates.items() if rate is not None]
     parts = [f"about {duration(sum(known))}"] if known or not steps else []
     unknown = [f"{count} steps of {kind}" for kind, count in steps.items() if rates[kind] is None]
     parts += [f"{', '.join(unknown)} (no run measured yet)"] if unknown else []

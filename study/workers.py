@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -158,7 +159,7 @@ class Team:
         """Ask every worker to save and end; a second time: to end at once."""
         self.stopping = True
         for process in self.living:
-            if process.is_alive():
+            if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGINT)
 
     def watch(self) -> None:
@@ -168,7 +169,7 @@ class Team:
         while self.living:
             connection.wait([process.sentinel for process in self.living], runner.POLL_SECONDS)
             self.doing |= {process: run for process in self.living for run in self.runs
-                           if held_by(run.folder, process.pid)}
+                           if holds(process, run)}
             self.bury()
             failed = failures(self.runs, self.failed_before)
             for folder in failed.keys() - told.keys():
@@ -201,11 +202,16 @@ class Team:
         """What each worker is doing."""
         for process in self.living:
             run = self.doing.get(process)
-            if run is not None and held_by(run.folder, process.pid):
+            if run is not None and holds(process, run):
                 step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}" if run.steps else "scoring"
                 print(f"{process.name}: {run.folder}: {step}", flush=True)
             else:
                 print(f"{process.name}: waits for the others", flush=True)
+
+
+def holds(process: SpawnProcess, run: Run) -> bool:
+    """Whether a worker does `run`, or was killed while it did."""
+    return process.pid is not None and held_by(run.folder, process.pid)
 
 
 def work(runs: list[Run], failed_before: dict[Path, int | None], environment: dict[str, str], log: Path) -> None:
@@ -216,7 +222,8 @@ def work(runs: list[Run], failed_before: dict[Path, int | None], environment: di
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     print(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {multiprocessing.current_process().name}, process {os.getpid()}")
     run_command(lambda: runner.run_all(runs, failed_before))
@@ -224,5 +231,7 @@ def work(runs: list[Run], failed_before: dict[Path, int | None], environment: di
 
 def _end_with_launcher() -> None:
     """Save and stop when the launcher has been killed."""
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGINT)
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        connection.wait([launcher.sentinel])
+        os.kill(os.getpid(), signal.SIGINT)

@@ -181,6 +181,10 @@ class Finetune(LossSettings):
                              "shots")
         return self
 
+    def optimiser_steps(self, steps_per_epoch: int) -> int:
+        """The budget: `iterations`, or `epochs` of so many steps (one of them is given)."""
+        return self.iterations or (self.epochs or 0) * steps_per_epoch
+
 
 def fill_in_losses(values: dict[str, Any]) -> dict[str, Any]:
     """The plain values of a whole config, with what `finetune` says itself below each entry of finetune.losses."""

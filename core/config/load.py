@@ -65,7 +65,7 @@ def parse_recorded_config(values: dict[str, Any], where: str) -> Config:
 def _without_unknown(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
     """The values without the keys that `model` does not have, section by section."""
     fields = {field.alias or name: section_of(field.annotation) for name, field in model.model_fields.items()}
-    return {key: value if fields[key] is None or not isinstance(value, dict) else _without_unknown(fields[key], value)
+    return {key: _without_unknown(section, value) if (section := fields[key]) and isinstance(value, dict) else value
             for key, value in values.items() if key in fields}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any, cast, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from core.config.config import Config
 from core.config.section import FREE, Condition, Run, Section
@@ -68,7 +68,8 @@ def section_of(annotation: Any) -> type[Section] | None:
 def _walk(model: type[Section], defaults: Section | None, prefix: str, inherited: dict[str, Any]) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
-        said = cast("dict[str, Any]", extra["setting"]) if isinstance(extra, dict) else {}
+        content = extra["setting"] if isinstance(extra, dict) else None
+        said: dict[str, Any] = content if isinstance(content, dict) else {}
         own = inherited | said | {"acts": (*inherited.get("acts", ()), *_absolute(said.get("acts", ()), model, prefix))}
         default = field.default if defaults is None else getattr(defaults, name)
         key, section = prefix + (field.alias or name), section_of(field.annotation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +86,21 @@ def change_intensity(images: Tensor, strength: float, generator: torch.Generator
     return torch.addcmul((brightness - contrast) / 2, images, 1 + contrast).clamp_(0, 1)  # contrast about 0.5
 
 
+Crops = tuple[tuple[int, ...], Tensor, Tensor] | None
+
+
+@overload
+def augment(images: Tensor, points: Tensor, settings: Augmentation, generator: torch.Generator,
+            crops: Crops = None) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def augment(images: Tensor, points: None, settings: Augmentation, generator: torch.Generator,
+            crops: Crops = None) -> tuple[Tensor, None]: ...
+
+
 def augment(images: Tensor, points: Tensor | None, settings: Augmentation, generator: torch.Generator,
-            crops: tuple[tuple[int, ...], Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+            crops: Crops = None) -> tuple[Tensor, Tensor | None]:
     """Augment a batch; image and landmarks move together exactly.
 
     (B, C, *canvas), (B, N, D) or None -> the same in pixels of the output, which has the images' size. With `crops`,

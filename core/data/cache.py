@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.files import content_digest, write_atomically
 from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
-from core.formats.images import read_geometry, read_image
+from core.formats.images import read_image
 
 CACHE_VERSION = "2"  # of decoding and resizing together
 
@@ -29,7 +29,7 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
                             f"{list(config.image_size)}")
         return pack.images[record.id]
-    geometry = record.geometry or read_geometry(record.image)
+    geometry = record.file_geometry()
     if len(geometry.size) != len(config.image_size):
         raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has "
                         f"{len(config.image_size)} numbers")
@@ -54,11 +54,11 @@ def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geome
     """Size in network pixels and stored pixels per network pixel, along the upright axes."""
     if config.resample_mm is None:
         return config.image_size, tuple(old / new for old, new in zip(turned, config.image_size, strict=True))
-    known = record.spacing or geometry.spacing_mm
-    if known is None and config.spacing_mm is None:
+    own = None if config.spacing_mm is None else (config.spacing_mm,) * len(turned)
+    spacing = record.spacing or geometry.spacing_mm or own
+    if spacing is None:
         raise UserError(f"{record.image} has no spacing, so dataset.resample_mm cannot be applied: give spacing_mm, or "
                         "set dataset.resample_mm to null")
-    spacing = known or (config.spacing_mm,) * len(turned)
     ratio = tuple(config.resample_mm / spacing[axis] for axis in order)
     return tuple(max(1, math.ceil(old / step - 1e-6)) for old, step in zip(turned, ratio, strict=True)), ratio
 

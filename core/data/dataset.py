@@ -46,6 +46,13 @@ class ImageSet:
     network_size: tuple[int, ...]
 
     @property
+    def truth(self) -> Tensor:
+        """`points` of a labelled set; ValueError for one without labels."""
+        if self.points is None:
+            raise ValueError("these images have no labels")
+        return self.points
+
+    @property
     def fits(self) -> bool:
         """Whether every image has the network's size, so that neither crops nor windows are needed."""
         return tuple(self.images.shape[2:]) == self.network_size
@@ -82,7 +89,7 @@ class ImageSet:
 
     def original_points(self) -> np.ndarray:
         """Annotations (M, N, D) in stored pixels."""
-        return np.stack([record.landmarks for record in self.records])
+        return np.stack([record.truth for record in self.records])
 
     def spacings(self) -> np.ndarray | None:
         """(M, D) reporting units per stored pixel, or None where unknown."""
@@ -126,7 +133,7 @@ def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: s
     maps[:, :, -1] += firsts
     points = None
     if all(record.landmarks is not None for record in records):
-        points = torch.from_numpy(apply_maps(np.stack([record.landmarks for record in records]), maps))
+        points = torch.from_numpy(apply_maps(np.stack([record.truth for record in records]), maps))
     return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
                     torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
                     tuple(config.image_size))

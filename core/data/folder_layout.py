@@ -50,9 +50,10 @@ def read_folder(root: Path, spacing_mm: Any, description: Path) -> DataSource:
     for record in images:
         row = labels.rows.get(record.id)
         records[record.id] = replace(
-            record, landmarks=row and row.points, labels=row and labels.files.get(record.id, labels.path),
+            record, landmarks=None if row is None else row.points,
+            labels=None if row is None else labels.files.get(record.id, labels.path),
             patient=(row and row.patient) or patients.get(record.id),
-            spacing=_spacing(record.geometry, (row and row.spacing) or common, record.image))
+            spacing=_spacing(record.file_geometry(), (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
     ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
                       labels.path)
@@ -105,16 +106,17 @@ def _patients(given: dict[str, str], images: set[str], description: Path) -> dic
 def _common_dims(images: Sequence[Record], folder: Path) -> int:
     if not images:
         raise UserError(f"{folder} holds no image or volume; supported: {', '.join(IMAGE_SUFFIXES)}, DICOM series")
-    for record in images[1:]:
-        if len(record.geometry.size) != len(images[0].geometry.size):
-            raise UserError(f"{record.image} has {len(record.geometry.size)} axes, but {images[0].image} has "
-                            f"{len(images[0].geometry.size)}; keep images and volumes in data sets of their own")
-    return len(images[0].geometry.size)
+    dims = [len(record.file_geometry().size) for record in images]
+    for record, axes in zip(images, dims, strict=True):
+        if axes != dims[0]:
+            raise UserError(f"{record.image} has {axes} axes, but {images[0].image} has {dims[0]}; keep images and "
+                            "volumes in data sets of their own")
+    return dims[0]
 
 
 def _spacing(geometry: Geometry, given: tuple[float, ...] | None, image: Path) -> tuple[float, ...] | None:
     """The spacing given in words, or the file's own; a volume with an affine takes no other than its own."""
-    if given is not None and geometry.affine is not None:
+    if given is not None and geometry.affine is not None and geometry.spacing_mm is not None:
         told = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
         raise UserError(f"{image} has a spacing of its own ({told} mm): remove spacing_mm from config, dataset.json "
                         "and landmarks.csv, or correct the file's header")
@@ -148,19 +150,20 @@ def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], s
 
 def _markup_files(folder: Path, images: Sequence[str]) -> dict[str, Path]:
     """The landmark file of each image that has one; UserError for a file of no image (hidden files do not count)."""
-    for path in sorted(folder.rglob("*")):
-        suffix = next((end for end in MARKUP_SUFFIXES if path.name.endswith(end)), None)
-        name = path.relative_to(folder).as_posix().removesuffix(suffix or "")
-        if suffix and not path.name.startswith(".") and name not in images:
-            raise UserError(f'{path} belongs to no image: "{name}" is not in images/{did_you_mean(name, images)}')
+    for file in sorted(folder.rglob("*")):
+        suffix = next((end for end in MARKUP_SUFFIXES if file.name.endswith(end)), None)
+        name = file.relative_to(folder).as_posix().removesuffix(suffix or "")
+        if suffix and not file.name.startswith(".") and name not in images:
+            raise UserError(f'{file} belongs to no image: "{name}" is not in images/{did_you_mean(name, images)}')
     return {name: path for name in images if (path := find_markup(folder, name)) is not None}
 
 
 def _to_pixels(world: np.ndarray, record: Record, path: Path) -> np.ndarray:
-    if record.geometry.affine is None:
+    affine = record.file_geometry().affine
+    if affine is None:
         raise UserError(f"{path} counts in mm of the patient, but {record.image} does not say where its voxels lie; "
                         "give landmarks.csv in pixels, or save the volume as NIfTI")
-    return world_to_index(world, record.geometry.affine)
+    return world_to_index(world, affine)
 
 
 def _rows_by_id(rows: Iterable[FolderRow], images: set[str], table: Path) -> dict[str, FolderRow]:

@@ -89,7 +89,7 @@ def read_layout(
 def _with_geometry(source: DataSource, dims: int) -> DataSource:
     """Every record with its file's geometry; UserError for an image of another number of axes than the config's."""
     def complete(record: Record) -> Record:
-        geometry = record.geometry or read_geometry(record.image)
+        geometry = record.file_geometry()
         if len(geometry.size) != dims:
             raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has {dims} numbers; set "
                             f"is_3d to {str(len(geometry.size) == 3).lower()} and dataset.image_size to match")
@@ -102,9 +102,9 @@ def _with_geometry(source: DataSource, dims: int) -> DataSource:
 def _check_volumes(source: DataSource, check_geometry: bool) -> None:
     def geometry(record: Record) -> Geometry:
         """With the spacing that counts: a bare array's is told elsewhere."""
-        return replace(record.geometry, spacing_mm=record.spacing)
+        return replace(record.file_geometry(), spacing_mm=record.spacing)
 
-    cases = [Case(r.id, r.image, r.labels, geometry(r), r.landmarks) for r in source.labelled]
+    cases = [Case(r.id, r.image, r.labels or source.root, geometry(r), r.truth) for r in source.labelled]
     for case in cases:
         check_volume(case, source.landmark_names)
     if check_geometry:
@@ -121,10 +121,9 @@ def _unlabelled(folder: Path, known: set[Path]) -> list[Record]:
 
 def _check_inside(record: Record, names: Sequence[str]) -> None:
     """Every annotated landmark within [-0.5, size - 0.5] on each axis."""
-    size = record.geometry.size
-    points = record.landmarks
+    size, points = record.file_geometry().size, record.truth
     outside = ~np.isnan(points) & ~((points >= -0.5) & (points <= np.array(size) - 0.5))
-    for index in np.flatnonzero(outside.any(axis=1)):
+    for index in np.flatnonzero(outside.any(axis=1)).tolist():
         place = ", ".join(f"{value:g}" for value in points[index, ::-1])
         shape = " x ".join(map(str, size[::-1]))
         raise UserError(

@@ -63,7 +63,7 @@ def check_inside(case: Case, names: Sequence[str]) -> None:
 
 
 def _inside(points: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return ((points >= -0.5) & (points <= size - 0.5)).all(axis=1)
+    return np.all((points >= -0.5) & (points <= size - 0.5), axis=1)
 
 
 def _lie_well(points: np.ndarray, size: np.ndarray) -> bool:
@@ -121,19 +121,20 @@ def check_against_others(
 
 
 def _check_extents(cases: Sequence[Case], unlabelled: Sequence[tuple[Path, Geometry]]) -> None:
-    volumes = [*((case.image, case.geometry) for case in cases), *unlabelled]
-    volumes = [(path, geometry) for path, geometry in volumes if geometry.spacing_mm is not None]
+    every = [*((case.image, case.geometry) for case in cases), *unlabelled]
+    volumes = [(path, geometry.size, geometry.spacing_mm) for path, geometry in every
+               if geometry.spacing_mm is not None]
     if len(volumes) < MIN_CASES:
         return
-    spacings = np.array([geometry.spacing_mm for _, geometry in volumes])
-    voxels = np.log([geometry.size for _, geometry in volumes]).mean(axis=1)  # mean of logs: geometric mean over axes
+    spacings = np.array([spacing for _, _, spacing in volumes])
+    voxels = np.log([size for _, size, _ in volumes]).mean(axis=1)  # mean of logs: geometric mean over axes
     number, factor = _misfit(voxels + np.log(spacings).mean(axis=1))
     if factor is None or abs(voxels[number] - np.median(np.delete(voxels, number))) > np.log(SIZE_FACTOR):
         return
-    path, geometry = volumes[number]
+    path, _, spacing = volumes[number]
     others = np.median(np.delete(spacings, number, axis=0), axis=0)
     raise UserError(
-        f"image {path}: its spacing is {_xyz(geometry.spacing_mm)} mm, that of the other {len(volumes) - 1} volumes "
+        f"image {path}: its spacing is {_xyz(spacing)} mm, that of the other {len(volumes) - 1} volumes "
         f"{_xyz(others)} mm (median) with about as many voxels: {_times(factor)} in mm; correct the spacing in its "
         f"header, or dataset spacing {SWITCH_OFF}"
     )
@@ -263,7 +264,8 @@ def _direction(number: int, shapes: np.ndarray) -> _Finding | None:
     return _turned(number, count, shapes[number], target, own.rotation[0], agreement.pose)
 
 
-def _turned(number: int, count: int, shape: np.ndarray, target: np.ndarray, rotation, pose) -> _Finding | None:
+def _turned(number: int, count: int, shape: np.ndarray, target: np.ndarray, rotation: np.ndarray,
+            pose: np.ndarray) -> _Finding | None:
     """A case that lies a quarter or half turn from others that lie nearly as `pose`; None for points on a line."""
     mend = _mend(rotation, pose, +1)
     if _angles(rotation, pose) < TURNED or mend is None:

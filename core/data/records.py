@@ -12,7 +12,7 @@ import numpy as np
 
 from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
-from core.formats.images import image_suffix
+from core.formats.images import image_suffix, read_geometry
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,6 +35,17 @@ class Record:
     geometry: Geometry | None = None
     labels: Path | None = None
     annotators: np.ndarray | None = None
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The landmarks of a labelled record; ValueError for one without labels."""
+        if self.landmarks is None:
+            raise ValueError(f"image {self.image} has no labels")
+        return self.landmarks
+
+    def file_geometry(self) -> Geometry:
+        """`geometry`, read from the file's header where it is not known yet. UserError: as `read_geometry`."""
+        return self.geometry or read_geometry(self.image)
 
 
 @dataclass(frozen=True, eq=False)

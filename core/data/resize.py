@@ -11,7 +11,7 @@ from core.config.dataset import Dataset as DatasetConfig
 
 def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
     """Raw intensities (C, *size) -> [0, 1] by per-image min-max, percentiles or a fixed window; flat images give 0."""
-    if config.intensity == "window":
+    if config.intensity == "window" and config.window is not None:  # the config sees to it
         low, high = config.window
     elif config.intensity == "percentile":
         low, high = np.percentile(pixels, config.percentiles)

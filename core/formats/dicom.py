@@ -47,6 +47,17 @@ class Slice:
     description: str
 
 
+@dataclass(frozen=True, eq=False)
+class PlacedSlice:
+    """A slice whose place in space is known, as every one of a series must be."""
+
+    path: Path
+    size: tuple[int, int]
+    spacing_mm: tuple[float, float]
+    position: np.ndarray
+    cosines: np.ndarray
+
+
 def read_dicom(path: Path) -> np.ndarray:
     """(1, H, W) float32 of a 2D file, its modality's rescaling or table applied; MONOCHROME1 is turned over.
 
@@ -201,14 +212,14 @@ def _modality_values(path: Path, stored: np.ndarray, dataset: pydicom.Dataset) -
     return stored * (1.0 if slope is None else slope) + (0.0 if intercept is None else intercept)
 
 
-def _stack(folder: Path) -> tuple[list[Slice], Geometry]:
+def _stack(folder: Path) -> tuple[list[PlacedSlice], Geometry]:
     """The slices of the folder's only series in the order of their positions, and the geometry of their volume."""
     try:
-        slices = [_slice(file) for file in dicom_files(folder)]
+        headers = [_slice(file) for file in dicom_files(folder)]
     except OSError as error:
         raise damaged(folder, error) from error
-    _check_one_series(folder, slices)
-    _check_same_grid(folder, slices)
+    _check_one_series(folder, headers)
+    slices = _same_grid(folder, headers)
     first = slices[0]
     across, down = first.cosines[:3], first.cosines[3:]
     heights = np.array([header.position @ np.cross(across, down) for header in slices])
@@ -244,30 +255,43 @@ def _check_one_series(folder: Path, slices: list[Slice]) -> None:
                         "name the file itself if it is a 2D image")  # fmt: skip
 
 
-def _check_same_grid(folder: Path, slices: list[Slice]) -> None:
-    """UserError unless all slices have a place in space, and the first one's size, pixel spacing and orientation."""
-    first = slices[0]
-    for header in slices:
-        for key, value in (("ImagePositionPatient", header.position), ("ImageOrientationPatient", header.cosines),
-                           ("PixelSpacing", header.spacing_mm)):  # fmt: skip
-            if value is None:
-                raise UserError(f"image {folder}: slice {header.path.name} has no {key}, so its place is not known; "
-                                "export the series again or convert it to NIfTI")  # fmt: skip
-        for what, mine, other in (
-            ("size (rows, columns)", header.size, first.size),
-            ("pixel spacing", header.spacing_mm, first.spacing_mm),
-            ("orientation", tuple(header.cosines.tolist()), tuple(first.cosines.tolist())),
-        ):
+def _same_grid(folder: Path, headers: list[Slice]) -> list[PlacedSlice]:
+    """The slices; UserError unless all have a place in space, and the first one's size, pixel spacing, orientation."""
+    slices: list[PlacedSlice] = []
+    for header in headers:
+        slices.append(_placed(folder, header))
+        last, first = slices[-1], slices[0]
+        grids: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = (
+            ("size (rows, columns)", last.size, first.size),
+            ("pixel spacing", last.spacing_mm, first.spacing_mm),
+            ("orientation", tuple(last.cosines.tolist()), tuple(first.cosines.tolist())),
+        )
+        for what, mine, other in grids:
             if not np.allclose(mine, other, rtol=0, atol=COSINE_TOLERANCE * (1 if what == "orientation" else 0.1)):
                 raise UserError(f"image {folder}: slice {header.path.name} has another {what} than {first.path.name}: "
                                 f"{mine} and {other}; leave only the slices of one volume there")  # fmt: skip
-    frame = first.cosines.reshape(2, 3)
+    frame = slices[0].cosines.reshape(2, 3)
     if np.abs(frame @ frame.T - np.eye(2)).max() > 10 * COSINE_TOLERANCE:
-        raise UserError(f"image {folder}: ImageOrientationPatient {first.cosines.tolist()} is no pair of directions "
-                        "at right angles")  # fmt: skip
+        raise UserError(f"image {folder}: ImageOrientationPatient {slices[0].cosines.tolist()} is no pair of "
+                        "directions at right angles")  # fmt: skip
+    return slices
 
 
-def _check_gaps(folder: Path, slices: list[Slice], heights: np.ndarray) -> None:
+def _placed(folder: Path, header: Slice) -> PlacedSlice:
+    """The slice in space; UserError that names the element of its header that is missing."""
+    if header.position is None:
+        missing = "ImagePositionPatient"
+    elif header.cosines is None:
+        missing = "ImageOrientationPatient"
+    elif header.spacing_mm is None:
+        missing = "PixelSpacing"
+    else:
+        return PlacedSlice(header.path, header.size, header.spacing_mm, header.position, header.cosines)
+    raise UserError(f"image {folder}: slice {header.path.name} has no {missing}, so its place is not known; "
+                    "export the series again or convert it to NIfTI")  # fmt: skip
+
+
+def _check_gaps(folder: Path, slices: list[PlacedSlice], heights: np.ndarray) -> None:
     """UserError unless the slices, in order of `heights` (mm along their normal), are evenly apart."""
     gaps = np.diff(heights)
     usual = np.sort(gaps)[(len(gaps) - 1) // 2]

@@ -70,7 +70,8 @@ def upright_axes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def upright(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(C, *size) as stored -> a view (C, *upright size) with the axes of `upright_axes`."""
     order, signs = upright_axes(geometry)
-    return pixels.transpose(0, *(axis + 1 for axis in order))[(..., *(slice(None, None, sign) for sign in signs))]
+    turned = pixels.transpose(0, *(axis + 1 for axis in order))
+    return turned[(slice(None), *(slice(None, None, sign) for sign in signs))]
 
 
 def upright_map(geometry: Geometry) -> np.ndarray:
@@ -86,9 +87,9 @@ def upright_map(geometry: Geometry) -> np.ndarray:
 
 def resampling_map(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
     """(D, D + 1) map of a resampling about the centre, `ratio` old pixels to a new one: half-pixel exact."""
-    old, new, ratio = (np.asarray(values, dtype=np.float64) for values in (old_size, new_size, ratio))
-    offset = (0.5 - old / 2) / ratio + new / 2 - 0.5
-    return np.concatenate((np.diag(1 / ratio), offset[:, None]), axis=1)
+    old, new, step = (np.asarray(values, dtype=np.float64) for values in (old_size, new_size, ratio))
+    offset = (0.5 - old / 2) / step + new / 2 - 0.5
+    return np.concatenate((np.diag(1 / step), offset[:, None]), axis=1)
 
 
 def compose(second: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from core.errors import UserError, damaged
 from core.formats.dicom import dicom_files, dicom_geometry, is_series, read_dicom, read_series, series_geometry
@@ -108,7 +108,7 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
     return damaged(path, "it is not a PNG, JPEG, TIFF or BMP" if unknown else error)
 
 
-def _open(path: Path, file: BinaryIO) -> Image.Image:
+def _open(path: Path, file: BinaryIO) -> ImageFile.ImageFile:
     """Open the header; the file's content decides its kind, whatever of our suffixes it has.
 
     From a file, not a path: of a path Pillow maps uncompressed pixels into memory and then scrambles a turned TIFF.
@@ -159,10 +159,10 @@ def _raster_geometry(path: Path) -> Geometry:
     return Geometry((width, height) if turned else (height, width))
 
 
-def _luminance(path: Path, image: Image.Image) -> np.ndarray:
+def _luminance(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
     """Pixels of an opened image as one (H, W) channel, not yet turned by EXIF."""
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
-    tags = dict(image.tag_v2) if image.format == "TIFF" else {}
+    tags = dict(image.tag_v2) if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     image.load()
     if deep_colour:
         return _deep_colour(path, tags.get(TIFF_ORIENTATION, 1))

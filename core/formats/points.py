@@ -41,7 +41,7 @@ def read_cephalo(path: Path) -> np.ndarray:
     return _complete(points, CEPHALO_POINTS, path)
 
 
-def read_chest(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_chest(path: Path, size: tuple[int, ...]) -> np.ndarray:
     """Chest label file -> (6, 2): a count, then lines `x y` as fractions of the image's (H, W) = `size`.
 
     A fraction f of a width W lies at f * W - 0.5, since pixel 0 spans [-0.5, 0.5].

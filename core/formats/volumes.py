@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -68,9 +68,9 @@ def nifti_geometry(path: Path) -> Geometry:
 def _open_nifti(path: Path) -> tuple[nib.Nifti1Image, Geometry]:
     """The image, its voxels not yet read, and its geometry: the sform, else the qform, else the pixel dimensions."""
     image = nib.load(path, mmap=False)
-    shape, dtype = image.shape, image.get_data_dtype()
     if not isinstance(image, nib.Nifti1Image):  # or NIfTI-2, which is one
         raise UserError(f"image {path} holds a {type(image).__name__}, not a NIfTI volume")
+    shape, dtype = image.shape, image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise UserError(f"image {path} holds {'colours' if dtype.names else dtype}, not grey values; save it in grey")
     if len(shape) < 3 or any(length != 1 for length in shape[3:]):
@@ -149,20 +149,21 @@ def _npz_geometry(path: Path, archive: zipfile.ZipFile) -> Geometry:
         raise UserError(f"image {path}: affine must be (4, 4) with the last row 0, 0, 0, 1, and belongs to a volume; "
                         f"it is {affine.shape} beside an image of {len(size)} axes")  # fmt: skip
     geometry = _located(path, size, affine)
-    if spacing is not None and not np.allclose(spacing[::-1], geometry.spacing_mm, rtol=SPACING_TOLERANCE, atol=0):
+    steps = geometry.spacing_mm
+    if not (spacing is None or steps is None or np.allclose(spacing[::-1], steps, rtol=SPACING_TOLERANCE, atol=0)):
         raise UserError(f"image {path}: spacing {spacing.tolist()} contradicts the affine, whose axes x, y, z step by "
-                        f"{[round(length, 6) for length in geometry.spacing_mm[::-1]]} mm")  # fmt: skip
+                        f"{[round(length, 6) for length in steps[::-1]]} mm")  # fmt: skip
     return geometry
 
 
-def _header(file: BinaryIO) -> ArrayHeader:
+def _header(file: IO[bytes]) -> ArrayHeader:
     version = np.lib.format.read_magic(file)
     if version not in HEADER_READERS:
         raise ValueError(f"NumPy's format {version} is for structured arrays")
     return ArrayHeader(*HEADER_READERS[version](file))
 
 
-def _grey_header(path: Path, file: BinaryIO) -> ArrayHeader:
+def _grey_header(path: Path, file: IO[bytes]) -> ArrayHeader:
     """The header of an image or volume; UserError unless it has 2 or 3 axes of real numbers."""
     header = _header(file)
     if header.dtype.kind not in "biuf":
@@ -182,13 +183,13 @@ def _small(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
         return _array(header, file, np.float64)
 
 
-def _array(header: ArrayHeader, file: BinaryIO, dtype: type = np.float32) -> np.ndarray:
+def _array(header: ArrayHeader, file: IO[bytes], dtype: type = np.float32) -> np.ndarray:
     """The array whose header was just read, as `dtype`; ValueError unless its bytes are as many as the header says."""
     content = file.read()
     expected = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     if len(content) != expected:
         raise ValueError(f"it holds {len(content)} of {expected} bytes of pixels")
-    order = "F" if header.fortran_order else "C"
+    order: Literal["C", "F"] = "F" if header.fortran_order else "C"
     stored = np.frombuffer(content, dtype=header.dtype).reshape(header.shape, order=order)
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite and is reported as such
         return np.array(stored, dtype=dtype, order="C")

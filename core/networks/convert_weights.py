@@ -133,7 +133,7 @@ def encoder_architecture(tensors: dict[str, Tensor]) -> str | None:
     """The torchvision network, one of ENCODERS, whose names and shapes these are, for any input channels; or None."""
     from torchvision.models import get_model  # imports for a second: only where an encoder is read
 
-    stem = next((name for name in ENCODERS if name in tensors), None)
+    stem = next((name for name in ENCODERS if name in tensors), "")
     for architecture in ENCODERS.get(stem, ()):
         with torch.device("meta"):
             if _shapes(get_model(architecture, weights=None).state_dict(), stem) == _shapes(tensors, stem):
@@ -177,7 +177,7 @@ def _stored_bytes(name: str, tensor: Tensor, dtype: torch.dtype, source: Path) -
             raise UserError(f"{source}: {name} reaches {tensor.abs().max():.3g}, too large for "
                             f"{str(dtype).removeprefix('torch.')}; choose --dtype bfloat16 or float32")
         raise UserError(f"{source}: {name} holds values that are not finite: damaged, or its training failed")
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _folder_among(path: Path, names: tuple[str, ...]) -> str | None:

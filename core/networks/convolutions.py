@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.conv import _ConvNd
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
@@ -21,14 +23,24 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
 class Conv3d(nn.Conv3d):
     """nn.Conv3d of stride 1 through `conv3d`."""
 
+    padding: tuple[int, ...]  # in pixels, never by name
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv3d(x, weight, bias, 1, self.padding[0])
 
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
-CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: conv3d}
+CONV_FUNCTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def weight_and_bias(part: nn.Module) -> tuple[Tensor, Tensor]:
+    """Those of a convolution that has both; TypeError for any other part of a network."""
+    if not isinstance(part, _ConvNd) or part.bias is None:
+        raise TypeError(f"{type(part).__name__} is no convolution with a bias")
+    return part.weight, part.bias
 
 
 class Standardize(torch.autograd.Function):
@@ -73,7 +85,7 @@ class StandardizedConv(nn.Module):
         eps = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-3
         weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
         weight = Standardize.apply(weight, eps, x.dtype)
-        return self.convolve(x, weight, self.bias.to(x.dtype), padding=1)
+        return self.convolve(x, weight, None if self.bias is None else self.bias.to(x.dtype), padding=1)
 
 
 class Downsample(nn.Sequential):
@@ -87,9 +99,9 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C', *size / 2)."""
-        dims, project = x.ndim - 2, self[1]
-        weight = project.weight.flatten(1).unflatten(1, (-1, *(2,) * dims))
-        return CONV_FUNCTION[dims](x, weight, project.bias, stride=2)
+        dims, (weight, bias) = x.ndim - 2, weight_and_bias(self[1])
+        weight = weight.flatten(1).unflatten(1, (-1, *(2,) * dims))
+        return CONV_FUNCTION[dims](x, weight, bias, stride=2)
 
 
 class Upsample(nn.Sequential):
@@ -105,9 +117,8 @@ class Upsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C', 2 * *size)."""
-        dims, convolution = x.ndim - 2, self[1]
-        weight = convolution.weight
+        dims, (weight, bias) = x.ndim - 2, weight_and_bias(self[1])
         for _ in range(dims):
             a, b, c = weight.unbind(2)
             weight = torch.stack((c, b + c, a + b, a), dim=-1)
-        return CONV_TRANSPOSE[dims](x, weight.transpose(0, 1), convolution.bias, stride=2, padding=1)
+        return CONV_TRANSPOSE[dims](x, weight.transpose(0, 1), bias, stride=2, padding=1)

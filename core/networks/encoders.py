@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 NAMES_SHOWN = 3
 
 
+class Encoder(nn.Module):
+    """What is used of segmentation_models_pytorch's encoders, which ship no types: (B, C, H, W) -> feature maps."""
+
+    out_channels: Sequence[int]  # of the feature maps, from the image's own to the deepest
+
+
 def check_encoder(name: str) -> None:
     """UserError for an encoder that is not ours."""
     if name not in HUB_FILES:
@@ -25,7 +32,7 @@ def check_encoder(name: str) -> None:
                         f"{', '.join(HUB_FILES)}")
 
 
-def build_encoder(name: str, channels: int) -> nn.Module:
+def build_encoder(name: str, channels: int) -> Encoder:
     """An encoder by itself, random weights: (B, channels, H, W) -> its feature maps, from the finest to the deepest.
 
     Parameters have torchvision's names, the maps' channels are in `out_channels`.

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core.config.unet import UNet as UNetConfig
-from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample
+from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample, weight_and_bias
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -98,7 +98,8 @@ class Attention(nn.Module):
         """(B, C, *size) -> (B, C, *size)."""
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.project(x))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return to_image(F.linear(out, self.to_out.weight.flatten(1), self.to_out.bias), x)
+        weight, bias = weight_and_bias(self.to_out)
+        return to_image(F.linear(out, weight.flatten(1), bias), x)
 
 
 class TransposedProduct(torch.autograd.Function):
@@ -121,6 +122,8 @@ class TransposedProduct(torch.autograd.Function):
 class LinearAttention(Attention):
     """Attention of linear cost (Shen et al. 2021): softmax of q over features and of k over positions."""
 
+    own_head: Tensor
+
     def __init__(self, dims: int, channels: int, heads: int, head_channels: int) -> None:
         super().__init__(dims, channels, heads, head_channels)
         self.scale = head_channels**-0.5
@@ -141,9 +144,10 @@ class LinearAttention(Attention):
             query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
             key = key.softmax(dim=1)
         seen = TransposedProduct.apply(key, rows.to(key.dtype))
-        project, norm = self.to_out
-        read = (F.linear(seen, to_value) * self.own_head) @ project.weight.flatten(1).t()
-        return norm(to_image(torch.baddbmm(project.bias, query, read), x))
+        project, norm = self.to_out.children()
+        weight, bias = weight_and_bias(project)
+        read = (F.linear(seen, to_value) * self.own_head) @ weight.flatten(1).t()
+        return norm(to_image(torch.baddbmm(bias, query, read), x))
 
 
 def to_image(rows: Tensor, like: Tensor) -> Tensor:
@@ -178,6 +182,8 @@ class Residual(nn.Module):
 
 class SinusoidalEmbedding(nn.Module):
     """sin half, then cos half, frequencies exp(-ln(10000) k / (C/2 - 1))."""
+
+    frequencies: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -260,7 +266,7 @@ class UNet(nn.Module):
         time = None if timesteps is None else self.time_mlp(timesteps)
         x = first = self.embed_input(x)
         kept = []
-        for *blocks, attend, down in self.downs:
+        for *blocks, attend, down in map(nn.Module.children, self.downs):
             for block in blocks[:-1]:
                 x = self.run(block, x, time)
                 kept.append(x)
@@ -268,7 +274,7 @@ class UNet(nn.Module):
             kept.append(x)
             x = down(x)
         x = self.run(self.mid_block2, self.run(self.mid_attn, self.run(self.mid_block1, x, time)), time)
-        for *blocks, attend, up in self.ups:
+        for *blocks, attend, up in map(nn.Module.children, self.ups):
             for block in blocks:
                 x = self.run(block, torch.cat((x, kept.pop()), dim=1), time)
             x = up(self.run(attend, x))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 from scipy.interpolate import CubicHermiteSpline
 from scipy.ndimage import gaussian_filter
@@ -63,7 +64,8 @@ def _ray(length: float, degrees: float) -> np.ndarray:
     return length * np.array([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))])
 
 
-def _curve(points: Sequence[np.ndarray], corners: Sequence[int] = (), closed: bool = True, step: int = 6) -> np.ndarray:
+def _curve(points: Sequence[ArrayLike] | np.ndarray, corners: Sequence[int] = (), closed: bool = True,
+           step: int = 6) -> np.ndarray:
     """Smooth curve through `points`; the tangent at a point is parallel to its neighbours' chord, 0 at `corners`."""
     knots = np.array(points, dtype=np.float64)
     if closed:
@@ -199,11 +201,12 @@ def _soft_shapes(m: Marks, scalp: np.ndarray, rng: np.random.Generator) -> list[
     nasion, sn, ul, ll, pog, tip = m["N"], m["Sn"], m["UL"], m["LL"], m["Pog'"], m["tip"]
     seam, fold = np.minimum((ul, ll), (ll, pog))[:, 0] - (5, rng.uniform(2.5, 4.5))
     throat = 0.55 * m["Go"] + 0.45 * m["Me"] + (8, 16)
-    front = [nasion + (8.5, -9), nasion + (6, 3), 0.5 * (nasion + tip) + (1.5, -1), tip + (-1.5, -4), tip,
-             tip + (-3, 4.5), sn + (4, -1), sn, sn + 0.5 * (ul - sn) - (1.5, 0), ul - (1, 3), ul, ul - (1, -3),
-             (seam, 0.5 * (ul[1] + ll[1])), ll - (1, 3), ll, ll - (1, -3), (fold, 0.5 * (ll[1] + pog[1])),
-             pog - (0.8, 4), pog, pog - (0.8, -4), m["Me"] + (3, 9), m["Me"] + (-8, 10.5), throat,
-             throat + (-8, 28), throat + (-10, 110)]
+    front: list[ArrayLike] = [
+        nasion + (8.5, -9), nasion + (6, 3), 0.5 * (nasion + tip) + (1.5, -1), tip + (-1.5, -4), tip,
+        tip + (-3, 4.5), sn + (4, -1), sn, sn + 0.5 * (ul - sn) - (1.5, 0), ul - (1, 3), ul, ul - (1, -3),
+        (seam, 0.5 * (ul[1] + ll[1])), ll - (1, 3), ll, ll - (1, -3), (fold, 0.5 * (ll[1] + pog[1])),
+        pog - (0.8, 4), pog, pog - (0.8, -4), m["Me"] + (3, 9), m["Me"] + (-8, 10.5), throat,
+        throat + (-8, 28), throat + (-10, 110)]
     nape = np.array([(0, 230), (0, 130), (-2, 75)]) + (rng.uniform(-72, -60), 0)
     head = _curve([*front, *nape, *scalp[::-1]], [7, 12])
     airway = _curve([m["PNS"] + (-3, 2), m["PNS"] + (-7, 30), m["Go"] + (14, 12), m["Go"] + (10, 60), m["Go"] + (4, 60),
@@ -226,7 +229,7 @@ def _build_head(rng: np.random.Generator) -> tuple[np.ndarray, list[Shape]]:
     return np.stack([marks[key] for key in _KEYS]), _soft_shapes(marks, scalp, rng) + skull
 
 
-def _sample_pose(marks: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> Pose:
+def _sample_pose(marks: np.ndarray, size: tuple[int, ...], rng: np.random.Generator) -> Pose:
     """Rotation +-10 degrees, scale +-12 %, shift up to 8 % of the image; all `marks` stay inside with a margin."""
     extent = np.array(size[::-1], dtype=np.float64)
     scale = (extent / (_WIDTH_MM, _HEIGHT_MM)).min() * rng.uniform(0.88, 1.12)
@@ -239,7 +242,7 @@ def _sample_pose(marks: np.ndarray, size: tuple[int, int], rng: np.random.Genera
     return Pose(matrix, offset)
 
 
-def _attenuation(shapes: Sequence[Shape], pose: Pose, size: tuple[int, int]) -> np.ndarray:
+def _attenuation(shapes: Sequence[Shape], pose: Pose, size: tuple[int, ...]) -> np.ndarray:
     """Summed attenuation (H, W) of the shapes, each drawn supersampled in its bounding box; no imaging effects."""
     canvas = np.zeros(size, dtype=np.float32)
     unit = np.sqrt(abs(np.linalg.det(pose.matrix)))
@@ -296,7 +299,7 @@ def _expose(canvas: np.ndarray, marks: np.ndarray, rng: np.random.Generator) -> 
     return (film.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def render_radiograph(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def render_radiograph(size: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One radiograph: image uint8 (H, W) and its landmarks float64 (19, 2) as y, x in pixels, centres at integers."""
     marks, shapes = _build_head(rng)
     pose = _sample_pose(marks, size, rng)
@@ -319,7 +322,7 @@ def _already_there(root: Path, recipe: dict[str, object]) -> bool:
     return True
 
 
-def write_phantom_radiographs(root: Path, count: int, size: tuple[int, int] = (300, 242), seed: int = 0) -> None:
+def write_phantom_radiographs(root: Path, count: int, size: tuple[int, ...] = (300, 242), seed: int = 0) -> None:
     """Write `count` radiographs of `size` (height, width) pixels to `root`; the folder appears when it is complete.
 
     Files: jpg/001.jpg ..., 400_junior/001.txt and 400_senior/001.txt (both the exact truth, 19 lines `x,y` in pixels)

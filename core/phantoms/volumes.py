@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
@@ -46,6 +47,7 @@ _SDR_THRESHOLDS = [3, 6, 9]  # mm
 _ORIENTATIONS = ("LPS", "RAS", "oblique")  # in turn; landmark files are LPS and RAS in turn
 _AIR, _FAT, _SOFT = -1000.0, -90.0, 45.0  # Hounsfield units
 _FLAT = 80.0  # mm: half height of the head
+_MIRROR = np.array([-1, 1, 1], dtype=np.float32)
 
 
 class Part(NamedTuple):
@@ -106,7 +108,7 @@ class Head(NamedTuple):
 class Grid(NamedTuple):
     """Where a volume is sampled: its size (z, y, x) and NIfTI's affine."""
 
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     affine: np.ndarray
 
 
@@ -119,14 +121,14 @@ def _jaw_ramp(z: np.ndarray) -> np.ndarray:
     return ((_FLAT - z) / (2 * _FLAT)) ** 2
 
 
-def _part(name: str, hounsfield: float, points: Sequence[Sequence[float]], radii: Sequence[float]) -> Part:
+def _part(name: str, hounsfield: float, points: ArrayLike, radii: ArrayLike) -> Part:
     return Part(name, hounsfield, np.array(points, dtype=np.float32), np.array(radii, dtype=np.float32))
 
 
-def _both(name: str, hounsfield: float, points: Sequence[Sequence[float]], radii: Sequence[float]) -> list[Part]:
+def _both(name: str, hounsfield: float, points: ArrayLike, radii: ArrayLike) -> list[Part]:
     """A part of the right side (x > 0) and its mirror image."""
     right = _part(f"right {name}", hounsfield, points, radii)
-    return [right, right._replace(name=f"left {name}", points=right.points * np.float32([-1, 1, 1]))]
+    return [right, right._replace(name=f"left {name}", points=right.points * _MIRROR)]
 
 
 def _skin_parts() -> list[Part]:
@@ -220,7 +222,7 @@ def _sample_head(rng: np.random.Generator) -> Head:
 
 
 def _sample_grid(
-    size: tuple[int, int, int], orientation: str, position: np.ndarray, marks: np.ndarray, rng: np.random.Generator
+    size: tuple[int, ...], orientation: str, position: np.ndarray, marks: np.ndarray, rng: np.random.Generator
 ) -> Grid:
     """A grid about the head at `position`, up to 8 % off; all `marks` (N, 3) RAS mm keep the margin."""
     field = _FIELD_MM * rng.uniform(1.0, 1.1, 3)
@@ -271,7 +273,7 @@ def _draw(parts: Sequence[Part], head: Head, grid: Grid) -> np.ndarray:
 
 
 def render_volume(
-    size: tuple[int, int, int], orientation: str, rng: np.random.Generator
+    size: tuple[int, ...], orientation: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One head: volume int16 (D, H, W) in Hounsfield-like units, its affine (4, 4), landmarks (12, 3) in RAS mm.
 
@@ -300,7 +302,7 @@ def _check_free(root: Path, recipe: dict[str, Any]) -> None:
         raise UserError(f"{root}: holds phantom {json.dumps(found)}, not {json.dumps(recipe)}; choose another folder")
 
 
-def _write_case(root: Path, index: int, size: tuple[int, int, int], seed: int) -> None:
+def _write_case(root: Path, index: int, size: tuple[int, ...], seed: int) -> None:
     """Volume and landmarks of one case, each of them whole or absent; a case that has both is left alone."""
     image, marks = root / "images" / f"case_{index:03d}.nii.gz", root / "landmarks" / f"case_{index:03d}.mrk.json"
     if image.exists() and marks.exists():
@@ -321,7 +323,7 @@ def _splits(count: int) -> dict[str, list[str]]:
     return {"train": names[:train], "validation": names[train : train + validation], "test": names[-test:]}
 
 
-def write_phantom_volumes(root: Path, count: int, size: tuple[int, int, int] = (64, 64, 64), seed: int = 0) -> None:
+def write_phantom_volumes(root: Path, count: int, size: tuple[int, ...] = (64, 64, 64), seed: int = 0) -> None:
     """Write `count` volumes of about `size` (z, y, x) voxels, with landmarks, to `root` in the folder layout.
 
     Files: images/case_001.nii.gz ..., landmarks/case_001.mrk.json ..., phantom.json first and dataset.json last; all

@@ -85,7 +85,8 @@ class Job(Ranks):
         except (ValueError, dist.DistError) as error:
             reason = str(error).strip().splitlines()[0][:160]
             raise UserError(f"the processes of this job cannot meet; start them with torchrun ({reason})") from None
-        self.control = dist.new_group(backend="gloo", timeout=LEADER_WORKS)
+        group = dist.new_group(backend="gloo", timeout=LEADER_WORKS)
+        self.control = group if isinstance(group, dist.ProcessGroup) else None  # no member: not so of a group of all
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local < torch.cuda.device_count():
             torch.cuda.set_device(local)  # what "auto" and "cuda" mean from now on

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from core.training.distributed import ALONE, Ranks
 from core.training.run_log import NoLog, RunLog
 from core.training.state import load_state, save_state
 from core.training.stop_signal import StopSignal
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Task(Protocol):
@@ -80,14 +82,18 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
 
 
-class Training:
+class Training(Generic[Network]):
     """Model, EMA, optimiser and schedule of one run, and how they are stepped, saved and restored."""
 
-    def __init__(self, model: nn.Module, task: Task, plan: BatchPlan, settings: LoopSettings,
+    forward: nn.Module
+
+    def __init__(self, model: Network, task: Task, plan: BatchPlan, settings: LoopSettings,
                  ranks: Ranks = ALONE) -> None:
         self.task, self.plan, self.settings, self.ranks = task, plan, settings, ranks
         self.model, self.ema, forward = self.prepare(model)
-        self.forward = torch.compile(forward) if settings.compile else forward
+        self.forward = forward
+        if settings.compile:
+            self.forward = torch.compile(forward)  # type: ignore[assignment]  # a module of a module, its stub does not say
         self.parameters = list(self.model.parameters())
         self.averaged, self.averages = averaged_tensors(self.model), averaged_tensors(self.ema)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate,
@@ -97,10 +103,10 @@ class Training:
         self.step, self.best, self.since_best = 0, math.inf, 0
         self.pending: list[Tensor] = []  # losses of the steps since the last check, on the device
 
-    def prepare(self, model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def prepare(self, model: Network) -> tuple[Network, Network, nn.Module]:
         """The network, its moving average and what is called to train it, on the device."""
         layout = memory_format(next(model.parameters()).ndim, self.settings.device)
-        model = model.to(self.settings.device, memory_format=layout)
+        model = model.to(self.settings.device).to(memory_format=layout)
         averaged = self.settings.ema_decay is not None
         return model, copy.deepcopy(model).requires_grad_(False) if averaged else model, model
 
@@ -140,7 +146,8 @@ class Training:
 
     def averaging(self) -> float:
         """How far the moving average goes to the weights; with schedule "cosine" falling to 0 at the last step."""
-        share = 1 - self.settings.ema_decay
+        decay = self.settings.ema_decay
+        share = 0.0 if decay is None else 1 - decay  # without one nothing moves
         if self.settings.ema_schedule == "cosine":
             share *= 0.5 * (1 + math.cos(math.pi * self.step / self.settings.iterations))
         return share
@@ -196,14 +203,14 @@ class Training:
         return sum(losses) / len(losses)
 
     @contextmanager
-    def whole_average(self) -> Iterator[nn.Module | None]:
-        """The weights that count (EMA where there is one) for the leader's use."""
-        yield self.ema
+    def whole_average(self) -> Iterator[Network | None]:
+        """The weights that count (EMA where there is one) for the leader's use, None on the others."""
+        yield self.ema if self.ranks.leads else None
 
     def validate(self, log: RunLog | NoLog) -> None:
         """Log the task's figures, keep the best, step the plateau schedule."""
         with self.whole_average() as average:
-            figures = self.ranks.told(self._figures(average) if self.ranks.leads else {})
+            figures = self.ranks.told({} if average is None else self._figures(average))
             if not figures:
                 return
             log.write(self.step, figures)
@@ -213,7 +220,7 @@ class Training:
             self.since_best += 1
             if loss < self.best:
                 self.best, self.since_best = loss, 0
-                if self.ranks.leads:
+                if average is not None:
                     self.task.improved(average, self.step)
                 self.ranks.wait()
 
@@ -228,7 +235,7 @@ class Training:
     def milestone(self) -> None:
         """Let the task keep the weights that count, and look at them."""
         with self.whole_average() as average:
-            if self.ranks.leads:
+            if average is not None:
                 self.task.milestone(average, self.step)
             self.ranks.wait()
 

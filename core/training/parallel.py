@@ -28,7 +28,7 @@ from core.networks.unet import Residual, ResidualBlock
 from core.training.batches import BatchPlan, step_generator
 from core.training.device import autocast
 from core.training.distributed import Job
-from core.training.loop import LoopSettings, Task, Training
+from core.training.loop import LoopSettings, Network, Task, Training
 
 
 class DealtTask(Task, Protocol):
@@ -51,13 +51,15 @@ def deal(groups: Sequence[np.ndarray], rank: int, count: int) -> list[tuple[int,
     return parts
 
 
-class Replicated(Training):
+class Replicated(Training[Network]):
     """A copy of the network in every process; DistributedDataParallel averages the gradients.
 
     Raises UserError where a step has fewer images than there are processes, or a process has no GPU.
     """
 
-    def __init__(self, model: nn.Module, task: DealtTask, plan: BatchPlan, settings: LoopSettings, ranks: Job) -> None:
+    task: DealtTask
+
+    def __init__(self, model: Network, task: DealtTask, plan: BatchPlan, settings: LoopSettings, ranks: Job) -> None:
         ranks.check_device(settings.device)
         for step in {0, plan.steps_per_epoch - 1}:  # of an epoch the last step may be smaller
             self.check_shares(plan.groups(step), ranks.count)
@@ -70,17 +72,18 @@ class Replicated(Training):
             raise UserError(f"a step of {images} images (batch_size x accumulation) leaves nothing to some of {count} "
                             f"processes; start at most {images}, or raise batch_size")
 
-    def prepare(self, model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def prepare(self, model: Network) -> tuple[Network, Network, nn.Module]:
         """See Training."""
         model, average, _ = super().prepare(model)
         devices = [torch.cuda.current_device()] if self.settings.device.type == "cuda" else None
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels: one memory
-        return model, average, DistributedDataParallel(model, devices, forward_sync_buffers=False,
-                                                       gradient_as_bucket_view=True)
+        self.replicas = DistributedDataParallel(model, devices, forward_sync_buffers=False,
+                                                gradient_as_bucket_view=True)
+        return model, average, self.replicas
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged at a process' last backward pass of a step."""
-        return nullcontext() if last else self.forward.no_sync()
+        return nullcontext() if last else self.replicas.no_sync()
 
     def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
         """See Training: this process' share, weighted by images; DDP divides by the number of processes."""
@@ -106,14 +109,14 @@ class Replicated(Training):
         return losses
 
 
-class Sharded(Replicated):
+class Sharded(Replicated[Network]):
     """A share of the network, its moving average and its optimiser's state in every process (FSDP2, by blocks).
 
     Weights lie contiguous, which FSDP asks for. States are saved whole, so they are those of every other kind of run;
     for validation, samples and checkpoints the leader puts the moving average together.
     """
 
-    def __init__(self, model: nn.Module, task: DealtTask, plan: BatchPlan, settings: LoopSettings, ranks: Job) -> None:
+    def __init__(self, model: Network, task: DealtTask, plan: BatchPlan, settings: LoopSettings, ranks: Job) -> None:
         super().__init__(model, task, plan, settings, ranks)
         self.averaged, self.averages = ([share_of(t) for t in tensors] for tensors in (self.averaged, self.averages))
 
@@ -126,26 +129,27 @@ class Sharded(Replicated):
                             f"{[len(indices) for indices in groups]} images evenly; choose a batch_size or an "
                             f'accumulation that {count} divides (and sampling "stream"), or sharding "none"')
 
-    def prepare(self, model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def prepare(self, model: Network) -> tuple[Network, Network, nn.Module]:
         """See Training."""
         averaged = self.settings.ema_decay is not None
         average = copy.deepcopy(model).requires_grad_(False) if averaged else model
         self.whole = copy.deepcopy(model) if self.ranks.leads else None
         mesh = init_device_mesh(self.settings.device.type, (self.ranks.count,))
-        for network in {id(network): network for network in (model, average)}.values():
+        networks = [model] if average is model else [model, average]
+        for network in networks:
             for part in network.modules():
                 if isinstance(part, ResidualBlock | Residual):
                     fully_shard(part, mesh=mesh)
-            fully_shard(network, mesh=mesh)
+        self.shares = [fully_shard(network, mesh=mesh) for network in networks]
         return model, average, model
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """See Replicated."""
-        self.model.set_requires_gradient_sync(last)
+        self.shares[0].set_requires_gradient_sync(last)
         return nullcontext()
 
     @contextmanager
-    def whole_average(self) -> Iterator[nn.Module | None]:
+    def whole_average(self) -> Iterator[Network | None]:
         """See Training: put together on the leader for as long as it is needed, None on the others."""
         tensors = self._gathered(self.ema.state_dict())
         if self.whole is not None:
@@ -181,7 +185,7 @@ class Sharded(Replicated):
 
 def share_of(tensor: Tensor) -> Tensor:
     """This process' share of a tensor, in its own memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def like(whole: Tensor, own: Tensor | None) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from core.data.dataset import ImageSet
 from core.formats.geometry import apply_maps, inverse, upright, upright_map
 from core.formats.images import read_image
 from landmarks_finetuning.heatmaps import draw_target, probability_maps
-from landmarks_finetuning.inference import sigma_pixels
+from landmarks_finetuning.inference import TrainedDetector, sigma_pixels
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 from landmarks_finetuning.predictions import Predictions
 
@@ -42,7 +43,7 @@ def case_of(predictions: Predictions, index: int) -> Case:
     images, record = predictions.images, predictions.images.records[index]
     first, size = images.firsts[index].numpy(), images.sizes[index].numpy()
     if record.geometry is None:
-        pixels = images.images[(index, slice(None), *map(slice, first, first + size))].numpy()
+        pixels = images.images[index][(slice(None), *_part(first, size))].numpy()
         to_picture = images.maps[index].copy()
         to_picture[:, -1] -= first
     else:
@@ -51,24 +52,31 @@ def case_of(predictions: Predictions, index: int) -> Case:
     steps = np.abs(inverse(to_picture)[:, :-1])
     spacing = None if record.spacing is None else tuple(np.array(record.spacing) @ steps)
     truth = None if record.landmarks is None else apply_maps(record.landmarks, to_picture)
-    maps = (None, None) if predictions.detector is None else _heatmaps(predictions, index)
-    return Case(pixels, apply_maps(predictions.points[index], to_picture), truth, *maps, spacing)
+    probabilities, targets = None, None
+    if predictions.detector is not None:
+        probabilities, targets = _heatmaps(predictions.detector, images, index)
+    return Case(pixels, apply_maps(predictions.points[index], to_picture), truth, probabilities, targets, spacing)
 
 
-def _heatmaps(predictions: Predictions, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _part(first: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
+    """`size` pixels from `first` on, along each axis."""
+    return tuple(slice(start, end) for start, end in zip(first.tolist(), (first + size).tolist(), strict=True))
+
+
+def _heatmaps(detector: TrainedDetector, images: ImageSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities and targets (N, *own) where the image itself fills the network's input; None: not annotated."""
-    images, config = predictions.images, predictions.detector.config
-    [(_, outputs, maps)] = predictions.detector.heatmaps(images, [index])
+    config = detector.config
+    [(_, outputs, maps)] = detector.heatmaps(images, [index])
     skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
     first = images.firsts[index].numpy() - skipped
-    own = (0, slice(None), *map(slice, first.tolist(), (first + images.sizes[index].numpy()).tolist()))
-    probabilities = probability_maps(outputs, config.finetune.loss)[own].cpu().numpy()
+    own = (slice(None), *_part(first, images.sizes[index].numpy()))
+    probabilities = probability_maps(outputs, config.finetune.loss)[0][own].cpu().numpy()
     landmarks = images.records[index].landmarks
     if landmarks is None:
         return probabilities, None
     points = torch.from_numpy(apply_maps(landmarks, maps[0]))[None]
     targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, sigma_pixels(config))
-    return probabilities, targets[own].numpy()
+    return probabilities, targets[0][own].numpy()
 
 
 def draw_predictions(path: Path, predictions: Predictions, index: int, title: str,

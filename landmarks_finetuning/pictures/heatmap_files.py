@@ -45,7 +45,7 @@ def write_heatmaps(path: Path, predictions: Predictions) -> None:
     for k, index in enumerate(chosen):
         arrays |= {f"{name}_{k}": array for name, array in flatten(case_of(predictions, index))._asdict().items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(path, buffer.getvalue())
 
 
@@ -53,8 +53,10 @@ def flatten(case: Case) -> FlatCase:
     """The picture of an image with a detector's heatmaps and known landmarks; of a volume its maximum projection.
 
     A volume, whose axes run up, back and to the patient's left, is seen from the side with up at the top. Pixels of the
-    picture are square in mm.
+    picture are square in mm. ValueError for an image without heatmaps or without truth.
     """
+    if case.probabilities is None or case.targets is None or case.truth is None:
+        raise ValueError("an image without heatmaps or without truth has nothing to compare")
     size = np.array(case.pixels.shape[1:3])
     extent = size * (1.0 if case.spacing is None else np.array(case.spacing[:2]))
     shape = tuple(np.maximum(np.rint(extent * LONGEST_SIDE / extent.max()), 1).astype(int).tolist())
@@ -70,7 +72,7 @@ def flatten(case: Case) -> FlatCase:
         return map_points(np.stack([size[0] - 1 - rows if volume else rows, columns], axis=1), size, shape)
 
     picture = np.rint(shaded(seen(case.pixels), shape).mean(axis=2)).astype(np.uint8)
-    return FlatCase(picture, *(_strongest(seen(maps)) for maps in (case.probabilities, case.targets)),
+    return FlatCase(picture, _strongest(seen(case.probabilities)), _strongest(seen(case.targets)),
                     placed(case.found), placed(case.truth))
 
 

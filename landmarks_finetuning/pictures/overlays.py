@@ -13,6 +13,7 @@ from pathlib import Path
 import contourpy
 import matplotlib
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 PREDICTION = (255, 176, 0)
@@ -50,7 +51,7 @@ def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | N
     return stacked([title_strip(title, width), picture, legend, names_strip(names, width)])
 
 
-def map_points(points: np.ndarray, old_size: Sequence[int], new_size: Sequence[int]) -> np.ndarray:
+def map_points(points: np.ndarray, old_size: ArrayLike, new_size: ArrayLike) -> np.ndarray:
     """(N, 2) points of an image of `old_size` -> the same places in one of `new_size`: (i + 0.5) * new / old - 0.5."""
     return (np.asarray(points, dtype=np.float64) + 0.5) * np.asarray(new_size) / np.asarray(old_size) - 0.5
 
@@ -82,7 +83,7 @@ def half_maximum_lines(heatmap: np.ndarray, maximum: float) -> list[np.ndarray]:
     if not maximum > 0:
         return []
     padded = np.pad(np.asarray(heatmap, dtype=np.float64), 1)  # a peak at the border still gives a closed line
-    return [line[:, ::-1] - 1 for line in contourpy.contour_generator(z=padded).lines(maximum / 2)]
+    return [np.asarray(line)[:, ::-1] - 1 for line in contourpy.contour_generator(z=padded).lines(maximum / 2)]
 
 
 def draw_contours(canvas: np.ndarray, lines: Sequence[np.ndarray]) -> None:
@@ -136,7 +137,8 @@ def _segment(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, colour: tup
     _blend(canvas[window], np.clip(half_width + 0.5 - distance, 0, 1), colour, opacity)
 
 
-def _window(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, margin: float):
+def _window(canvas: np.ndarray, start: np.ndarray, end: np.ndarray,
+            margin: float) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
     """The slices of `canvas` around two points and the (y, x) grids of its pixel centres."""
     limits = np.array(canvas.shape[:2])
     low = np.clip(np.floor(np.minimum(start, end) - margin), 0, limits).astype(int)
@@ -206,7 +208,9 @@ def legend_strip(width: int, has_truth: bool, has_maps: bool, hollow: str = "") 
     """The symbols of the pictures and their meaning; `hollow` is that of a hollow cross, empty where there is none."""
     face, texts = font(13), ["prediction", *[hollow] * bool(hollow), *["truth", "error"] * has_truth,
                              *["half maximum"] * has_maps]
-    places, x, y = [], MARGIN, 22
+    places: list[tuple[float, int]] = []
+    x: float = MARGIN
+    y = 22
     for text in texts:
         end = x + 26 + face.getlength(text)
         if places and end > width - MARGIN:

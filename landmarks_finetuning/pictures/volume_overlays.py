@@ -130,7 +130,7 @@ def _upright(plane: np.ndarray, through: int) -> np.ndarray:
 def _window(values: np.ndarray) -> tuple[float, float]:
     """The values to show as black and as white: few very bright or dark voxels must not decide."""
     step = max(1, int(np.ceil((values.size / MOST_VOXELS) ** (1 / 3))))
-    low, high = np.percentile(values[(..., *[slice(None, None, step)] * 3)], PERCENTILES)
+    low, high = np.percentile(values[(slice(None), *[slice(None, None, step)] * 3)], PERCENTILES)
     return (float(low), float(high)) if high > low else (float(values.min()), float(values.max()))
 
 
@@ -170,7 +170,8 @@ def _letters(panel: Image.Image, case: _Case, through: int) -> list[tuple[float,
     (row_start, row_end), columns = np.delete(np.array(case.ends), through, axis=0)
     top, bottom = (row_start, row_end) if through == 0 else (row_end, row_start)
     middle_x, middle_y, rim = panel.width / 2, panel.height / 2, BORDER / 2
-    draw, boxes = ImageDraw.Draw(panel), []
+    draw = ImageDraw.Draw(panel)
+    boxes: list[tuple[float, ...]] = []
     for text, place in ((top, (middle_x, rim)), (bottom, (middle_x, panel.height - rim)),
                         (columns[0], (rim, middle_y)), (columns[1], (panel.width - rim, middle_y))):
         draw.text(place, str(text), fill=INK, font=font(14), anchor="mm")

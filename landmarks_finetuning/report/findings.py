@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, select
+from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.statistics import SIGNIFICANCE, holm, patients_needed
 
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
@@ -41,7 +43,7 @@ def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     variants = main_variants(runs)
     main = summary[[variants.get(b) == v for b, v in zip(summary["backbone"], summary["variant"], strict=True)]]
     rows = []
-    for shots, group in main.groupby("shots"):
+    for shots, group in grouped(main, "shots"):
         means = group.set_index("backbone")["mre"].sort_values()
         trained = means.drop(UNTRAINED, errors="ignore")
         method = STUDIED if STUDIED in means else next(iter(trained.index), None)
@@ -97,7 +99,7 @@ def leak_sentence(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
         return f"{opening} and {'is' if count == 1 else 'are'} left out of all figures."
     variants = main_variants(runs)
     parts = []
-    for row in summary.sort_values(["shots", "mre"]).itertuples():
+    for row in named_rows(summary.sort_values(["shots", "mre"])):
         if variants[row.backbone] == row.variant and pd.notna(row.without_leaks_mre):
             parts.append(f"{_inline_name(row.backbone)} at {shots_text(row.shots)} {row.without_leaks_mre:.2f} "
                          f"(with them {row.mre:.2f})")
@@ -131,7 +133,7 @@ def headline(table: pd.DataFrame, unit: str) -> tuple[str, str]:
             draw = " for this draw of the labels" if single and key in CLEAR else ""
             parts.append(f"{text}{draw} at {_list(shots)} {'label' if shots == [1] else 'labels'}")
     sentence = f"{display_name(table['method'].iloc[0])} {_list(parts)}, measured against its best rival."
-    return sentence, "; ".join(f"{shots_text(row.shots)}: {_against(row, unit)}" for row in table.itertuples()) + "."
+    return sentence, "; ".join(f"{shots_text(row.shots)}: {_against(row, unit)}" for row in named_rows(table)) + "."
 
 
 def _list(items: list) -> str:
@@ -145,17 +147,17 @@ def shots_text(shots: int) -> str:
     return f"{shots} label" if shots == 1 else f"{shots} labels"
 
 
-def _against(row, unit: str) -> str:
+def _against(row: Any, unit: str) -> str:
     return f"{row.method_mre:.2f} against {row.rival_mre:.2f} {unit} ({_inline_name(row.rival)})"
 
 
 def sentences(table: pd.DataFrame, unit: str) -> list[dict[str, str]]:
     """One plain paragraph per number of shots, about the best rival: {"shots", "verdict", "draws", "text"}."""
     return [{"shots": shots_text(row.shots), "verdict": row.verdict, "draws": row.draws, "text": _sentence(row, unit)}
-            for row in table.itertuples() if row.best_rival]
+            for row in named_rows(table) if row.best_rival]
 
 
-def _sentence(row, unit: str) -> str:
+def _sentence(row: Any, unit: str) -> str:
     method, rival = display_name(row.method), _inline_name(row.rival)
     size = f"{abs(row.difference):.2f} {unit} ({abs(row.difference) / row.rival_mre:.0%})"
     opening = f"{method} misses by {row.method_mre:.2f} {unit} on average, {rival} by {row.rival_mre:.2f} {unit}"

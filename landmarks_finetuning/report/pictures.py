@@ -32,10 +32,10 @@ class Pictures:
         """A data address of the picture, at most `width` pixels wide, or None when the budget does not allow it."""
         try:
             with Image.open(path) as picture:
-                picture = picture.convert("RGB")
+                colours = picture.convert("RGB")
         except OSError as error:
             raise UserError(f"{path} is not a readable picture ({error}); delete it, or make it again") from error
-        return self.embed_picture(picture, width, quality)
+        return self.embed_picture(colours, width, quality)
 
     def embed_picture(self, picture: Image.Image, width: int, quality: int = 82) -> str | None:
         """The same of a picture (RGB) that was just drawn."""
@@ -58,7 +58,8 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
     is missing and where it is, empty where nothing is. Empty where the config wants no pictures.
     """
     wanted = experiment.config.get("report", {}).get("overlays", 4)
-    groups, variants = [], best_first(runs)
+    variants = best_first(runs)
+    groups: list[dict[str, Any]] = []
     for shots in sorted(runs["shots"].unique(), reverse=True) if wanted else ():
         for backbone, variant in variants.items():
             group = select(runs, backbone, variant, shots)
