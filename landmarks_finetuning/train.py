@@ -49,10 +49,11 @@ class HeatmapRegression:
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = np.array(header["shape"], dtype=np.float64)
+        self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
         finetune = self.config.finetune
-        target = draw_target(points, outputs.shape[2:], finetune.target, sigma_pixels(self.config))
+        target = draw_target(points, outputs.shape[2:], finetune.target, self.sigma)
         absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
         return LOSSES[finetune.loss](outputs.float(), target, absent)
 
@@ -76,10 +77,11 @@ class HeatmapRegression:
             return {}
         losses, errors = [], []
         truth, spacings = held.original_points(), held.spacings()
-        for chosen, outputs, maps in run_batched(model, held, self.config, self.device):
+        for chosen, outputs, maps in run_batched(
+                model, held, self.config.evaluation, self.device, self.config.experiment.precision):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points, _ = locate(outputs, maps, self.config, shape=self.shape)
+            points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 

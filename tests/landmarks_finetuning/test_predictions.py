@@ -19,7 +19,7 @@ from core.data.records import Record
 from core.data.source import load_source
 from core.formats.images import read_geometry
 from core.training.run_log import read_metrics
-from landmarks_finetuning.inference import run_batched
+from landmarks_finetuning.inference import run_batched, sigma_pixels
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
@@ -126,9 +126,10 @@ def seeing_itself(**dataset):
                            "unet": {"channel_multipliers": [1]}}, "test")
 
     def heatmaps(images, chosen=None):
-        return run_batched(lambda inputs: 20 * inputs, images, config, torch.device("cpu"), chosen)
+        return run_batched(lambda inputs: 20 * inputs, images, config.evaluation, torch.device("cpu"), "auto", chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None)
+    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None,
+                           sigma=sigma_pixels(config.finetune.sigma, config.dataset))
 
 
 @pytest.mark.parametrize("window", [4, 40], ids=["windows", "larger than the volumes"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.config.load import parse_config
+from core.config.finetune import LossSettings
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.inference import locate
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
@@ -100,18 +100,18 @@ def test_size_by_hand():
 
 
 def test_locate_uses_the_prior_but_for_the_published_decoder():
-    config = parse_config({"dataset": {"image_size": [32, 32]}, "finetune": {"decoder": "argmax"}}, "test")
+    settings, sigma = LossSettings(decoder="argmax"), 2.5 * 32 / 256
     shape = np.array([[4.0, 4], [4, 26], [26, 4], [26, 26], [15, 8]])
     outputs = torch.zeros(1, 5, 32, 32)
     for number, (y, x) in enumerate(shape.astype(int)):
         outputs[0, number, y - 1 : y + 2, x - 1 : x + 2] = 20.0
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
-    assert locate(outputs, same, config)[0][0, 0].tolist() == [28, 15]
-    points, confidence = locate(outputs, same, config, shape=shape)
+    assert locate(outputs, same, settings, sigma)[0][0, 0].tolist() == [28, 15]
+    points, confidence = locate(outputs, same, settings, sigma, shape=shape)
     np.testing.assert_allclose(points[0], shape, atol=1)
     assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
-    published = [locate(outputs, same, config, "contour_centroid", s)[0] for s in (None, shape)]
+    published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
 
 
