@@ -113,3 +113,24 @@ def test_locate_uses_the_prior_but_for_the_published_decoder():
     assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
     published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize(("height", "stays"), [(0.9, False), (1.1, True)], ids=["lower", "higher"])
+def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays):
+    """A peak that is off by two and a half widths stays where it is only if its log is higher by more than 2.5^2 / 2.
+
+    The width is finetune.shape_prior times the root mean square distance of the landmarks from their centroid.
+    """
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    shape = np.round(32 + 20 * np.stack([np.sin(angles), np.cos(angles)], axis=1))
+    width = share * np.sqrt(np.square(shape - shape.mean(axis=0)).sum(axis=1).mean())
+    off = round(2.5 * width)
+    outputs = torch.zeros(1, 12, 64, 64)
+    for number, (y, x) in enumerate(shape.astype(int)):
+        outputs[0, number, y, x] = 40.0
+    y, x = shape[0].astype(int)
+    outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
+    points, _ = locate(outputs, np.eye(2, 3)[None], LossSettings(decoder="argmax", shape_prior=share), 0.625, shape=shape)
+    assert points[0, 0].tolist() == [y, x - off if stays else x]
+    np.testing.assert_array_equal(points[0, 1:], shape[1:])
