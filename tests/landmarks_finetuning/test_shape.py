@@ -131,6 +131,7 @@ def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays
         outputs[0, number, y, x] = 40.0
     y, x = shape[0].astype(int)
     outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
-    points, _ = locate(outputs, np.eye(2, 3)[None], LossSettings(decoder="argmax", shape_prior=share), 0.625, shape=shape)
+    settings = LossSettings(decoder="argmax", shape_prior=share)
+    points, _ = locate(outputs, np.eye(2, 3)[None], settings, 0.625, shape=shape)
     assert points[0, 0].tolist() == [y, x - off if stays else x]
     np.testing.assert_array_equal(points[0, 1:], shape[1:])
