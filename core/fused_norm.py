@@ -172,8 +172,8 @@ def norm(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, scale_sh
         tiles.channels, tiles.width, stride, tiles.splits, eps, ADDED=added is not None, SCALED=scaled is not None,
         **tiles.group_block)
     other, other_stride = (x, stride) if residual is None else rows_of(residual)
-    run.apply_affine[tiles.grid](x, other, stats, out, tiles.positions, tiles.channels, stride, other_stride, tiles.rows,
-                                 ACTIVATE=activate, OTHER=residual is not None, **tiles.block)
+    run.apply_affine[tiles.grid](x, other, stats, out, tiles.positions, tiles.channels, stride, other_stride,
+                                 tiles.rows, ACTIVATE=activate, OTHER=residual is not None, **tiles.block)
     return out, stats
 
 

@@ -28,6 +28,7 @@ class Experiment(Section):
     sharding: Literal["none", "full"] = Field(
         "none", description="diffusion pre-training by several processes: full = each holds a share of the network")
     compile: bool = Field(False, description="torch.compile the network's training step")
+    cuda_graphs: bool = Field(True, description="on a GPU: replay training steps of one shape as one launch")
     activation_checkpointing: bool = Field(
         False, description="diffusion U-Net: recompute activations going back: less memory for about a third more time")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.batches import BatchPlan
 from core.checkpoint import load_state, save_state
+from core.cuda_graphs import Batches, Replayed
 from core.distributed import ALONE, Ranks
 from core.errors import Interrupted, UserError
 from core.runlog import NoLog, RunLog
@@ -46,6 +47,17 @@ class Task(Protocol):
         """Called when the validation loss is the lowest so far."""
 
 
+@runtime_checkable
+class SplitTask(Task, Protocol):
+    """A task that draws what is random apart from the loss of it, so that a GPU's steps can be replayed as graphs."""
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A micro-batch on the device, augmented, with all that the loss needs."""
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Scalar loss of what was drawn; waits for nothing and draws nothing."""
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """Everything the loop needs beside model and task; iterations are optimiser steps."""
@@ -69,6 +81,7 @@ class LoopSettings:
     plateau_patience: int = 13
     early_stop_patience: int | None = None
     compile: bool = False
+    cuda_graphs: bool = True
     ema_schedule: str = "constant"
     milestones: frozenset[int] = frozenset()
 
@@ -138,6 +151,8 @@ class Training:
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=settings.plateau_factor, patience=settings.plateau_patience)
         self.step, self.best, self.since_best = 0, math.inf, 0
+        replaying = settings.device.type == "cuda" and settings.cuda_graphs and not settings.compile
+        self.gradients = Replayed(self.add_up, self.parameters) if replaying else self.add_up
         self.pending: list[Tensor] = []  # losses of the steps since the last check, on the device
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -211,15 +226,33 @@ class Training:
 
     def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
         """Add up the gradients of a step's micro-batches; returns their mean loss, on the device."""
-        settings = self.settings
-        share = 1.0 if settings.accumulation_reduction == "sum" else 1.0 / len(groups)
+        settings, task = self.settings, self.task
+        generators = [step_generator(settings.seed, self.step, micro, settings.device) for micro in range(len(groups))]
+        if isinstance(task, SplitTask):
+            drawn = [task.draw(indices, generator) for indices, generator in zip(groups, generators, strict=True)]
+            return self.gradients(drawn).clone()
         total = torch.zeros((), device=settings.device)
-        for micro, indices in enumerate(groups):
-            generator = step_generator(settings.seed, self.step, micro, settings.device)
+        for indices, generator in zip(groups, generators, strict=True):
             with autocast(settings.device, settings.precision):
-                loss = self.task.loss(self.forward, indices, generator)
-            (loss * share).backward()
+                loss = task.loss(self.forward, indices, generator)
+            (loss * self.share(groups)).backward()
             total += loss.detach() / len(groups)
+        return total
+
+    def share(self, groups: Sequence[Any]) -> float:
+        """The weight of a micro-batch's loss."""
+        return 1.0 if self.settings.accumulation_reduction == "sum" else 1.0 / len(groups)
+
+    def add_up(self, batches: Batches) -> Tensor:
+        """`accumulate` for drawn micro-batches."""
+        settings, task = self.settings, self.task
+        assert isinstance(task, SplitTask)
+        total = torch.zeros((), device=settings.device)
+        for drawn in batches:
+            with autocast(settings.device, settings.precision):
+                loss = task.loss_of(self.forward, *drawn)
+            (loss * self.share(batches)).backward()
+            total += loss.detach() / len(batches)
         return total
 
     def recent_losses(self) -> Tensor:

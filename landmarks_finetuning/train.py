@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.augment import augment
+from core.batches import gather
 from core.checkpoint import save_weights
 from core.claims import claim
 from core.config import add_config_arguments, add_resume_argument, load_config
@@ -49,11 +50,18 @@ class HeatmapRegression:
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
-        chosen = torch.from_numpy(indices)
-        there = chosen.to(self.device)
-        images, points = self.training.images[chosen].to(self.device), self.training.points[there]
-        images, points = augment(images, points, self.config.finetune.augmentation, generator,
-                                 self.training.crops(there))
+        return self.loss_of(model, *self.draw(indices, generator))
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Augmented images and landmarks of a micro-batch."""
+        images, chosen = gather(self.training.images, indices, self.device)
+        images, points = augment(images, self.training.points[chosen], self.config.finetune.augmentation, generator,
+                                 self.training.crops(chosen))
+        return images, points
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Heatmap loss of drawn images and landmarks."""
+        images, points = drawn
         return self._loss(model(images), points, not self.training.fits)
 
     def names(self, indices: np.ndarray) -> list[str]:
@@ -118,7 +126,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
         validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
-        compile=experiment.compile,
+        compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
