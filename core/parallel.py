@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,11 @@ from core.distributed import Job
 from core.errors import UserError
 from core.train_loop import LoopSettings, Task, Training, autocast, step_generator
 from core.unet import Residual, ResidualBlock
+
+
+# Buffers are the same in every process. The keyword of torch from 2.14 on; older releases have the second alone.
+SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                    if name in signature(DistributedDataParallel).parameters)
 
 
 class DealtTask(Task, Protocol):
@@ -74,8 +80,8 @@ class Replicated(Training):
         model, average, _ = super().prepare(model)
         devices = [torch.cuda.current_device()] if self.settings.device.type == "cuda" else None
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels: one memory
-        return model, average, DistributedDataParallel(model, devices, forward_sync_buffers=False,
-                                                       gradient_as_bucket_view=True)
+        return model, average, DistributedDataParallel(model, devices, gradient_as_bucket_view=True,
+                                                       **{SYNC_BUFFERS: False})
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged at a process' last backward pass of a step."""
