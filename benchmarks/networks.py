@@ -13,6 +13,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
+from core.cuda_graphs import Batches, Replayed
 from core.settings import DDPM
 from core.settings import UNet as UNetConfig
 from core.train_loop import autocast, averaged_tensors, memory_format, step_generator
@@ -96,11 +97,13 @@ class TrainingStep:
     """One DDPM optimiser step of a network: noise, forward, L2 loss, backward, AdamW, moving average.
 
     All take the same images, noise, fused AdamW and averaging, but diffusers brings its own scheduler and average.
+    On a GPU ours are replayed as CUDA graphs, as `core.train_loop` does, unless `replaying` is false.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor) -> None:
+    def __init__(self, network: nn.Module, images: Tensor, replaying: bool = True) -> None:
         device = images.device
-        self.network, self.images = network, images
+        self.network, self.images, self.replaying = network, images, replaying and isinstance(network, UNet)
+        self.gradients: dict[str, Replayed] = {}
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         self.diffusion, self.generator = Diffusion(DDPM(), device), step_generator(0, 0, 0, device)
         self.add_noise = self.diffusion.add_noise
@@ -111,17 +114,26 @@ class TrainingStep:
             averages = [tensor.detach().clone() for tensor in averaged_tensors(network)]
             self.average = partial(torch._foreach_lerp_, averages, averaged_tensors(network), 1 - DECAY)
 
-    def loss(self, precision: str) -> Tensor:
-        """The loss on the images with fresh noise."""
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Fresh noise and timesteps."""
         timesteps = self.diffusion.draw_timesteps(len(self.images), self.generator)
-        noise = torch.randn(self.images.shape, generator=self.generator, device=self.images.device)
+        return torch.randn(self.images.shape, generator=self.generator, device=self.images.device), timesteps
+
+    def loss(self, precision: str, batches: Batches) -> Tensor:
+        """The loss on the images with the drawn noise, once its gradients are there."""
+        noise, timesteps = batches[0]
         with autocast(self.images.device, precision):
             predicted = call(self.network, self.add_noise(self.images, noise, timesteps), timesteps)
-            return nn.functional.mse_loss(predicted.float(), noise)
+            loss = nn.functional.mse_loss(predicted.float(), noise)
+        loss.backward()
+        return loss.detach()
 
     def __call__(self, precision: str) -> None:
         """One step."""
-        self.loss(precision).backward()
+        function = partial(self.loss, precision)
+        if self.replaying:
+            function = self.gradients.setdefault(precision, Replayed(function, list(self.network.parameters())))
+        function([self.draw()])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
