@@ -1,4 +1,7 @@
-"""The networks that are compared: ours and three libraries', with as many parameters, and one training step of each."""
+"""The networks that are compared: ours and three libraries', with as many parameters, and one training step of each.
+
+A library is imported where its network is made: what is not installed is missed by those alone who ask for it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from denoising_diffusion_pytorch import Unet as LucidrainsUNet
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
@@ -31,11 +30,15 @@ def ours(base: int, size: tuple[int, ...], linear_attention: bool) -> UNet:
 
 def lucidrains(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """Unet of denoising-diffusion-pytorch with its default settings: our base channels are its `dim`."""
-    return LucidrainsUNet(dim=base, channels=1, dim_mults=MULTIPLIERS)
+    from denoising_diffusion_pytorch import Unet
+
+    return Unet(dim=base, channels=1, dim_mults=MULTIPLIERS)
 
 
 def diffusers(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """UNet2DModel of diffusers, attention on its last level, as wide as gives our number of parameters."""
+    from diffusers import UNet2DModel
+
     blocks = len(MULTIPLIERS) - 1
 
     def build(width: int) -> nn.Module:
@@ -49,6 +52,7 @@ def diffusers(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Mo
 
 def monai(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """DiffusionModelUNet of MONAI, attention on its last level, as wide as gives our number of parameters."""
+    from monai.networks.nets import DiffusionModelUNet
 
     def build(width: int) -> nn.Module:
         return DiffusionModelUNet(len(size), 1, 1, num_res_blocks=2, channels=[width * m for m in MULTIPLIERS],
@@ -84,7 +88,7 @@ def equal_width(build: Callable[[int], nn.Module], wanted: int, step: int = 8) -
 def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The predicted noise."""
     out = network(noisy, timesteps)
-    return out.sample if isinstance(network, UNet2DModel) else out
+    return out if isinstance(out, Tensor) else out.sample
 
 
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
@@ -107,7 +111,10 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         self.diffusion, self.generator = Diffusion(DDPM(), device), step_generator(0, 0, 0, device)
         self.add_noise = self.diffusion.add_noise
-        if isinstance(network, UNet2DModel):
+        if type(network).__name__ == "UNet2DModel":
+            from diffusers import DDPMScheduler
+            from diffusers.training_utils import EMAModel
+
             self.add_noise = DDPMScheduler(DDPM().num_train_timesteps).add_noise
             self.average = partial(EMAModel(network.parameters(), decay=DECAY).step, network.parameters())
         else:
