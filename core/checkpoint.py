@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from core.background import snapshot, written
 from core.errors import UserError
 from core.files import atomic_file, code_version, write_atomically
 from core.settings import UNet as UNetConfig
@@ -27,6 +28,10 @@ PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj
 
 def save_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Save everything stateful as last.pt; what last.pt was becomes previous.pt. No moment is without a whole file."""
+    written(_write_state, run_dir, snapshot(state))
+
+
+def _write_state(run_dir: Path, state: dict[str, Any]) -> None:
     last = run_dir / "last.pt"
     with atomic_file(last) as file:
         torch.save(state, file)
@@ -94,8 +99,12 @@ def save_weights(path: Path, model: nn.Module, config: dict[str, Any], header: d
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], header: dict[str, Any]) -> None:
     """Write a safetensors file whose header holds the full config, what `header` says and the code version."""
+    written(_write_tensors, path, snapshot(dict(tensors)), full_header(config, header))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(full_header(config, header))}))
+    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(header)}))
 
 
 def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:

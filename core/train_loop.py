@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.background import finish_writing, writing_in_background
 from core.batches import BatchPlan
 from core.checkpoint import load_state, save_state
 from core.cuda_graphs import Batches, Replayed
@@ -341,7 +342,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
         run_dir.mkdir(parents=True, exist_ok=True)
     open_log = RunLog if ranks.leads else NoLog
     with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
-          StopSignal(once=ranks.count > 1) as stop):
+          StopSignal(once=ranks.count > 1) as stop, writing_in_background(settings.device.type == "cuda")):
         while not training.finished:
             log.advance(training.optimiser_step())
             stopping = ranks.any(bool(stop.received))  # read once: a signal that comes later waits for the next step
@@ -358,5 +359,6 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             if saving or training.finished:
                 training.save(run_dir)
             if stopping and not training.finished:
+                finish_writing()
                 raise Interrupted(f"saved at step {training.step} of {settings.iterations}; "
                                   f"continue with: {resume_command} --resume")

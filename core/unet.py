@@ -82,7 +82,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
         """`time` (B, time_channels), or None to skip the whole scale-and-shift branch."""
         scale_shift = None if time is None else self.mlp(time)
-        return self.block2(self.block1(x, scale_shift), residual=self.res_conv(x))
+        same = isinstance(self.res_conv, nn.Identity)
+        return self.block2(self.block1(x, scale_shift), residual=x if same else pointwise(self.res_conv, x))
 
 
 class Attention(nn.Module):
@@ -151,6 +152,13 @@ class LinearAttention(Attention):
         keys = torch.bmm(to_key.expand(len(rows), -1, -1), rows.transpose(1, 2))
         with no_autocast(rows):
             return torch.bmm(keys.softmax(dim=2), rows.to(keys.dtype))
+
+
+def pointwise(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution; of maps in channels-last memory on a GPU a matrix product, which adds its bias in passing."""
+    if not fusable(x):
+        return convolution(x)
+    return to_image(F.linear(x.flatten(2).transpose(1, 2), convolution.weight.flatten(1), convolution.bias), x)
 
 
 def to_image(rows: Tensor, like: Tensor) -> Tensor:
@@ -289,4 +297,4 @@ class UNet(nn.Module):
                 x = self.run(block, torch.cat((x, kept.pop()), dim=1), time)
             x = up(self.run(attend, x))
         x = self.run(self.final_res_block, torch.cat((x, first), dim=1), time)
-        return self.final_conv(x)
+        return pointwise(self.final_conv, x)
