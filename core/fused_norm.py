@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 TILE, WARPS = 4096, 8  # numbers of a tile, and the warps that share it
@@ -26,7 +27,7 @@ LEAST_TILES = 8  # of a program: fewer would only add to what the second stage m
 SPLITS_AT_ONCE = 8192  # numbers that the second stage reads at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it
-_switch = {"on": True}
+_switch = {"on": True, "fake": False}
 
 
 @cache
@@ -47,20 +48,27 @@ def kernels() -> Any:
 
 
 @contextmanager
-def eager_norms() -> Iterator[None]:
-    """Within it nothing is fused: PyTorch's own operations, which are the reference, run in the kernels' place."""
-    before, _switch["on"] = _switch["on"], False
+def switched(name: str, value: bool) -> Iterator[None]:
+    """Within it nothing is fused ("on", False): PyTorch's own operations, the reference, run in the kernels' place.
+
+    With ("fake", True) fake tensors, which have a shape and no numbers, count as on a GPU: for counts without one.
+    """
+    before, _switch[name] = _switch[name], value
     try:
         yield
     finally:
-        _switch["on"] = before
+        _switch[name] = before
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether what is done with `x` should be what suits a GPU."""
+    return x.is_cuda or INTERPRETED or (_switch["fake"] and isinstance(x, FakeTensor))
 
 
 def fusable(x: Tensor) -> bool:
     """Whether `normalize` can take what lies in memory as `x` (B, C, *size) does."""
-    return (_switch["on"] and (x.is_cuda or INTERPRETED) and x.dtype in TYPES
-            and not torch.compiler.is_compiling() and row_stride(x) is not None
-            and (isinstance(x, torch._subclasses.FakeTensor) or kernels() is not None))
+    return (_switch["on"] and on_gpu(x) and x.dtype in TYPES and not torch.compiler.is_compiling()
+            and row_stride(x) is not None and (isinstance(x, FakeTensor) or kernels() is not None))
 
 
 def row_stride(x: Tensor) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from core.convolutions import CHANNELS_LAST, StandardizedConv, standardization_eps
@@ -34,7 +35,7 @@ def standardized_together(convolutions: Sequence[StandardizedConv], dtype: torch
 
 def fusable_weights(convolutions: Sequence[StandardizedConv]) -> bool:
     """Whether all weights are whole float32 parameters: no shares of them (FSDP), no half-precision copies."""
-    return all(type(c.weight) is nn.Parameter and c.weight.dtype == torch.float32 for c in convolutions)
+    return all(type(c.weight) in (nn.Parameter, FakeTensor) and c.weight.dtype == torch.float32 for c in convolutions)
 
 
 class StandardizeAll(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample
 from core.fused_attention import ReadQueries, SeeKeys, fusable_attention
-from core.fused_norm import fusable, normalize
+from core.fused_norm import fusable, normalize, on_gpu
 from core.fused_weights import fusable_weights, standardized_together
 from core.settings import UNet as UNetConfig
 
@@ -262,7 +262,7 @@ class UNet(nn.Module):
         alike in either, and one map in the other layout would be copied in every block that meets it.
         """
         weight, wide = self.init_conv.weight[:, -self.channels:], self.final_res_block.block1.proj.weight
-        if x.is_cuda and x.ndim > 3:
+        if on_gpu(x) and x.ndim > 3:
             return to_image(F.linear(x.flatten(2).transpose(1, 2), weight.flatten(1), self.init_conv.bias), x)
         layout = CHANNELS_LAST[x.ndim - 2] if wide.stride(1) == 1 else torch.contiguous_format
         return self.init_conv._conv_forward(x, weight, self.init_conv.bias).contiguous(memory_format=layout)
