@@ -72,7 +72,7 @@ def free(function: Any) -> bool:
 
 
 class Counted(TorchDispatchMode):
-    """`kinds`: Totals of every class. A layout copy has unlike orders of axes on its two sides; a slice copy has not."""
+    """`kinds`: Totals by class. A layout copy has unlike orders of axes on its two sides, a slice copy has not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,6 @@ from core.errors import UserError
 from core.train_loop import LoopSettings, Task, Training, autocast, step_generator
 from core.unet import Residual, ResidualBlock
 
-
 # Buffers are the same in every process. The keyword of torch from 2.14 on; older releases have the second alone.
 SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                     if name in signature(DistributedDataParallel).parameters)
