@@ -24,7 +24,7 @@ TILE, WARPS = 4096, 8  # numbers of a tile, and the warps that share it
 CHANNELS_OF_TILE = 64
 PROGRAMS = 2048  # wanted at once, some for every multiprocessor of a large GPU
 LEAST_TILES = 8  # of a program: fewer would only add to what the second stage must read
-SPLITS_AT_ONCE = 8192  # numbers that the second stage reads at once
+LEAST_GROUP, AT_ONCE = 64, 4096  # channels of a block of the second stage, and the numbers it reads at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it
 _switch = {"on": True, "fake": False}
@@ -150,10 +150,9 @@ class Tiles:
         self.splits = -(-self.positions // self.rows)
         self.grid = (self.splits, columns, self.batch)
         self.width = self.channels // groups
-        wide = power_of_two(self.width)
+        wide = max(LEAST_GROUP, power_of_two(self.width))  # few kinds: each is compiled
         self.group_grid = (self.batch, groups)
-        self.group_block = {"CHANNELS": wide, "num_warps": 4,
-                            "SPLITS": max(1, min(power_of_two(self.splits), SPLITS_AT_ONCE // wide))}
+        self.group_block = {"CHANNELS": wide, "SPLITS": max(1, AT_ONCE // wide), "num_warps": 4}
 
 
 def empty_map(x: Tensor) -> Tensor:
