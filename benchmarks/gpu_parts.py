@@ -176,7 +176,7 @@ def data() -> Iterator[Row]:
 
 
 def pretraining() -> Iterator[Row]:
-    """Pre-training as configs/config.json says, 500 of its 10,000 steps: start, state, validation, samples with them."""
+    """Pre-training as configs/config.json says, 500 of its 10,000 steps, with state, validation and samples."""
     with tempfile.TemporaryDirectory() as folder:
         config = study_config(Path(folder), "ddpm.iterations=500", "ddpm.checkpoint_iterations=[500]",
                               "ddpm.sample_every=500")
@@ -186,8 +186,9 @@ def pretraining() -> Iterator[Row]:
         seconds = time.perf_counter() - started
         lines = read_metrics(config.experiment_dir / "ddpm" / "metrics.jsonl")
         last = [line["images_per_second"] for line in lines if "images_per_second" in line][-5:]
-        yield {"steps": 500, "batch": config.ddpm.batch_size, "seconds": seconds,
-               "images/s at the end": statistics.median(last), "10,000 steps, minutes": seconds * 20 / 60}
+        rate, batch = statistics.median(last), config.ddpm.batch_size
+        yield {"steps": 500, "batch": batch, "seconds": seconds, "images/s at the end": rate,
+               "10,000 steps at that rate, minutes": 10000 * batch / rate / 60}
 
 
 def finetuning(workers: int = 2) -> Iterator[Row]:
@@ -203,7 +204,7 @@ def finetuning(workers: int = 2) -> Iterator[Row]:
                "seconds": time.perf_counter() - started}
 
 
-PARTS: dict[str, tuple[Callable[[], Iterator[Row]], float]] = {  # and the seconds it may take; the first is the cold one
+PARTS: dict[str, tuple[Callable[[], Iterator[Row]], float]] = {  # and the seconds it may take; in this order
     "start, cold": (start, 75), "start, from the cache": (start, 30), "steps": (partial(steps, OURS), 75),
     "peers": (partial(steps, PEERS), 50), "fine-tuning": (finetuning, 180), "peaks": (peaks, 20), "data": (data, 25),
     "sampling": (sampling, 25), "pre-training": (pretraining, 60), "profile": (profiles, 40)}
