@@ -7,10 +7,10 @@ are a roofline: an operation takes what its FLOPs or its bytes take, the longer,
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.accounting import lie_channels_last
+from benchmarks.measuring import table
 from benchmarks.networks import NETWORKS, TrainingStep
 from core.convolutions import CHANNELS_LAST
+from core.errors import CommandParser, run_command
 from core.fused_norm import switched
 
 # One H100 80 GB, bf16: what its convolutions and its passes over large maps reach, and the least time of a kernel.
@@ -47,6 +49,7 @@ class Totals:
     flops: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0
+    shapes: list[torch.Size] = field(default_factory=list)  # of what comes out
 
 
 def nbytes(values: Any) -> int:
@@ -94,9 +97,10 @@ class Counted(TorchDispatchMode):
             flops = 2 * SEES_PRODUCTS[name] * args[0].numel() * len(args[1])
         elif function._overloadpacket in flop_registry:
             flops = flop_registry[function._overloadpacket](*args, **kwargs, out_val=out)
-        self.add(self.kind_of(name, args, out), KERNELS.get(name, 1), flops, moved)
+        shapes = [tensor.shape for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        self.add(self.kind_of(name, args, out), KERNELS.get(name, 1), flops, moved, shapes)
         if name == "convolution" and args[2] is not None:
-            self.add("other elementwise", 1, 0, 2 * nbytes(out))
+            self.add("other elementwise", 1, 0, 2 * nbytes(out), [out.shape])
         if name in ("convolution", "convolution_backward", "native_group_norm", "native_group_norm_backward"):
             self.add_copies(name, [x for x in args[:2] if isinstance(x, Tensor)])
 
@@ -122,11 +126,12 @@ class Counted(TorchDispatchMode):
             wanted = x.is_contiguous() if "group_norm" in name else lies_densely(x)
             if not wanted:
                 contiguous = order(x) == tuple(range(x.ndim)) or "group_norm" in name
-                self.add("layout copies" if contiguous else "slice copies", 1, 0, 2 * nbytes(x))
+                self.add("layout copies" if contiguous else "slice copies", 1, 0, 2 * nbytes(x), [x.shape])
 
-    def add(self, kind: str, kernels: int, flops: float, moved: float) -> None:
+    def add(self, kind: str, kernels: int, flops: float, moved: float, shapes: list[torch.Size]) -> None:
         """Add figures to a class."""
         totals = self.kinds[kind]
+        totals.shapes += shapes
         totals.operations += 1
         totals.kernels += kernels
         totals.flops += flops
@@ -169,4 +174,71 @@ def positions_of_keys(side: int, dims: int, levels: int = 4) -> int:
     return 2 * sum((side // 2**level) ** dims for level in range(levels))
 
 
-Count = Callable[..., dict[str, Totals]]
+@dataclass(frozen=True)
+class Case:
+    """A step that one H100 80 GB (torch 2.11, bf16) has run: what was run, and milliseconds (None: not yet).
+
+    `strided`: the keys' softmax walked along a strided axis, as up to November 2026.
+    """
+
+    title: str
+    milliseconds: float | None
+    name: str
+    base: int
+    size: tuple[int, ...]
+    batch: int
+    linear_attention: bool = True
+    fused: bool = True
+    strided: bool = False
+
+    def count(self) -> dict[str, Totals]:
+        """See `count_step`."""
+        return count_step(self.name, self.base, self.size, self.batch, self.linear_attention, fused=self.fused)
+
+    def estimate(self, kinds: dict[str, Totals]) -> float:
+        """Milliseconds that the counted step is estimated to take."""
+        positions = positions_of_keys(self.size[0], len(self.size)) if self.strided else 0
+        return 1000 * seconds(kinds, positions)
+
+
+FLAT = (256, 256)
+CASES = (
+    Case("before", 602, "ours", 64, FLAT, 32, fused=False, strided=True),
+    Case("before, without linear attention", 227, "ours", 64, FLAT, 32, False, fused=False),
+    Case("before", 403, "ours", 64, FLAT, 8, fused=False, strided=True),
+    Case("before", 659, "ours", 128, FLAT, 16, fused=False, strided=True),
+    Case("before", 799, "ours", 256, FLAT, 8, fused=False, strided=True),
+    Case("before, keys' softmax along the last axis", 306, "ours", 64, FLAT, 32, fused=False),
+    Case("MONAI", 291, "monai", 64, FLAT, 32), Case("lucidrains", 450, "lucidrains", 64, FLAT, 32),
+    Case("now", 89.9, "ours", 64, FLAT, 32), Case("now", 28.9, "ours", 64, FLAT, 8),
+    Case("now", 114.8, "ours", 128, FLAT, 16), Case("now", 189.7, "ours", 256, FLAT, 8),
+    Case("now", 35.4, "ours", 32, (96, 96, 96), 1))
+
+
+def row_of(case: Case) -> list[str]:
+    """What is shown of one case."""
+    kinds = case.count()
+    estimate = case.estimate(kinds)
+    known = ["", ""] if case.milliseconds is None else [
+        f"{case.milliseconds:g}", f"{estimate / case.milliseconds:.2f}"]
+    copies = kinds.get("layout copies", Totals())
+    return [case.title, str(case.base), "x".join(map(str, case.size)), str(case.batch),
+            str(sum(t.kernels for t in kinds.values())), str(copies.operations), f"{copies.bytes / 1e9:.1f}",
+            f"{sum(t.bytes for t in kinds.values()) / 1e9:.0f}", f"{sum(t.flops for t in kinds.values()) / 1e12:.1f}",
+            f"{estimate:.0f}", *known]
+
+
+def main() -> None:
+    """Command line."""
+    parser = CommandParser(prog="python -m benchmarks.counting", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                           epilog="example: python -m benchmarks.counting --networks ours")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["ours", "monai", "lucidrains"])
+    options = parser.parse_args()
+    rows = [row_of(case) for case in CASES if case.name in options.networks]
+    print(table(["network", "base", "size", "batch", "kernels", "layout copies", "GB of them", "GB in all", "TFLOP",
+                 "estimated ms", "measured ms", "estimated / measured"], rows))
+
+
+if __name__ == "__main__":
+    run_command(main)
