@@ -142,7 +142,7 @@ class Counted(TorchDispatchMode):
 
 def order(x: Tensor) -> tuple[int, ...]:
     """Its axes longer than 1 from the slowest to the fastest."""
-    return tuple(sorted((axis for axis in range(x.ndim) if x.shape[axis] > 1), key=lambda axis: -x.stride(axis)))
+    return tuple(sorted((axis for axis in range(x.ndim) if x.shape[axis] > 1), key=lambda axis: -x.stride()[axis]))
 
 
 def count_step(name: str, base: int, size: tuple[int, ...], batch: int, linear_attention: bool = True,

@@ -137,10 +137,11 @@ class TrainingStep:
 
     def __call__(self, precision: str) -> None:
         """One step."""
-        function = partial(self.loss, precision)
+        loss = partial(self.loss, precision)
         if self.replaying:
-            function = self.gradients.setdefault(precision, Replayed(function, list(self.network.parameters())))
-        function([self.draw()])
+            self.gradients.setdefault(precision, Replayed(loss, list(self.network.parameters())))([self.draw()])
+        else:
+            loss([self.draw()])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

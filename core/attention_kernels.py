@@ -4,6 +4,9 @@ Rows are (B, positions, C); F = heads * width features. Every program takes the 
 what it sums up it writes as its own part of (B, splits, ...), which the caller adds up: no order of programs matters.
 """
 
+# mypy: ignore-errors
+# A kernel is in Triton's language, not in Python: its values have no Python types.
+
 from __future__ import annotations
 
 import triton

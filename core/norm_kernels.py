@@ -7,6 +7,9 @@ none of them depends on the order in which programs run: the same input gives th
 Importing this needs Triton, which comes with torch's CUDA wheels; TRITON_INTERPRET=1 runs the kernels on a CPU.
 """
 
+# mypy: ignore-errors
+# A kernel is in Triton's language, not in Python: its values have no Python types.
+
 from __future__ import annotations
 
 import triton

@@ -77,13 +77,13 @@ class ResidualBlock(nn.Module):
         self.block1 = Block(dims, channels_in, channels_out, groups)
         self.block2 = Block(dims, channels_out, channels_out, groups)
         same = channels_in == channels_out
-        self.res_conv = nn.Identity() if same else CONV[dims](channels_in, channels_out, 1)
+        self.res_conv: nn.Module = nn.Identity() if same else CONV[dims](channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
         """`time` (B, time_channels), or None to skip the whole scale-and-shift branch."""
         scale_shift = None if time is None else self.mlp(time)
-        same = isinstance(self.res_conv, nn.Identity)
-        return self.block2(self.block1(x, scale_shift), residual=x if same else pointwise(self.res_conv, x))
+        skip = x if isinstance(self.res_conv, nn.Identity) else pointwise(self.res_conv, x)
+        return self.block2(self.block1(x, scale_shift), residual=skip)
 
 
 class Attention(nn.Module):

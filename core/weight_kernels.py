@@ -4,6 +4,9 @@ A filter is a row of neighbouring numbers wherever it lies: `table` (filters, 3)
 length and its place in a flat output. The weights stay where the optimiser has them.
 """
 
+# mypy: ignore-errors
+# A kernel is in Triton's language, not in Python: its values have no Python types.
+
 from __future__ import annotations
 
 import triton
