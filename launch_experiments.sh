@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh requirements.txt
-exec .venv/bin/python -m core.launch "$@"
+exec .venv/bin/python -m study.launch "$@"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from core.config import add_config_arguments, load_config
-from core.dataset import load_images, load_source
+from core.config.load import add_config_arguments, load_config
+from core.data.dataset import load_images
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
-from core.study import Cell
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate
+from core.runs.places import Cell
 from landmarks_finetuning.heatmaps import DECODERS
+from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.metrics import physical_errors, summarise
 from landmarks_finetuning.train import finetune_cell
 
@@ -62,7 +63,7 @@ def main() -> None:
     for row, cell in jobs[worker::workers]:
         started = time.perf_counter()
         place = [f"experiment.output_dir={arguments.out / 'runs' / row['name']}", f"finetune.shots=[{cell.shots}]"]
-        config = load_config(arguments.config, [*arguments.set, *row["set"], *place])
+        config = load_config(arguments.config, [*arguments.set, *row["set"], *place], [cell.backbone])
         scores = score_decoders(finetune_cell(config, cell), arguments.split)
         line = {"row": row["name"], "set": row["set"], "backbone": cell.backbone, "shots": cell.shots,
                 "draw": cell.draw, "seconds": time.perf_counter() - started, "decoders": scores}

@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.measuring import LiveBytes, parameters
 from benchmarks.networks import TrainingStep, ours
-from core.convolutions import CHANNELS_LAST
-from core.fused_norm import switched
+from core.networks.convolutions import CHANNELS_LAST
+from core.networks.fused_norm import switched
 
 
 def lie_channels_last(network: nn.Module) -> None:

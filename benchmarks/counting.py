@@ -23,9 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.accounting import lie_channels_last
 from benchmarks.measuring import table
 from benchmarks.networks import NETWORKS, TrainingStep
-from core.convolutions import CHANNELS_LAST
 from core.errors import CommandParser, run_command
-from core.fused_norm import switched
+from core.networks.convolutions import CHANNELS_LAST
+from core.networks.fused_norm import switched
 
 # One H100 80 GB, bf16: what its convolutions and its passes over large maps reach, and the least time of a kernel.
 FLOPS_PER_SECOND, BYTES_PER_SECOND, SECONDS_PER_KERNEL = 6.0e14, 2.1e12, 2.5e-6

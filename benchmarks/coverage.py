@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import norm
 
 from core.errors import CommandParser, run_command
-from landmarks_finetuning.metrics import studentised_interval, within
-from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
+from landmarks_finetuning.metrics import within
+from landmarks_finetuning.statistics import rate_interval, sign_flip_p, studentised_interval
 
 LANDMARKS = np.log(np.linspace(1.0, 3.0, 19))  # log of each landmark's median error
 PATIENT_SPREAD, LANDMARK_SPREAD = 0.4, 0.5  # standard deviations of the log

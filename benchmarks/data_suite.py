@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import median_ms, table, time_interleaved
-from core.augment import augment
-from core.dataset import load_images
+from core.config.dataset import Dataset as DatasetConfig
+from core.config.finetune import StrongAugmentation
+from core.data.augment import augment
+from core.data.dataset import load_images
+from core.data.records import Record
 from core.errors import UserError
-from core.finetune_settings import StrongAugmentation
-from core.images import find_images, read_image
-from core.phantom import write_phantom_radiographs
-from core.records import Record
-from core.settings import Dataset as DatasetConfig
-from core.train_loop import BatchPlan, step_generator
+from core.formats.images import find_images, read_image
+from core.phantoms.radiographs import write_phantom_radiographs
+from core.training.batches import BatchPlan, step_generator
 
 FULL_SIZE = (2400, 1935)  # of a cephalogram
 
@@ -42,10 +42,11 @@ class OrdinaryImages(Dataset):
 
     def __init__(self, files: list[Path], side: int) -> None:
         like = StrongAugmentation()
+        turn = float(np.max(like.rotation_degrees))
         self.files = files
         self.change = albumentations.Compose([
             albumentations.Resize(side, side, interpolation=cv2.INTER_AREA),
-            albumentations.Affine(rotate=(-like.rotation_degrees, like.rotation_degrees),
+            albumentations.Affine(rotate=(-turn, turn),
                                   scale=(1 - like.scale, 1 + like.scale), p=like.probability,
                                   translate_percent=(-like.translation, like.translation),
                                   border_mode=cv2.BORDER_REPLICATE),

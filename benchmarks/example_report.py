@@ -28,7 +28,7 @@ KINDS = ("*.html", "tables/*")  # the figures are in the page; their PNG files w
 def run_study(folder: Path) -> Path:
     """Run or resume the study in `folder`; the path of its report. Raises UserError when the launcher gives up."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, "-m", "core.launch", "--config", str(CONFIG)], cwd=folder,
+    done = subprocess.run([sys.executable, "-m", "study.launch", "--config", str(CONFIG)], cwd=folder,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     if done.returncode:
         raise UserError(f"the study in {folder} stopped with status {done.returncode}")

@@ -23,7 +23,7 @@ from benchmarks.gpu_parts import PARTS, Row
 from benchmarks.measuring import machine, table
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
-from core.train_loop import resolve_device
+from core.training.device import resolve_device
 
 MARK = "row: "
 LEAST_SECONDS = 15.0  # of a part: with less it is not begun

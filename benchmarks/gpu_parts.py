@@ -17,16 +17,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measuring import parameters, peak_functions
 from benchmarks.networks import NETWORKS, TrainingStep, placed, step_flops
-from core.config import load_config
-from core.cuda_graphs import WARM_UP
-from core.dataset import load_images, load_source
-from core.launch import launched
-from core.runlog import read_metrics
-from core.settings import DDPM
-from core.train_loop import autocast, resolve_device, step_generator
+from core.config.ddpm import DDPM
+from core.config.load import load_config
+from core.data.dataset import load_images
+from core.data.source import load_source
+from core.training.batches import step_generator
+from core.training.cuda_graphs import WARM_UP
+from core.training.device import autocast, resolve_device
+from core.training.run_log import read_metrics
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import sample
 from ddpm_pretraining.train import Denoising
+from study.launch import launched
 
 Row = dict[str, Any]
 FLAT, DEEP = (256, 256), (96, 96, 96)

@@ -13,18 +13,20 @@ import sys
 import time
 from pathlib import Path
 
-from core.config import add_config_arguments, load_config
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
+from core.config.starts import MEAN_SHAPE
 from core.errors import CommandParser, run_command
-from core.launch import run_study
-from core.runlog import environment
-from core.settings import Config
-from core.study import MEAN_SHAPE, cells, is_scored
+from core.runs.cells import cells
+from core.runs.places import is_scored
+from core.runs.record import environment
+from study.run import run_study
 
 
 def launch(arguments: list[str]) -> float:
     """Seconds of one launcher's whole life. Raises CalledProcessError where it fails."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "core.launch", *arguments, "--stages", "finetune"], check=True,
+    subprocess.run([sys.executable, "-m", "study.launch", *arguments, "--stages", "finetune"], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - started
 

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from core.convolutions import CONV
-from core.runlog import environment
-from core.train_loop import memory_format
+from core.networks.convolutions import CONV
+from core.runs.record import environment
+from core.training.device import memory_format
 
 WARM_UP = 1
 PRECISIONS = ("bf16", "float32")
@@ -67,7 +67,7 @@ def peak_functions(device: torch.device, dims: int) -> dict[str, tuple[Callable[
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         matrix = torch.rand((side, side), device=device, dtype=dtype)
-        layer = CONV[dims](channels, channels, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
+        layer = CONV[dims](channels, channels, 3, padding=1, bias=False).to(device, dtype).to(memory_format=layout)
         x = image.to(dtype, memory_format=layout)
         found[f"matrix product, {precision}"] = (_without_grad(torch.mm, matrix, matrix), 2 * side**3)
         found[f"convolution, {precision}"] = (

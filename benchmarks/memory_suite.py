@@ -16,7 +16,7 @@ import torch
 from benchmarks.measuring import measure_apart, parameters, peak_mib, table, wait_for
 from benchmarks.networks import TrainingStep, ours, placed
 from core.errors import UserError
-from core.train_loop import resolve_precision
+from core.training.device import resolve_precision
 
 STEPS = 3
 

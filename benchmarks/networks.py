@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
-from core.cuda_graphs import Batches, Replayed
-from core.settings import DDPM
-from core.settings import UNet as UNetConfig
-from core.train_loop import autocast, averaged_tensors, memory_format, step_generator
-from core.unet import UNet
+from core.config.ddpm import DDPM
+from core.config.unet import UNet as UNetConfig
+from core.networks.unet import UNet
+from core.training.batches import step_generator
+from core.training.cuda_graphs import Batches, Replayed
+from core.training.device import autocast, memory_format
+from core.training.loop import averaged_tensors
 from ddpm_pretraining.diffusion import Diffusion
 
 MULTIPLIERS = (1, 2, 4, 8)
@@ -37,7 +39,7 @@ def lucidrains(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.M
 
 def diffusers(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """UNet2DModel of diffusers, attention on its last level, as wide as gives our number of parameters."""
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     blocks = len(MULTIPLIERS) - 1
 
@@ -92,16 +94,16 @@ def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network on the images' device, its weights lying as its makers have them: ours as `core.train_loop` does."""
+    """The network on the images' device, its weights lying as its makers have them: ours as in training."""
     layout = memory_format(images.ndim, images.device) if isinstance(network, UNet) else torch.contiguous_format
-    return network.to(images.device, memory_format=layout)
+    return network.to(images.device).to(memory_format=layout)
 
 
 class TrainingStep:
     """One DDPM optimiser step of a network: noise, forward, L2 loss, backward, AdamW, moving average.
 
     All take the same images, noise, fused AdamW and averaging, but diffusers brings its own scheduler and average.
-    On a GPU ours are replayed as CUDA graphs, as `core.train_loop` does, unless `replaying` is false.
+    On a GPU ours are replayed as CUDA graphs, as `core.training.loop` does, unless `replaying` is false.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, replaying: bool = True) -> None:
@@ -112,7 +114,7 @@ class TrainingStep:
         self.diffusion, self.generator = Diffusion(DDPM(), device), step_generator(0, 0, 0, device)
         self.add_noise = self.diffusion.add_noise
         if type(network).__name__ == "UNet2DModel":
-            from diffusers import DDPMScheduler
+            from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
             from diffusers.training_utils import EMAModel
 
             self.add_noise = DDPMScheduler(DDPM().num_train_timesteps).add_noise

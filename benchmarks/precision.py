@@ -11,11 +11,12 @@ import statistics
 from pathlib import Path
 
 from benchmarks.measuring import PRECISIONS, table
-from core.config import add_config_arguments, load_config
+from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.runlog import environment, read_metrics
-from core.study import Cell
+from core.runs.places import Cell
+from core.runs.record import environment
+from core.training.run_log import read_metrics
 from ddpm_pretraining.train import pretrain
 from landmarks_finetuning.evaluate import evaluate
 from landmarks_finetuning.train import finetune_cell
@@ -29,7 +30,7 @@ def run_one(options: argparse.Namespace, precision: str, seed: int) -> dict[str,
     lines = read_metrics(pretrain(config) / "metrics.jsonl")
     denoising = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
     run_dir = finetune_cell(config, Cell("ddpm", options.shots, 0, seed))
-    scored = evaluate(run_dir)["physical"]
+    scored = evaluate(run_dir)[1]["physical"]
     return {"precision": precision, "seed": seed, "denoising_loss": denoising, "mre": scored["mre"]}
 
 

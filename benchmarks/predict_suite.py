@@ -10,20 +10,23 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from benchmarks.data_suite import radiographs
 from benchmarks.measuring import table, wait_for
-from core.checkpoint import save_weights
-from core.config import CONFIG_DIR, load_config
-from core.dataset import load_images, resize
-from core.images import read_image
-from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet, TrainedDetector, locate
+from core.config.load import CONFIG_DIR, load_config
+from core.data.dataset import load_images
+from core.data.resize import resize
+from core.formats.images import read_image
+from core.networks.weights import save_weights
+from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
+from landmarks_finetuning.inference import TrainedDetector, locate
 from landmarks_finetuning.predict import collect_images, predict
-from landmarks_finetuning.predictions import Predictions, table_rows, write_table
+from landmarks_finetuning.predictions import Predictions, append_rows, table_rows
 
 LANDMARKS = 19  # of a cephalogram
 PARTS = ("decode files", "resize", "hash, read cache", "network", "decode heatmaps", "write")
@@ -42,6 +45,11 @@ def write_detector(folder: Path, options: argparse.Namespace, cache: Path) -> Pa
     return folder
 
 
+def append_predictions(table: BinaryIO, predictions: Predictions) -> None:
+    """The rows of a batch, behind those that are in the table."""
+    append_rows(table, table_rows(predictions))
+
+
 def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) -> dict[str, float]:
     """Seconds of each part over all files."""
     detector = TrainedDetector(run_dir / "best.safetensors")
@@ -55,18 +63,17 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         return result
 
     for file in files:
-        pixels = timed("decode files", lambda file=file: read_image(file))
-        timed("resize", lambda pixels=pixels: resize(pixels, config.dataset.image_size))
+        pixels = timed("decode files", partial(read_image, file))
+        timed("resize", partial(resize, pixels, config.dataset.image_size))
     records, some = collect_images(files), config.evaluation.batch_size
-    rows: list[dict[str, Any]] = []
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
-        images = timed("hash, read cache", lambda chosen=chosen: load_images(chosen, config.dataset))
-        for _, outputs, maps in timed("network", lambda images=images: list(detector.heatmaps(images))):
-            points, confidence = timed("decode heatmaps", lambda o=outputs, m=maps: locate(o, m, config, None, None))
+        images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
+        for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
+            points, confidence = timed("decode heatmaps", partial(locate, outputs, maps, config, None, None))
         found = Predictions(images, detector.landmark_names, points, confidence)
-        rows += timed("write", lambda found=found: table_rows(found))
-        timed("write", lambda rows=rows: write_table(folder / "parts.csv", rows))
+        with (folder / "parts.csv").open("ab") as table:
+            timed("write", partial(append_predictions, table, found))
     return seconds
 
 

@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import add_config_arguments, load_config
-from core.dataset import ImageSet, load_images, load_source, select_shots
-from core.encoders import build_encoder, read_encoder
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
+from core.config.starts import SSL_METHODS
+from core.data.dataset import ImageSet, load_images
+from core.data.shots import select_shots
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.runlog import environment
-from core.settings import Config
-from core.ssl_settings import SSL_METHODS
-from core.study import encoder_path
+from core.networks.encoders import build_encoder, read_encoder
+from core.runs.places import encoder_path
+from core.runs.record import environment
 from ssl_baselines.collapse import effective_rank
 from ssl_baselines.train import pretrain_encoder
 
@@ -81,8 +83,8 @@ def probe(encoder: nn.Module, unlabelled: ImageSet, train: ImageSet, test: Image
     settle_normalisation(encoder, unlabelled.images)
     features, _ = pooled_maps(encoder, train.images)
     held, embeddings = pooled_maps(encoder, test.images)
-    found = ridge_predict(features, train.points.flatten(1).numpy(), held)
-    errors = np.linalg.norm(found.reshape(test.points.shape) - test.points.numpy(), axis=2)
+    found = ridge_predict(features, train.truth.flatten(1).numpy(), held)
+    errors = np.linalg.norm(found.reshape(test.truth.shape) - test.truth.numpy(), axis=2)
     return {"error_px": float(errors.mean()), "effective_rank": effective_rank(embeddings)}
 
 
@@ -92,7 +94,7 @@ def run_seed(config: Config, seed: int, labelled: int, methods: list[str]) -> li
     chosen = select_shots(source.require("train"), labelled, seed, "random")
     unlabelled, train, test = (load_images(records, config.dataset) for records in
                                (source.pretraining_records(), chosen, source.require("test")))
-    guess = np.linalg.norm((test.points - train.points.mean(dim=0)).numpy(), axis=2).mean()
+    guess = np.linalg.norm((test.truth - train.truth.mean(dim=0)).numpy(), axis=2).mean()
     rows = [{"method": "mean shape", "error_px": float(guess)}]
     torch.manual_seed(seed)
     start = build_encoder(config.finetune.encoder, 1)
@@ -139,7 +141,7 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         place = [f"experiment.output_dir={arguments.out}", f"experiment.name=seed{seed}", f"experiment.seed={seed}"]
-        config = load_config(arguments.config, [*arguments.set, *place])
+        config = load_config(arguments.config, [*arguments.set, *place], arguments.methods)
         rows += run_seed(config, seed, arguments.labelled, arguments.methods)
     write_json(arguments.out / f"probe_{config.ssl.preset}.json", {"environment": environment(), "rows": rows})
     print_table(rows)

@@ -20,7 +20,7 @@ from benchmarks.drawing import draw
 from benchmarks.measuring import machine
 from core.errors import CommandParser, run_command
 from core.files import write_json
-from core.train_loop import resolve_device
+from core.training.device import resolve_device
 
 SUITES: dict[str, ModuleType] = {"train": train_suite, "data": data_suite, "predict": predict_suite,
                                  "memory": memory_suite}

@@ -15,22 +15,22 @@ from itertools import repeat
 
 import torch
 
-from core.config import add_config_arguments, load_config
+from core.config.config import Config
+from core.config.load import add_config_arguments, load_config
+from core.config.starts import SSL_METHODS
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
-from core.runlog import environment
-from core.settings import Config
-from core.ssl_settings import SSL_METHODS
-from core.train_loop import Training
-from ssl_baselines.train import build_training
+from core.runs.record import environment
+from ssl_baselines.train import SelfSupervision, build_task
 from ssl_baselines.views import ViewBatches, view_stream
 
 WARM_UP = 2
 VIEW_IMAGES = 1000  # at least: what workers make ahead must not count
 
 
-def view_rate(training: Training, workers: int) -> float:
+def view_rate(task: SelfSupervision, workers: int) -> float:
     """Images per second of views made by `workers` processes (0: this one)."""
-    task, plan = training.task, training.plan
+    plan = task.training.plan
     warm, batches = WARM_UP * max(1, workers), -(-VIEW_IMAGES // plan.batch_size)
     stream = view_stream(ViewBatches(task.images, task.method.views, plan, 0), 0, batches + warm, workers, False)
     for _ in range(warm):
@@ -40,15 +40,15 @@ def view_rate(training: Training, workers: int) -> float:
     return made / (time.perf_counter() - started)
 
 
-def step_rate(training: Training, rounds: int) -> float:
+def step_rate(task: SelfSupervision, rounds: int) -> float:
     """Images per second of the optimiser's step on views that are ready; median of `rounds`."""
-    task, plan = training.task, training.plan
+    plan = task.training.plan
     task.stream = repeat(ViewBatches(task.images, task.method.views, plan, 0)[0])
     finish: Callable[[], None] = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
     seconds = []
     for _ in range(WARM_UP + rounds):
         started = time.perf_counter()
-        training.optimiser_step()
+        task.training.optimiser_step()
         finish()
         seconds.append(time.perf_counter() - started)
     return plan.batch_size * plan.accumulation / statistics.median(seconds[WARM_UP:])
@@ -56,11 +56,11 @@ def step_rate(training: Training, rounds: int) -> float:
 
 def measure(config: Config, method: str, workers: list[int], rounds: int) -> str:
     """One row of the table."""
-    training = build_training(config, method)
-    made = {count: view_rate(training, count) for count in workers}
-    stepped = step_rate(training, rounds)
+    task = build_task(config, method, load_source(config.dataset))
+    made = {count: view_rate(task, count) for count in workers}
+    stepped = step_rate(task, rounds)
     alone = 1 / made[0] / (1 / made[0] + 1 / stepped)
-    views = len(training.task.method.views)
+    views = len(task.method.views)
     return (f"| {method} | {views} | {' | '.join(f'{rate:.0f}' for rate in made.values())} | {stepped:.1f} | "
             f"{100 * alone:.1f} % | {max(made.values()) / stepped:.0f} |")
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="processes that make views")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.methods)
     workers = [0, *(count for count in arguments.workers if count > 0)]
     machine = environment()
     print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}, {torch.get_num_threads()} threads; "

@@ -46,7 +46,7 @@ def damaged(path: Path, reason: BaseException | str) -> UserError:
     return UserError(f"image {path} cannot be read, it may be cut off or damaged: {said}")
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Run a command's `main` and turn its outcome into an exit status.
 
     0 done, 1 runs failed, 2 user's mistake, INTERRUPTED.

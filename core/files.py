@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +38,28 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Place, size and time of a file, or of all files of a folder: another stamp, another content."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    statuses = [(file, file.stat()) for file in files if file.is_file()]
+    return tuple((str(file.absolute()), status.st_size, status.st_mtime_ns) for file, status in statuses)
+
+
+def content_digest(*files: Path) -> str:
+    """SHA-256 of the files' contents, one after the other; read again only after a change."""
+    return _digest_of(tuple(entry for file in files for entry in stamp(file)))
+
+
+@cache
+def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, _, _ in files:
+        with Path(name).open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def code_version() -> str:

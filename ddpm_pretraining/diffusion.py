@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.settings import DDPM
+from core.config.ddpm import DDPM
 
 
 def linear_betas(steps: int, start: float, end: float) -> Tensor:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import load_weights
-from core.config import add_config_arguments, load_config
+from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, UserError, run_command
-from core.train_loop import autocast, resolve_device, resolve_precision, step_generator
+from core.networks.weights import load_weights
+from core.training.batches import step_generator
+from core.training.device import autocast, resolve_device, resolve_precision
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample
 from ddpm_pretraining.train import checkpoint_path, save_picture

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.cuda_graphs import Replayed
+from core.training.cuda_graphs import Replayed
 from ddpm_pretraining.diffusion import Diffusion
 
 Predict = Callable[[Tensor, Tensor], Tensor]

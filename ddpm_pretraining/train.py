@@ -12,28 +12,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from core.augment import augment
-from core.batches import gather
-from core.checkpoint import save_weights
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source
-from core.distributed import ALONE, Ranks, join, recorded
+from core.config.config import Config
+from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.data.augment import augment
+from core.data.dataset import ImageSet, load_images
+from core.data.digests import data_digests
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
 from core.files import write_atomically
-from core.runlog import write_run_config
-from core.settings import Config
-from core.study import check_pretraining
-from core.train_loop import (
-    BatchPlan,
-    LoopSettings,
-    Training,
-    resolve_device,
-    resolve_precision,
-    step_generator,
-    train,
-)
-from core.unet import UNet
+from core.networks.unet import UNet
+from core.networks.weights import save_weights
+from core.runs.claims import claim
+from core.runs.identity import check_pretraining
+from core.runs.inputs import INPUTS, check_inputs, write_inputs
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan, gather, step_generator
+from core.training.device import resolve_device, resolve_precision
+from core.training.distributed import ALONE, Job, Ranks, join, recorded
+from core.training.loop import LoopSettings, Training, train
+from core.training.run_log import logged
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 
@@ -95,7 +92,8 @@ class Denoising:
     def _centres(self, images: ImageSet) -> Tensor:
         """(M, C, *network_size): the middle of every image."""
         spare = (np.array(images.images.shape[2:]) - images.network_size) // 2
-        return images.images[(..., *map(slice, spare.tolist(), (spare + images.network_size).tolist()))]
+        middle = (slice(None), slice(None), *map(slice, spare.tolist(), (spare + images.network_size).tolist()))
+        return images.images[middle]
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """Keep the EMA weights and draw pictures at the configured steps."""
@@ -109,7 +107,7 @@ class Denoising:
     def _save_pictures(self, model: nn.Module, step: int) -> None:
         ddpm = self.config.ddpm
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
-        shape = (ddpm.sample_count, model.channels, *self.training.network_size)
+        shape = (ddpm.sample_count, self.training.images.shape[1], *self.training.network_size)
         images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
         save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
         shown = self._centres(self.validation or self.training)[:2].to(self.device)
@@ -138,7 +136,8 @@ def loop_settings(config: Config) -> LoopSettings:
     device = resolve_device(experiment.device)
     pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
     return LoopSettings(
-        title=f"pre-train {config.dataset.name}", iterations=ddpm.iterations, seed=experiment.seed, device=device,
+        title=f"pre-train {config.dataset.name}", identity=f"ddpm of experiment.seed {experiment.seed}",
+        iterations=ddpm.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
         ema_decay=ddpm.ema_decay, log_every=ddpm.log_every, save_every=ddpm.save_every,
@@ -158,7 +157,10 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     with ranks.leader_first():
         check_pretraining(config)
         source = load_source(config.dataset)
-        images = load_images(source.pretraining_records(), config.dataset, "images" if ranks.leads else None)
+        records = source.pretraining_records()
+        inputs = {"pretraining": data_digests(records, source.landmark_names, config.dataset)}
+        check_inputs(run_dir, inputs, may_grow=logged(run_dir / "metrics.jsonl")[1] >= config.ddpm.iterations)
+        images = load_images(records, config.dataset, "images" if ranks.leads else None)
         held = source.splits["validation"]
         validation = load_images(held, config.dataset) if held else None
     torch.manual_seed(config.experiment.seed)
@@ -168,16 +170,19 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
     task = Denoising(config, run_dir, images, validation)
-    if ranks.count == 1:
+    training: Training[UNet]
+    if ranks.count == 1 or not isinstance(ranks, Job):
         training = Training(model, task, plan, settings)
     else:
-        from core.parallel import TRAININGS  # imports for seconds
+        from core.training.parallel import TRAININGS  # imports for seconds
 
         training = TRAININGS[config.experiment.sharding](model, task, plan, settings, ranks)
     if ranks.leads:
         write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
                                                    "precision": settings.precision, "device": str(settings.device),
                                                    "processes": ranks.count})
+        if not (run_dir / INPUTS).is_file():
+            write_inputs(run_dir, inputs)
     command = f"{ranks.command('ddpm_pretraining.train')} --config {shlex.quote(str(run_dir / 'config.json'))}"
     train(training, run_dir, resume, command)
     return run_dir
@@ -188,7 +193,7 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m ddpm_pretraining.train", description=__doc__,
         epilog="example: python -m ddpm_pretraining.train --config configs/cephalo.json --set ddpm.iterations=2000; "
-        "on 4 GPUs: python -m core.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
+        "on 4 GPUs: python -m core.training.distributed --nproc-per-node 4 -m ddpm_pretraining.train --config ...")
     add_config_arguments(parser)
     add_resume_argument(parser)
     with join() as ranks:

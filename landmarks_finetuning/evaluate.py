@@ -2,74 +2,89 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from core.claims import claim
-from core.config import load_config
-from core.dataset import load_images, load_source
+from core.config.config import Config
+from core.config.starts import MEAN_SHAPE
+from core.data.dataset import load_images
+from core.data.digests import data_digests
+from core.data.leaks import find_leaks, leaked_ids
+from core.data.records import DataSource, Record, patient_group
+from core.data.shots import labelled_subset, scored_records
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
-from core.geometry import apply_maps, inverse
-from core.leaks import find_leaks, leaked_ids
-from core.records import DataSource, Record
-from core.runlog import read_metrics, write_run_config
-from core.settings import Config
-from core.study import MEAN_SHAPE, Cell, cell_dir, variant
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
-from landmarks_finetuning.heatmap_files import write_heatmaps
-from landmarks_finetuning.metrics import (
-    SMALLEST_SIGMA_PX,
-    annotator_distances,
-    bootstrap_interval,
-    mean_shape_prediction,
-    paper_errors,
-    physical_errors,
-    round_original,
-    share_within,
-    summarise,
-)
-from landmarks_finetuning.predictions import (
-    Predictions,
-    draw_predictions,
-    find_landmarks,
-    table_rows,
-    write_slicer_files,
-    write_table,
-)
-from landmarks_finetuning.train import labelled_subset
+from core.runs.claims import claim
+from core.runs.identity import scoring_settings
+from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
+from core.runs.places import Cell, cell_dir, variant
+from core.runs.record import write_run_config
+from core.training.run_log import read_metrics
+from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
+from landmarks_finetuning.paper_scorer import SMALLEST_SIGMA_PX, paper_errors, round_original
+from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
+from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.shape import mean_shape_prediction
+from landmarks_finetuning.statistics import bootstrap_interval
 
+NAME_BYTES = 200  # of an id in a file name, which may have 255
 PAPER_SIGMA = 5.0  # pixels of a 256-pixel image: the published scorer's disk, whatever finetune.sigma is
 
 
-def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = ()) -> dict:
-    """Score best.safetensors of `run_dir` on evaluation.split; returns what metrics.json holds."""
-    detector = TrainedDetector(run_dir / "best.safetensors")
-    if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
-    config = detector.config
-    source = load_source(config.dataset)
-    held = load_images(scored_records(config, source), config.dataset)
-    predictions = find_landmarks(detector, held, decoder)
-    header = detector.header
+def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (),
+             out: Path | None = None) -> tuple[Path, dict]:
+    """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+
+    The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
+    evaluations/, or `out`. Landmarks are matched with the data set's by name.
+    """
+    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    own, header, config = detector.own_config, detector.header, detector.config
+    source = load_source(config.dataset).ordered(detector.landmark_names)
+    settings = scoring_settings(config, header["backbone"], decoder)
+    own_data = has_data_of(run_dir, source, config)
+    if out is None:
+        own_settings = scoring_settings(own, header["backbone"])
+        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
+        parts += [] if own_data else [f"data-{config.dataset.name}"]
+        out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
+    records = scored_records(source, config.evaluation, config.dataset)
+    scored = load_images(records, config.dataset)
+    predictions = find_landmarks(detector, scored, decoder)
     seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
-                "validation_mre": validation_error(detector, source, decoder)}
-    return score(run_dir, config, source, predictions, identity)
+                "validation_mre": validation_error(detector, source, decoder) if own_data else None}
+    return out, score(out, config, source, predictions, identity)
+
+
+def has_data_of(run_dir: Path, source: DataSource, config: Config) -> bool:
+    """Whether `source` is the data set of the run, wherever it lies: it has its training images with their labels.
+
+    A run that records none is taken to be of it.
+    """
+    record = read_record(run_dir / INPUTS)
+    if record is None:
+        return True
+    training = {"training": record["images"]["training"]}
+    images = [image for image in source.labelled if image.id in training["training"]]
+    return not image_changes(training, {"training": data_digests(images, source.landmark_names, config.dataset)})
 
 
 def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:
     """Mean radial error on the images that chose the detector's weights, decoded as those scored; None without any."""
     header = detector.header
-    cell = Cell(header["backbone"], header["shots"], header["draw"], header["seed"])
-    _, records = labelled_subset(detector.config, source, cell)
+    _, records = labelled_subset(source, detector.config.finetune, header["shots"], header["draw"])
     if not records:
         return None
     images = load_images(records, detector.config.dataset)
@@ -80,11 +95,10 @@ def validation_error(detector: TrainedDetector, source: DataSource, decoder: str
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     """Score the mean of the cell's labels as a prediction for every image: what a detector must beat."""
     source = load_source(config.dataset)
-    chosen, validation = labelled_subset(config, source, cell)
+    chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw)
     training = load_images(chosen, config.dataset)
-    held = load_images(scored_records(config, source), config.dataset)
-    shape = mean_shape_prediction(training.points.numpy(), training.sizes.numpy(), held.sizes.numpy())
-    points = apply_maps(shape, inverse(held.maps))
+    held = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
+    points = held.from_centred(mean_shape_prediction(training.centred_points()))
     flat = points.shape[2] == 2
     scorer_points = round_original(points, held.original_sizes, config.dataset.image_size[0]) if flat else None
     run_dir = cell_dir(config, cell)
@@ -92,28 +106,13 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
                 "training_images": [record.id for record in chosen], "validation_labels": 0, "decoder": None,
                 "seconds": None}
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
+    write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
     guess = Predictions(held, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 
 
-def scored_records(config: Config, source: DataSource) -> tuple[Record, ...]:
-    """The images of evaluation.split, where evaluation.leaked is "drop" without those that have a twin elsewhere.
-
-    UserError when none is left.
-    """
-    records = source.require(config.evaluation.split)
-    if config.evaluation.leaked == "keep":
-        return records
-    leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
-    kept = tuple(record for record in records if record.id not in leaked)
-    if not kept:
-        raise UserError(f'evaluation.leaked "drop" leaves none of the {len(records)} {config.evaluation.split} images '
-                        f"of {source.root}: each has a twin on the other side of the split")
-    return kept
-
-
-def score(run_dir: Path, config: Config, source: DataSource, predictions: Predictions, identity: dict) -> dict:
+def score(folder: Path, config: Config, source: DataSource, predictions: Predictions, identity: dict) -> dict:
     """Write predictions.csv, markups of volumes, overlays/, heatmaps.npz and metrics.json; returns what that holds.
 
     The paper's scorer wants a square 2D input and a disk with an area; otherwise its figures are left out.
@@ -126,11 +125,10 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
     published, sigma = None, PAPER_SIGMA * size[0] / 256
     if source.paper_rule and scorer_points is not None and len(set(size)) == 1 and sigma > SMALLEST_SIGMA_PX:
         published = paper_errors(source.paper_rule, scorer_points, truth, held.original_sizes, size[0], sigma)
-    patients = [record.patient or record.id for record in held.records]
+    patients = [patient_group(record.id, record.patient) for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
-    human = None
-    if all(record.annotators is not None for record in held.records):
-        human = annotator_distances(np.stack([record.annotators for record in held.records]), spacing)
+    pairs = [record.annotators for record in held.records if record.annotators is not None]
+    human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(held.records) else None
     leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": source.paper_rule,
@@ -143,12 +141,17 @@ def score(run_dir: Path, config: Config, source: DataSource, predictions: Predic
         "without_leaks": _without(leaked, held.records, errors, thresholds) if leaked else None,
         "human": None if human is None else {**summarise(human, thresholds), "within": share_within(errors, human)},
     }
-    write_table(run_dir / "predictions.csv", table_rows(predictions, errors, published, human))
-    write_slicer_files(run_dir / "markups", predictions)
-    _write_overlays(run_dir / "overlays", config, predictions, source.unit, errors)
+    images: GroupedImages = {
+        config.evaluation.split: data_digests(held.records, source.landmark_names, config.dataset, scoring=True)}
+    metrics["scored_on"] = images_digest(images)
+    write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
+    write_slicer_files(folder / "markups", predictions)
+    _write_overlays(folder / "overlays", config, predictions, source.unit, errors)
     if config.evaluation.overlays and predictions.detector is not None:
-        write_heatmaps(run_dir / "heatmaps.npz", predictions)
-    write_json(run_dir / "metrics.json", metrics)
+        write_heatmaps(folder / "heatmaps.npz", predictions)
+    settings = scoring_settings(config, identity["backbone"], identity["decoder"])
+    write_json(folder / SCORED, {"images": images, "settings": settings})
+    write_json(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -167,13 +170,14 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def _write_overlays(folder: Path, config: Config, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
-    """rank001_<image>.png and so on, the worst image (mean error) first."""
+    """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
     shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
     for rank, index in enumerate(np.argsort(-mean_errors)[: config.evaluation.overlays].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
-        path = folder / f"rank{rank:03d}_{name.replace('/', '-')}.png"
+        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
+        path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])
 
 
@@ -185,20 +189,22 @@ def main() -> None:
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--decoder", help="another decoder than the config's")
+    parser.add_argument("--out", type=Path, help="where the files go; default: the run's folder for the study's own "
+                        "score, a folder below its evaluations/ for another split, decoder or data set")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
                         help="override values of the run's config, for example --set dataset.root=/data/cephalo")
     arguments = parser.parse_args()
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
     with claim(arguments.run_dir):
-        metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set))
+        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out)
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]
     known = rest is not None and rest["mre"] is not None
     clean = f"; without the {len(rest['left_out'])} that leak {rest['mre']:.2f} {unit}" if known else ""
     print(f"{metrics['images']} {metrics['split']} images: mean error {physical['mre']:.2f} {unit} "
-          f"(median {physical['median']:.2f}); within {rates}{clean}; files in {arguments.run_dir}")
+          f"(median {physical['median']:.2f}); within {rates}{clean}; files in {folder}")
 
 
 if __name__ == "__main__":

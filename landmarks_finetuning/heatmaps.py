@@ -6,8 +6,9 @@ Heatmaps are (B, N, *size).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from core.errors import UserError, did_you_mean
 from landmarks_finetuning.losses import log_softmax_channels
 
 LOG_2 = float(np.log(2.0))
+T = TypeVar("T")
 
 
 # ---- drawing
@@ -58,11 +60,11 @@ def _draw_gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tenso
 
 
 def _gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
-    squared_distance = 0.0
+    squares = []
     for axis, length in enumerate(size):
         offsets = torch.arange(length, device=points.device) - points[..., axis, None]
-        squared_distance = squared_distance + _along(axis, len(size), offsets.square())
-    return torch.exp(squared_distance / (-2.0 * sigma**2))
+        squares.append(_along(axis, len(size), offsets.square()))
+    return torch.exp(reduce(torch.add, squares) / (-2.0 * sigma**2))
 
 
 def _nearest_pixel(points: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -238,7 +240,7 @@ def _largest_contour_centroid(mask: np.ndarray) -> tuple[float, float]:
     return moments["m01"] / moments["m00"], moments["m10"] / moments["m00"]
 
 
-def _for_each_heatmap(locate, masks: Tensor) -> Tensor:
+def _for_each_heatmap(locate: Callable[[np.ndarray], Sequence[float] | np.ndarray], masks: Tensor) -> Tensor:
     found = [[locate(mask) for mask in image] for image in masks.cpu().numpy()]
     return torch.from_numpy(np.array(found, dtype=np.float64))
 
@@ -264,7 +266,7 @@ def _window(scores: Tensor, centre: Tensor, radius: int) -> tuple[Tensor, Tensor
     return values.masked_fill(~inside, -torch.inf), inside
 
 
-def _choose(registry: dict, name: str, key: str):
+def _choose(registry: dict[str, T], name: str, key: str) -> T:
     if name not in registry:
         choices = ", ".join(registry)
         raise UserError(f'{key}: unknown value "{name}"; choose one of {choices}{did_you_mean(name, list(registry))}')

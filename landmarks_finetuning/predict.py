@@ -6,20 +6,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.config import load_config
-from core.dataset import load_images
-from core.dicom import is_series
+from core.data.dataset import load_images
+from core.data.records import Record
 from core.errors import CommandParser, UserError, run_command
-from core.images import IMAGE_SUFFIXES, find_images, read_geometry
-from core.records import Record
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector
-from landmarks_finetuning.predictions import (
-    draw_predictions,
-    find_landmarks,
-    table_rows,
-    write_slicer_files,
-    write_table,
-)
+from core.files import atomic_file
+from core.formats.dicom import is_series
+from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.predictions import append_rows, find_landmarks, table_rows, write_slicer_files
 
 
 def collect_images(paths: list[Path]) -> list[Record]:
@@ -45,23 +40,22 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
             overrides: tuple[str, ...] = ()) -> Path:
     """Write out/predictions.csv (image, landmark, x, y[, z], confidence), out/overlays/ and, of volumes, out/markups/.
 
-    Images are read and written batch by batch, so that any number of them fits. Returns the table's path.
+    Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
+    whole. Returns the table's path.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors")
-    if overrides:
-        detector.config = load_config(run_dir / "config.json", overrides)
+    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
     records, some = collect_images(paths), detector.config.evaluation.batch_size
-    table, rows = out / "predictions.csv", []
-    for first in tqdm(range(0, len(records), some), "batches"):
-        images = load_images(records[first : first + some], detector.config.dataset)
-        predictions = find_landmarks(detector, images)
-        rows += table_rows(predictions)
-        write_table(table, rows)
-        write_slicer_files(out / "markups", predictions)
-        for index, record in enumerate(images.records if overlays else ()):
-            title = f"{record.id}: lowest confidence {predictions.confidence[index].min():.2f}"
-            draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index, title)
-    return table
+    path = out / "predictions.csv"
+    with atomic_file(path) as table:
+        for first in tqdm(range(0, len(records), some), "batches"):
+            images = load_images(records[first : first + some], detector.config.dataset)
+            predictions = find_landmarks(detector, images)
+            append_rows(table, table_rows(predictions))
+            write_slicer_files(out / "markups", predictions)
+            for index, record in enumerate(images.records if overlays else ()):
+                title = f"{record.id}: lowest confidence {predictions.confidence[index].min():.2f}"
+                draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index, title)
+    return path
 
 
 def main() -> None:

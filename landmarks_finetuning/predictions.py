@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-import torch
 
-from core.dataset import ImageSet
-from core.files import write_atomically
-from core.geometry import apply_maps, index_to_world, inverse, upright, upright_map
-from core.images import read_image
-from core.markups import write_markups
-from landmarks_finetuning.detectors.heatmap_unet import TrainedDetector, locate, sigma_pixels
-from landmarks_finetuning.heatmaps import contour_centroid, draw_target, probability_maps
-from landmarks_finetuning.report.volume_overlays import draw_case
-
-PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth
+from core.data.dataset import ImageSet
+from core.files import atomic_file
+from core.formats.geometry import index_to_world
+from core.formats.markups import write_markups
+from landmarks_finetuning.heatmaps import contour_centroid
+from landmarks_finetuning.inference import TrainedDetector, locate
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +62,23 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
             row = {"image": record.id, "patient": record.patient, "landmark": name}
             row |= dict(zip(axes, predictions.points[m, n, ::-1], strict=True))
             if errors is not None:
-                row |= {f"truth_{a}": v for a, v in zip(axes, record.landmarks[n, ::-1], strict=True)}
+                row |= {f"truth_{a}": v for a, v in zip(axes, record.truth[n, ::-1], strict=True)}
                 row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
                 row |= {} if human is None else {"human_distance": human[m, n]}
             rows.append({**row, "confidence": predictions.confidence[m, n]})
     return rows
 
 
+def append_rows(table: BinaryIO, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` to the end of a CSV with empty cells for NaN, below a header where nothing is there yet."""
+    text = pd.DataFrame(rows).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
+    table.write(text.encode())
+
+
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` as a CSV with empty cells for NaN."""
-    write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.4f").encode())
+    """Write `rows` as a CSV, atomically."""
+    with atomic_file(path) as table:
+        append_rows(table, rows)
 
 
 def write_slicer_files(folder: Path, predictions: Predictions) -> None:
@@ -89,62 +91,9 @@ def write_slicer_files(folder: Path, predictions: Predictions) -> None:
                           index_to_world(points, record.geometry.affine), told)
 
 
-class Case(NamedTuple):
-    """One image as pictures show it: the stored image upright, or the network's where that is all a pack has.
-
-    pixels (C, *size); found and truth (N, D) in its pixels; probabilities and targets (N, *own), None without a
-    detector, cover the same field on the network's grid, targets being what training aims at; spacing along the
-    picture's axes, None where unknown.
-    """
-
-    pixels: np.ndarray
-    found: np.ndarray
-    truth: np.ndarray | None
-    probabilities: np.ndarray | None
-    targets: np.ndarray | None
-    spacing: tuple[float, ...] | None
 
 
-def case_of(predictions: Predictions, index: int) -> Case:
-    """Image `index` of `predictions` with all that its pictures show."""
-    images, record = predictions.images, predictions.images.records[index]
-    first, size = images.firsts[index].numpy(), images.sizes[index].numpy()
-    if record.geometry is None:
-        pixels = images.images[(index, slice(None), *map(slice, first, first + size))].numpy()
-        to_picture = images.maps[index].copy()
-        to_picture[:, -1] -= first
-    else:
-        pixels, to_picture = upright(read_image(record.image), record.geometry), upright_map(record.geometry)
-    # a picture's axis is one stored axis, resampled or not
-    steps = np.abs(inverse(to_picture)[:, :-1])
-    spacing = None if record.spacing is None else tuple(np.array(record.spacing) @ steps)
-    truth = None if record.landmarks is None else apply_maps(record.landmarks, to_picture)
-    maps = (None, None) if predictions.detector is None else _heatmaps(predictions, index)
-    return Case(pixels, apply_maps(predictions.points[index], to_picture), truth, *maps, spacing)
 
 
-def _heatmaps(predictions: Predictions, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities and targets (N, *own) where the image itself fills the network's input; None: not annotated."""
-    images, config = predictions.images, predictions.detector.config
-    [(_, outputs, maps)] = predictions.detector.heatmaps(images, [index])
-    skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
-    first = images.firsts[index].numpy() - skipped
-    own = (0, slice(None), *map(slice, first.tolist(), (first + images.sizes[index].numpy()).tolist()))
-    probabilities = probability_maps(outputs, config.finetune.loss)[own].cpu().numpy()
-    landmarks = images.records[index].landmarks
-    if landmarks is None:
-        return probabilities, None
-    points = torch.from_numpy(apply_maps(landmarks, maps[0]))[None]
-    targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, sigma_pixels(config))
-    return probabilities, targets[own].numpy()
 
 
-def draw_predictions(path: Path, predictions: Predictions, index: int, title: str,
-                     errors: np.ndarray | None = None) -> None:
-    """A PNG of one image with its predictions, heatmap contours and, with `errors` (N,), the truth."""
-    case, geometry = case_of(predictions, index), predictions.images.records[index].geometry
-    sides = geometry is not None and geometry.affine is not None
-    picture = draw_case(case.pixels, case.found, None if errors is None else case.truth, predictions.names,
-                        case.probabilities, title, case.spacing, errors, sides)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, compress_level=PNG_EFFORT)

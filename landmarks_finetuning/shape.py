@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.errors import UserError
+
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.15, 0.15, 0.15)  # of the shape's size: what counts as an outlier, annealed
 
 
@@ -79,3 +81,20 @@ def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray) -> n
     variance = (weights[:, None] * source**2).sum()
     scale = (stretch * signs).sum() / variance if variance > 0 else 1.0
     return (moving - source_mean) @ ((left * signs) @ right) * scale + target_mean
+
+
+def mean_shape_prediction(centred: np.ndarray) -> np.ndarray:
+    """The mean (N, D) of labelled points (K, N, D) about their images' centres: the floor any detector has to beat.
+
+    Each landmark is averaged over the labels that have it (NaN = not annotated); one that no label has is put at the
+    mean of the others. Raises UserError if no label has any landmark.
+    """
+    centred = np.asarray(centred, dtype=np.float64)
+    present = ~np.any(np.isnan(centred), axis=-1)
+    counts = present.sum(axis=0)
+    if not counts.any():
+        raise UserError("the mean shape needs at least one labelled landmark in the training subset")
+    sums = np.where(present[..., None], centred, 0.0).sum(axis=0)
+    mean = sums / np.maximum(counts, 1)[:, None]
+    mean[counts == 0] = mean[counts > 0].mean(axis=0)
+    return mean

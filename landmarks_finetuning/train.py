@@ -10,25 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.augment import augment
-from core.batches import gather
-from core.checkpoint import save_weights
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source, select_shots
-from core.encoders import START_WEIGHTS
+from core.config.config import Config
+from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.starts import BACKBONES, ENCODER_LEVELS
+from core.data.augment import augment
+from core.data.dataset import ImageSet, load_images
+from core.data.digests import data_digests
+from core.data.shots import labelled_subset
+from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
-from core.geometry import apply_maps
-from core.records import DataSource, Record
-from core.runlog import write_run_config
-from core.settings import BACKBONES, ENCODER_LEVELS, Config
-from core.study import Cell, cell_dir, check_cell, is_scored, require_backbone, single_setting
-from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
-from landmarks_finetuning.detectors.heatmap_unet import build_detector, locate, run_batched, sigma_pixels
+from core.formats.geometry import apply_maps
+from core.networks.weights import save_weights
+from core.runs.cells import require_backbone, single_setting
+from core.runs.claims import claim
+from core.runs.identity import check_cell
+from core.runs.inputs import check_inputs, write_inputs
+from core.runs.places import Cell, cell_dir, is_scored, start_path
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan, gather
+from core.training.device import resolve_device, resolve_precision
+from core.training.loop import LoopSettings, Training, train
+from landmarks_finetuning.detectors.registry import build_detector
 from landmarks_finetuning.heatmaps import draw_target
+from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.shape import mean_shape
+from landmarks_finetuning.starts import START_WEIGHTS
 
 
 class HeatmapRegression:
@@ -55,7 +63,7 @@ class HeatmapRegression:
     def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Augmented images and landmarks of a micro-batch."""
         images, chosen = gather(self.training.images, indices, self.device)
-        images, points = augment(images, self.training.points[chosen], self.config.finetune.augmentation, generator,
+        images, points = augment(images, self.training.truth[chosen], self.config.finetune.augmentation, generator,
                                  self.training.crops(chosen))
         return images, points
 
@@ -94,31 +102,16 @@ class HeatmapRegression:
         save_weights(self.run_dir / "best.safetensors", model, self.config.plain(), {**self.header, "iteration": step})
 
 
-def labelled_subset(config: Config, source: DataSource, cell: Cell) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """(training, validation) records of a cell, as finetune.validation says."""
-    validation = config.finetune.validation
-    least = validation + 1 if isinstance(validation, int) else 1
-    if cell.shots < least or min(cell.draw, cell.seed) < 0:
-        raise UserError(f"--shots {cell.shots} --draw {cell.draw} --seed {cell.seed}: at least {least} shots are "
-                        f"needed (finetune.validation is {validation}), draw and seed from 0")
-    chosen = select_shots(source.require("train"), cell.shots, cell.draw, config.finetune.selection)
-    if validation == "official":
-        return chosen, source.require("validation")
-    if validation == "none":
-        return chosen, ()
-    order = np.random.default_rng([cell.draw, 1]).permutation(len(chosen))
-    held = set(order[:validation].tolist())
-    return (tuple(r for i, r in enumerate(chosen) if i not in held),
-            tuple(r for i, r in enumerate(chosen) if i in held))
-
-
 def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
     """The loop's settings for one cell."""
     finetune, experiment = config.finetune, config.experiment
     device = resolve_device(experiment.device)
-    iterations = finetune.iterations or finetune.epochs * plan.steps_per_epoch
+    iterations = finetune.optimiser_steps(plan.steps_per_epoch)
     return LoopSettings(
-        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}", iterations=iterations, seed=plan.seed,
+        title=f"{cell.backbone} {cell.shots} shots draw {cell.draw}",
+        identity=f"{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
+                 f"{experiment.seed}",
+        iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
         learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,
         clip=finetune.clip, accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
@@ -151,18 +144,22 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     check_backbone(config, cell.backbone)
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
+    source = load_source(config.dataset)
+    training_records, validation_records = labelled_subset(source, config.finetune, cell.shots, cell.draw)
+    inputs = {use: data_digests(records, source.landmark_names, config.dataset)
+              for use, records in (("training", training_records), ("validation", validation_records))}
+    start = start_path(config, cell.backbone)
+    check_inputs(run_dir, inputs, start)
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
     if resume is None and is_scored(config, cell):
         return run_dir  # by a launcher, which left no state
-    source = load_source(config.dataset)
     if config.finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
         raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '
                         'has one; choose "cross_entropy_pixels"')
-    training_records, validation_records = labelled_subset(config, source, cell)
     images = load_images(training_records, config.dataset)
     validation = load_images(validation_records, config.dataset) if validation_records else None
-    shape = mean_shape(images.points.numpy())
+    shape = mean_shape(images.truth.numpy())
     finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
     torch.manual_seed(seed)
     model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))
@@ -177,6 +174,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     settings = loop_settings(config, cell, plan)
     task = HeatmapRegression(config, run_dir, header, images, validation)
     write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
+    write_inputs(run_dir, inputs, start)
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
     train(Training(model, task, plan, settings), run_dir, resume, command)
@@ -198,8 +196,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
         raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: seeds count from 0")
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
-    config = single_setting(load_config(arguments.config, [*arguments.set, *encoder]), arguments.backbone)
+    config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
+    config = single_setting(config, arguments.backbone)
     cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)

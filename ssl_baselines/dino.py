@@ -6,9 +6,9 @@ import math
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.settings import Config
+from core.config.config import Config
 from ssl_baselines.heads import Pooled, Projected, Prototypes
 from ssl_baselines.views import ViewMaker, global_views, local_views
 
@@ -17,6 +17,9 @@ GLOBAL = 2  # views that the teacher sees
 
 class Student(Projected):
     """Backbone and prototypes, with the running centre of the teacher's outputs, (1, out)."""
+
+    projector: Prototypes
+    centre: Tensor
 
     def __init__(self, backbone: Pooled, head: Prototypes) -> None:
         super().__init__(backbone, head)
@@ -39,7 +42,7 @@ class DINO:
         dino = self.settings
         return Student(backbone, Prototypes(backbone.width, dino.hidden, dino.bottleneck, dino.out, dino.head_norm))
 
-    def embed(self, model: nn.Module, average: nn.Module, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
+    def embed(self, model: Student, average: Student, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
         """Two global and V local views -> the student's (2 + V, B, out) and the teacher's (2, B, out) outputs."""
         model.projector.prototypes.requires_grad_(step >= self.settings.freeze_last_layer)
         count = len(views[0])
@@ -50,7 +53,7 @@ class DINO:
             taught = average(torch.cat(views[:GLOBAL]))
         return torch.cat(seen).unflatten(0, (-1, count)), taught.unflatten(0, (-1, count))
 
-    def loss(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> Tensor:
+    def loss(self, model: Student, embedded: tuple[Tensor, ...], step: int) -> Tensor:
         """Cross-entropy of the student to the centred, sharpened teacher; while training, the centre then moves."""
         student, teacher = embedded
         targets = self.targets(model, teacher, step)
@@ -59,7 +62,7 @@ class DINO:
             model.centre.copy_(moved_centre(model.centre, teacher, self.settings.centre_momentum))
         return loss
 
-    def targets(self, model: nn.Module, teacher: Tensor, step: int) -> Tensor:
+    def targets(self, model: Student, teacher: Tensor, step: int) -> Tensor:
         """The teacher's probabilities (2, B, out)."""
         return ((teacher - model.centre) / self.teacher_temperature(step)).softmax(dim=-1)
 
@@ -70,7 +73,7 @@ class DINO:
         share = min(1.0, step / rising) if rising else 1.0
         return dino.teacher_warmup_temperature + share * (dino.teacher_temperature - dino.teacher_warmup_temperature)
 
-    def figures(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
+    def figures(self, model: Student, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
         """Entropy of the teacher's outputs, and how much less that is than the entropy of their mean (information).
 
         Both as shares of log(out). Without information every image gets the same answer: collapse. An entropy near 0

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.networks.encoders import Encoder
+
 
 class Pooled(nn.Module):
     """An encoder and the spatial mean of its deepest features: (B, C, H, W) -> (B, width)."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.width = encoder, encoder.out_channels[-1]
 
@@ -43,7 +45,7 @@ def normalised_mlp(*sizes: int, last_norm: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for first, second in pairwise(sizes[:-1]):
         layers += [nn.Linear(first, second, bias=False), nn.BatchNorm1d(second), nn.ReLU()]
-    layers.append(nn.Linear(*sizes[-2:], bias=False))
+    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=False))
     return nn.Sequential(*layers, *([nn.BatchNorm1d(sizes[-1], affine=False)] if last_norm else []))
 
 

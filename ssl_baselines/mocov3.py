@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.settings import Config
+from core.config.config import Config
 from ssl_baselines.heads import Pooled, Projected, normalised_mlp
 from ssl_baselines.views import ViewMaker, global_views
 
@@ -27,21 +27,21 @@ class MoCoV3:
         return Projected(backbone, normalised_mlp(backbone.width, hidden, hidden, out),
                          normalised_mlp(out, hidden, out, last_norm=False))
 
-    def embed(self, model: nn.Module, average: nn.Module, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
+    def embed(self, model: Projected, average: Projected, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
         """Two views (B, C, H, W) -> queries of each, keys of each: four times (B, out)."""
         queries = [model(view) for view in views]
         with torch.no_grad():
             keys = [average.project(view) for view in views]
         return (*queries, *keys)
 
-    def loss(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> Tensor:
+    def loss(self, model: Projected, embedded: tuple[Tensor, ...], step: int) -> Tensor:
         """Symmetric contrast: each view's queries against the other's keys."""
         first_queries, second_queries, first_keys, second_keys = embedded
         loss = (contrast(first_queries, second_keys, self.settings.temperature)
                 + contrast(second_queries, first_keys, self.settings.temperature))
         return loss * 2 * self.settings.temperature if self.settings.scaled_loss else loss
 
-    def figures(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
+    def figures(self, model: Projected, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
         """Nothing beside the loss and what is logged for every method."""
         return {}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.settings import Config
+from core.config.config import Config
 from ssl_baselines.heads import Pooled, Projected, normalised_mlp
 from ssl_baselines.views import ViewMaker, global_views
 
@@ -15,7 +15,8 @@ class SimCLRv2:
     """Each view must find the other view of its image among all other views of the batch."""
 
     keeps_average = False
-    momentum, momentum_schedule = None, "constant"
+    momentum: float | None = None
+    momentum_schedule = "constant"
 
     def __init__(self, config: Config) -> None:
         self.settings = config.ssl.simclrv2
@@ -26,15 +27,16 @@ class SimCLRv2:
         hidden, out = self.settings.hidden, self.settings.out
         return Projected(backbone, normalised_mlp(backbone.width, hidden, hidden, out))
 
-    def embed(self, model: nn.Module, average: nn.Module, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
+    def embed(self, model: Projected, average: Projected, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
         """Two views (B, C, H, W), normalised as one batch -> two times (B, out)."""
         return model(torch.cat(views)).chunk(2)
 
-    def loss(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> Tensor:
+    def loss(self, model: Projected, embedded: tuple[Tensor, ...], step: int) -> Tensor:
         """NT-Xent."""
-        return nt_xent(*embedded, self.settings.temperature)
+        first, second = embedded
+        return nt_xent(first, second, self.settings.temperature)
 
-    def figures(self, model: nn.Module, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
+    def figures(self, model: Projected, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
         """Nothing beside the loss and what is logged for every method."""
         return {}
 

@@ -6,52 +6,89 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.checkpoint import save_tensors
-from core.claims import claim
-from core.config import add_config_arguments, add_resume_argument, load_config
-from core.dataset import ImageSet, load_images, load_source
-from core.encoders import build_encoder
+from core.config.config import Config
+from core.config.load import add_config_arguments, add_resume_argument, load_config
+from core.config.starts import SSL_METHODS
+from core.data.dataset import ImageSet, load_images
+from core.data.digests import data_digests
+from core.data.records import DataSource
+from core.data.source import load_source
 from core.errors import CommandParser, run_command
-from core.runlog import write_run_config
-from core.settings import Config
-from core.ssl_settings import SSL_METHODS
-from core.study import check_ssl, encoder_path, require_backbone, ssl_dir
-from core.train_loop import BatchPlan, LoopSettings, Training, resolve_device, resolve_precision, train
+from core.networks.encoders import build_encoder
+from core.networks.weights import save_tensors
+from core.runs.cells import require_backbone
+from core.runs.claims import claim
+from core.runs.identity import check_ssl
+from core.runs.inputs import INPUTS, check_inputs, write_inputs
+from core.runs.places import encoder_path, ssl_dir
+from core.runs.record import write_run_config
+from core.training.batches import BatchPlan
+from core.training.device import resolve_device, resolve_precision
+from core.training.loop import LoopSettings, Training, train
 from ssl_baselines.collapse import alarm, effective_rank, embedding_spread
 from ssl_baselines.dino import DINO
-from ssl_baselines.heads import Pooled
+from ssl_baselines.heads import Pooled, Projected
 from ssl_baselines.mocov3 import MoCoV3
 from ssl_baselines.simclrv2 import SimCLRv2
-from ssl_baselines.views import ViewBatches, default_workers, make_views, view_stream
+from ssl_baselines.views import ViewBatches, ViewMaker, default_workers, make_views, view_stream
 
-METHODS = dict(zip(SSL_METHODS, (MoCoV3, SimCLRv2, DINO), strict=True))
-Method = MoCoV3 | SimCLRv2 | DINO
+METHODS: dict[str, type[MoCoV3 | SimCLRv2 | DINO]] = {"mocov3": MoCoV3, "simclrv2": SimCLRv2, "dino": DINO}
 VALIDATION_SEED = 987654321
 HELD_IMAGES = 64  # looked at for collapse
 LEAST_HELD = 8  # fewer would say little
 
 
+class Method(Protocol):
+    """What the methods have in common; models are those that `network` makes, of a kind of the method's own."""
+
+    keeps_average: bool  # whether the encoder that is kept is the moving average's
+    views: list[ViewMaker]
+
+    @property
+    def momentum(self) -> float | None:
+        """Of the moving average; None: no average."""
+
+    @property
+    def momentum_schedule(self) -> str:
+        """Of the moving average: "constant" or "cosine"."""
+
+    def network(self, backbone: Pooled) -> Projected:
+        """The network that is trained."""
+
+    def embed(self, model: Any, average: Any, views: list[Tensor], step: int) -> tuple[Tensor, ...]:
+        """Views (B, C, H, W) -> embeddings, as `loss` takes them."""
+
+    def loss(self, model: Any, embedded: tuple[Tensor, ...], step: int) -> Tensor:
+        """The scalar loss."""
+
+    def figures(self, model: Any, embedded: tuple[Tensor, ...], step: int) -> dict[str, float]:
+        """What else the log says of the embeddings."""
+
+
 class SelfSupervision:
     """The pre-training task: what the method's loss says of random views."""
 
+    training: Training[Projected]  # from `follow` on, which comes before the first step
+
     def __init__(self, config: Config, name: str, training: ImageSet, held: ImageSet | None) -> None:
-        self.config, self.name, self.method = config, name, METHODS[name](config)
+        self.config, self.name = config, name
+        self.method: Method = METHODS[name](config)
         self.device = resolve_device(config.experiment.device)
         self.records = training.records
         self.images = grey_images(training)
         chosen = self.images if held is None or len(held.records) < LEAST_HELD else grey_images(held)
         chosen = chosen[:HELD_IMAGES]
         self.held = make_views(chosen, range(len(chosen)), self.method.views, [VALIDATION_SEED])
-        self.training: Training | None = None
         self.stream: Iterator[list[Tensor]] | None = None
 
-    def follow(self, training: Training) -> None:
+    def follow(self, training: Training[Projected]) -> None:
         """Take the loop's step and moving average, the momentum encoder or teacher, from `training`."""
         self.training = training
 
@@ -90,7 +127,7 @@ class SelfSupervision:
         return figures
 
     @property
-    def kept(self) -> nn.Module:
+    def kept(self) -> Projected:
         """The network whose encoder is the result."""
         return self.training.ema if self.method.keeps_average else self.training.model
 
@@ -108,7 +145,7 @@ class SelfSupervision:
 
 def grey_images(images: ImageSet) -> list[np.ndarray]:
     """What each image fills of the canvas, (H, W) uint8."""
-    return [(images.images[(i, 0, *images.seen(i))] * 255).round().byte().numpy() for i in range(len(images.records))]
+    return [(whole[0][images.seen(i)] * 255).round().byte().numpy() for i, whole in enumerate(images.images)]
 
 
 def spread_figures(backbone: Pooled, views: Tensor, device: torch.device) -> dict[str, float]:
@@ -122,7 +159,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     ssl, experiment = config.ssl, config.experiment
     device = resolve_device(experiment.device)
     return LoopSettings(
-        title=f"{name} {config.dataset.name}", iterations=ssl.iterations, seed=experiment.seed, device=device,
+        title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
         ema_schedule=method.momentum_schedule, log_every=ssl.log_every, save_every=ssl.save_every,
@@ -130,9 +168,8 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
         compile=experiment.compile, milestones=frozenset({ssl.iterations}))
 
 
-def build_training(config: Config, name: str) -> Training:
-    """Images, views, network and optimiser of method `name`, before the first step."""
-    source = load_source(config.dataset)
+def build_task(config: Config, name: str, source: DataSource) -> SelfSupervision:
+    """Images of `source`, views and, as `training`, network and optimiser of method `name`, before the first step."""
     images = load_images(source.pretraining_records(), config.dataset, "images")
     held = source.splits["validation"]
     task = SelfSupervision(config, name, images, load_images(held, config.dataset) if held else None)
@@ -140,9 +177,8 @@ def build_training(config: Config, name: str) -> Training:
     network = task.method.network(Pooled(build_encoder(config.finetune.encoder, 1)))
     settings, ssl = loop_settings(config, name, task.method), config.ssl
     plan = BatchPlan(len(images.records), ssl.batch_size, ssl.accumulation, "stream", True, settings.seed)
-    training = Training(network, task, plan, settings)
-    task.follow(training)
-    return training
+    task.follow(Training(network, task, plan, settings))
+    return task
 
 
 def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
@@ -152,11 +188,16 @@ def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Pa
     check_ssl(config, name)
     if resume is None and (run_dir / "last.pt").exists():
         resume = "last"
-    training = build_training(config, name)
+    source = load_source(config.dataset)
+    inputs = {"pretraining": data_digests(source.pretraining_records(), source.landmark_names, config.dataset)}
+    check_inputs(run_dir, inputs, may_grow=encoder_path(config, name).is_file())
+    training = build_task(config, name, source).training
     settings = training.settings
     write_run_config(run_dir, config.plain(), {"stage": "ssl", "method": name, "preset": config.ssl.preset,
                                                "images": training.plan.count, "precision": settings.precision,
                                                "device": str(settings.device)})
+    if not (run_dir / INPUTS).is_file():
+        write_inputs(run_dir, inputs)
     command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
     train(training, run_dir, resume, command)
     return run_dir
@@ -171,7 +212,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=SSL_METHODS)
     add_resume_argument(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, [arguments.method])
     with claim(ssl_dir(config, arguments.method)):
         run_dir = pretrain_encoder(config, arguments.method, arguments.resume)
     print(f"pre-training is done: {run_dir}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from core.ssl_settings import DINO, Views
-from core.train_loop import BatchPlan
+from core.config.ssl import DINO, Views
+from core.training.batches import BatchPlan
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks the network for news when imported
 import albumentations as A  # noqa: E402, N812
@@ -30,10 +30,10 @@ class ViewMaker:
     """One view: its transforms and its size (height, width)."""
 
     transforms: A.Compose
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
 
-def view_maker(views: Views, order: int, size: tuple[int, int], area: tuple[float, float]) -> ViewMaker:
+def view_maker(views: Views, order: int, size: tuple[int, ...], area: tuple[float, float]) -> ViewMaker:
     """The view number `order` (0 or 1) of an image: crop of `area`, flip, turn, brightness and contrast, blur, ..."""
     strength, scale = views.jitter_strength, min(size) / BLUR_SIZE
     factors = (1 - strength, 1 + strength)
@@ -49,12 +49,12 @@ def view_maker(views: Views, order: int, size: tuple[int, int], area: tuple[floa
     return ViewMaker(A.Compose([transform for used, transform in steps if used]), size)
 
 
-def global_views(views: Views, size: tuple[int, int]) -> list[ViewMaker]:
+def global_views(views: Views, size: tuple[int, ...]) -> list[ViewMaker]:
     """The two views that every method compares."""
     return [view_maker(views, order, size, views.crop_area) for order in range(2)]
 
 
-def local_views(dino: DINO, size: tuple[int, int]) -> list[ViewMaker]:
+def local_views(dino: DINO, size: tuple[int, ...]) -> list[ViewMaker]:
     """DINO's smaller views of smaller parts."""
     small = tuple(max(SMALLEST_LOCAL, round(dino.local_size * n)) for n in size)
     return [view_maker(dino.views, 0, small, dino.local_area) for _ in range(dino.local_crops)]
@@ -71,7 +71,7 @@ class ViewBatches(Dataset):
         return make_views(self.images, self.plan.groups(step)[micro], self.makers, [self.seed, step, micro])
 
 
-def make_views(images: Sequence[np.ndarray], indices: Sequence[int], makers: Sequence[ViewMaker],
+def make_views(images: Sequence[np.ndarray], indices: Sequence[int] | np.ndarray, makers: Sequence[ViewMaker],
                entropy: Sequence[int]) -> list[Tensor]:
     """Every maker's view of every image (H, W) uint8, each image drawn by itself -> (B, 1, *size) uint8 per maker."""
     seeds = np.random.SeedSequence(entropy).generate_state(len(makers))
@@ -85,9 +85,9 @@ def make_views(images: Sequence[np.ndarray], indices: Sequence[int], makers: Seq
 
 def view_stream(batches: ViewBatches, first: int, last: int, workers: int, pin: bool) -> Iterator[list[Tensor]]:
     """The views of micro-batches `first` to `last` - 1 in order, made ahead by `workers` processes (0: when asked)."""
-    ahead = {"prefetch_factor": PREFETCH, "worker_init_fn": _prepare_worker} if workers else {}
     return iter(DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers,
-                           pin_memory=pin, **ahead))
+                           pin_memory=pin, prefetch_factor=PREFETCH if workers else None,
+                           worker_init_fn=_prepare_worker if workers else None))
 
 
 def _prepare_worker(_worker: int) -> None:

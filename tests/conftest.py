@@ -12,6 +12,8 @@ import pytest
 
 from core.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LANDMARK_DATA", PROJECT / "../shared/data"))  # real images; tests skip where it is not
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is first imported: in this process and below it
 
 TINY = {
@@ -37,7 +39,7 @@ def merged(base: dict, changes: dict) -> dict:
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory) -> Path:
     """154 phantom radiographs of 96 x 78 pixels: 130 to train, 20 to validate, 4 to test. Not to be changed."""
-    from core.phantom import write_phantom_radiographs
+    from core.phantoms.radiographs import write_phantom_radiographs
 
     root = tmp_path_factory.mktemp("data") / "phantom"
     write_phantom_radiographs(root, 154, (96, 78), seed=0)
@@ -60,7 +62,7 @@ def make_values(phantom, tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_config(make_values):
     """make_config(output_dir, section={...}) -> Config of a tiny study on the phantom."""
-    from core.config import parse_config
+    from core.config.load import parse_config
 
     return lambda output_dir, **changes: parse_config(make_values(output_dir, **changes), "tiny.json")
 
@@ -98,8 +100,8 @@ def run_main(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_study(make_values, tmp_path_factory) -> Path:
     """The config file of a study that is pre-trained, fine-tuned (ddpm, 2 shots) and scored. Not to be changed."""
-    from core.config import load_config
-    from core.launch import run_study
+    from core.config.load import load_config
+    from study.run import run_study
 
     folder = tmp_path_factory.mktemp("study")
     path = folder / "study.json"

@@ -1,36 +1,79 @@
-"""Rules that the source must keep: who may import whom, and what no file does."""
+"""Rules that the source must keep: the floors of the house, who may import whom, and what no file does."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import PROJECT
+
 STAGES = ("ddpm_pretraining", "landmarks_finetuning", "ssl_baselines")
-FOLDERS = (*STAGES, "core", "benchmarks", "tests")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+GROUND = {"core.errors", "core.files"}
+# from the ground up: a room and the rooms that it may import beside itself; docs/design.md says what each is for
+ARROWS = {
+    "core.errors": set(),
+    "core.files": set(),
+    "core.config": GROUND,
+    "core.formats": GROUND,
+    "core.phantoms": {*GROUND, "core.formats"},
+    "core.data": {*GROUND, "core.config", "core.formats", "core.phantoms"},
+    "core.networks": {*GROUND, "core.config", "core.formats"},
+    "core.training": {*GROUND, "core.config", "core.formats", "core.networks"},
+    "core.runs": {*GROUND, "core.config", "core.formats", "core.data"},
+}
+CORE = set(ARROWS)
+ARROWS |= dict.fromkeys(STAGES, CORE)
+ARROWS |= {"study": {*CORE, *STAGES}, "benchmarks": {*CORE, *STAGES, "study"}}
+INSIDE_FINETUNING = {  # the same within landmarks_finetuning: what may not be imported by the others
+    "landmarks_finetuning.report": (),
+    "landmarks_finetuning.pictures": ("evaluate", "predict", "report"),
+}
+PACKAGES = ("core", *STAGES, "study", "benchmarks", "tests")
+SOURCES = sorted(path for folder in PACKAGES for path in (PROJECT / folder).rglob("*.py"))
+MODULES = {".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in SOURCES}
 
 
-def imported(path):
-    """Top-level packages that a file imports, wherever in it, also by name through import_module or __import__."""
-    return packages(ast.parse(path.read_text(encoding="utf8")))
+def room(module: str) -> str:
+    """core.data.cache -> core.data, study.plan -> study."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "core" else 1])
 
 
-def packages(tree):
-    found = set()
+def imports(tree: ast.AST) -> set[str]:
+    """Modules that a file imports, wherever in it, also by name through import_module or __import__."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.split(".")[0])
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in whole}
         elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
-            found |= {str(a.value).split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
-    return found
+            names |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
+    return names
 
 
 def called(node):
     """The last name of what is called: torch.load -> load."""
     return getattr(node.func, "attr", getattr(node.func, "id", None))
+
+
+def own_imports(module: str) -> set[str]:
+    """The project's modules that `module` imports."""
+    names = imports(ast.parse(MODULES[module].read_text(encoding="utf8")))
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes that can reach themselves."""
+    reach = {node: set(targets) for node, targets in graph.items()}
+    for _ in graph:
+        grown = {node: targets.union(*(reach.get(target, set()) for target in targets)) if targets else targets
+                 for node, targets in reach.items()}
+        if grown == reach:
+            break
+        reach = grown
+    return sorted(node for node, targets in reach.items() if node in targets)
 
 
 def unsafe_loads(tree):
@@ -47,25 +90,44 @@ def broad_handlers(tree):
                                           for n in ast.walk(node.type)))]
 
 
-def test_sources_are_found():
-    assert len([path for path in SOURCES if path.parent.name == "core"]) > 10
-    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} >= {*STAGES[:2], "core", "tests"}
+def test_every_room_is_on_the_plan():
+    assert {room(module) for module in MODULES} - {"core", "tests"} == set(ARROWS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stages_never_import_each_other(stage):
-    others = {*STAGES, "benchmarks", "tests"} - {stage}
-    for path in (ROOT / stage).rglob("*.py"):
-        assert not imported(path) & others, path
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_only_what_lies_below_it(name):
+    for module in MODULES:
+        if room(module) == name:
+            strange = {target for target in own_imports(module) if room(target) not in {*ARROWS[name], name}}
+            assert not strange, (module, strange)
 
 
-def test_core_imports_no_stage():
-    for path in (ROOT / "core").rglob("*.py"):
-        assert not imported(path) & {*STAGES, "benchmarks", "tests"}, path
+def test_data_never_imports_networks():
+    """Not even through another module."""
+    graph = {module: own_imports(module) for module in MODULES}
+    for start in (module for module in MODULES if room(module) in ("core.data", "core.runs", "core.formats")):
+        reached, ahead = set(), {start}
+        while ahead:
+            reached |= ahead
+            ahead = set().union(*(graph.get(module, set()) for module in ahead)) - reached
+        assert not [module for module in reached if room(module) in ("core.networks", "core.training")], start
+
+
+@pytest.mark.parametrize("inner", INSIDE_FINETUNING)
+def test_report_and_pictures_are_above_what_they_show(inner):
+    allowed = {inner, *(f"landmarks_finetuning.{name}" for name in INSIDE_FINETUNING[inner])}
+    for module in MODULES:
+        if module.startswith("landmarks_finetuning") and ".".join(module.split(".")[:2]) not in allowed:
+            assert not [name for name in own_imports(module) if name.startswith(inner)], module
+
+
+def test_there_is_no_circle():
+    graph = {module: own_imports(module) for module in MODULES if not module.startswith("tests")}
+    assert circles(graph) == []
 
 
 def test_datasets_is_no_package_and_no_file_is_named_utils():
-    assert not (ROOT / "datasets/__init__.py").exists()
+    assert not (PROJECT / "datasets/__init__.py").exists()
     assert not [path for path in SOURCES if path.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
@@ -73,13 +135,15 @@ def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
     """One handler may be broad: where the launcher reports a run that failed and goes on with the next."""
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf8"))
-        reporting = path == ROOT / "core/launch.py"
+        reporting = path == PROJECT / "study/runner.py"
         assert not unsafe_loads(tree) and len(broad_handlers(tree)) == reporting, path
 
 
 def test_the_rules_can_fail():
-    bad = ast.parse("def f():\n import ssl_baselines.views\n import_module('core.unet')\n from tests.a import b\n"
+    bad = ast.parse("def f():\n import ssl_baselines.views\n import_module('core.errors')\n from core import files\n"
+                    " from core.data.cache import x\n"
                     " torch.load(p)\n torch.load(p, weights_only=False)\n torch.load(p, weights_only=True)\n"
                     " try: pass\n except (OSError, Exception): pass\n except ValueError: pass\n")
-    assert packages(bad) == {"ssl_baselines", "core", "tests"}
-    assert unsafe_loads(bad) == [5, 6] and broad_handlers(bad) == [9]
+    assert imports(bad) == {"ssl_baselines.views", "core.errors", "core.files", "core.data.cache"}
+    assert unsafe_loads(bad) == [6, 7] and broad_handlers(bad) == [10]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]

@@ -5,21 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
 
-from core.checkpoint import load_weights
-from core.config import load_config
-from core.launch import run_study
-from core.study import Cell, cell_dir
-from landmarks_finetuning.report.heatmap_figure import read_heatmaps
+from core.config.load import load_config
+from core.networks.weights import load_weights
+from core.runs.places import Cell, cell_dir
+from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
+from study.run import run_study
+from tests.conftest import PROJECT
 
-PROJECT = Path(__file__).parents[1]
-LAUNCH, PRETRAINING, SAMPLING = "core.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
+LAUNCH, PRETRAINING, SAMPLING = "study.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
 FINETUNING, EVALUATING, PREDICTING = (f"landmarks_finetuning.{name}" for name in ("train", "evaluate", "predict"))
 STAGES = ("--stages", "pretrain", "finetune")
 PUBLISHED = PROJECT / "tests/fixtures/official_ddpm_base8/ema_model_epoch800_step6000.pt"
@@ -181,9 +182,10 @@ def test_shots_that_leave_nothing_to_train_on(config_file, refused):
     message = r"--shots 2 .*at least 3 shots are needed \(finetune.validation is 2\)"
     refused(message, FINETUNING, "--config", path, *CELL)
     path = config_file()
-    for arguments in (("--shots", 0), ("--shots", 2, "--draw", -1), ("--shots", 2, "--seed", -1)):
-        refused("at least 1 shots are needed .* draw and seed from 0", FINETUNING, "--config", path, "--backbone",
+    for arguments in (("--shots", 0), ("--shots", 2, "--draw", -1)):
+        refused("at least 1 shots are needed .* draws count from 0", FINETUNING, "--config", path, "--backbone",
                 "scratch", *arguments)
+    refused("--seed -1: seeds count from 0", FINETUNING, "--config", path, *CELL, "--seed", -1)
 
 
 def test_unknown_backbone(config_file, refused):
@@ -268,16 +270,16 @@ def test_key_that_changes_no_result_is_free(tiny_study, run_main, change, tmp_pa
 
 def test_key_of_another_backbone_is_free(config_file, run_main):
     """A second variant of the pre-trained start shares the scratch runs of the first."""
-    path = config_file(finetune={"backbones": ["scratch"], "iterations": 1})
-    assert run_main(LAUNCH, "--config", path, "--stages", "finetune")[0] == 0
-    for change in ("finetune.timestep=3", "finetune.pretraining_iteration=3",
-                   'finetune.learning_rate={"ddpm": 0.5, "scratch": 1e-4}'):
-        status, out, _ = run_main(LAUNCH, "--config", path, "--stages", "finetune", "--set", change, "--dry-run")
+    alone = ("--stages", "finetune", "--set", 'finetune.backbones=["scratch"]')
+    assert run_main(LAUNCH, "--config", config_file(finetune={"iterations": 1}), *alone)[0] == 0
+    for change in ({"timestep": 3}, {"pretraining_iteration": 3}, {"learning_rate": {"ddpm": 0.5, "scratch": 1e-4}}):
+        path = config_file("other.json", finetune={"iterations": 1, **change})
+        status, out, _ = run_main(LAUNCH, "--config", path, *alone, "--dry-run")
         assert status == 0 and "2 runs, 2 done" in out
 
 
 @pytest.mark.parametrize("module", [LAUNCH, PRETRAINING, SAMPLING, FINETUNING, EVALUATING, PREDICTING,
-                                    "landmarks_finetuning.report.__main__", "core.dataset"])
+                                    "landmarks_finetuning.report.__main__", "core.data.make_pack"])
 def test_help(run_main, module):
     status, out, error = run_main(module, "--help")
     assert (status, error) == (0, "") and re.search(r"example: (python -m|\./launch_experiments\.sh) ", out)
@@ -320,8 +322,22 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
     for name in ("predictions.csv", "metrics.json"):
         assert (run_dir / name).read_bytes() == (tiny_cell / name).read_bytes()
     status, _, _ = run_main(EVALUATING, run_dir, "--decoder", "argmax", "--set", "evaluation.split=validation")
-    metrics = json.loads((run_dir / "metrics.json").read_text())
+    other = run_dir / "evaluations/split-validation_decoder-argmax"  # the study's own result stays
+    metrics = json.loads((other / "metrics.json").read_text())
     assert (status, metrics["split"], metrics["decoder"], metrics["images"]) == (0, "validation", "argmax", 20)
+    assert (run_dir / "metrics.json").read_bytes() == (tiny_cell / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("experiment.device=cuda:77", 'experiment.device "cuda:77": .* visible; choose auto or cpu'),
+    ("finetune.iterations=3", "--set finetune.iterations=3: finetune.iterations has no effect on a trained detector; "
+                              "the keys that have one are dataset., evaluation., .*finetune.decoder"),
+    ('unet={"base_channels":8}', "unet.base_channels has no effect on a trained detector"),
+    ("evaluation.window_overlap=0.1", "evaluation.window_overlap 0.1 has no effect: dataset.resample_mm is null"),
+])  # fmt: skip
+def test_overrides_of_a_trained_detector_act_or_are_refused(tiny_cell, refused, phantom, tmp_path, setting, message):
+    refused(message, EVALUATING, tiny_cell, "--set", setting)
+    refused(message, PREDICTING, tiny_cell, phantom / "jpg/151.jpg", "--out", tmp_path / "out", "--set", setting)
 
 
 def test_mean_shape_cell(tiny_study):
@@ -421,3 +437,32 @@ def test_study_without_validation(make_config, tmp_path):
     run_dir = next((tmp_path / "tiny/landmarks/scratch").glob("*/shots002_draw0_seed0"))
     assert load_weights(run_dir / "best.safetensors").header["iteration"] == 3
     assert json.loads((run_dir / "metrics.json").read_text())["validation_labels"] == 0
+
+
+def rewritten(path, change):
+    """The safetensors file `path` with another header: `change` alters the one it has."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(header)
+    path.write_bytes(safetensors_bytes(tensors, metadata={"header": json.dumps(header)}))
+
+
+def test_weights_of_a_later_version(tiny_cell, run_main, tmp_path):
+    """Keys that nobody knows today are a record; in what rebuilds the network they are refused."""
+    run_dir = tmp_path / tiny_cell.name
+    shutil.copytree(tiny_cell, run_dir)
+
+    def later(header):
+        header["mood"] = "new"
+        header["config"] |= {"telepathy": {"range": 3}, "evaluation": header["config"]["evaluation"] | {"tta": 4}}
+        header["config"]["finetune"]["augmentation"]["elastic"] = 1.0
+
+    rewritten(run_dir / "best.safetensors", later)
+    status, out, error = run_main(EVALUATING, run_dir)
+    assert status == 0, error
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (tiny_cell, run_dir))
+    assert after["physical"] == before["physical"]
+    rewritten(run_dir / "best.safetensors", lambda header: header["config"]["unet"].update(gates=True))
+    status, _, error = run_main(EVALUATING, run_dir)
+    assert status == 2 and "best.safetensors holds a network of a later version: it has unet.gates" in error

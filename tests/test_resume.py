@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.checkpoint import read_pickle
-from core.config import load_config
-from core.runlog import read_metrics
-from core.study import Cell
-from core.train_loop import Training
+from core.config.load import load_config
+from core.formats.pickles import read_pickle
+from core.runs.places import Cell
+from core.training.loop import Training
+from core.training.run_log import read_metrics
 from ddpm_pretraining.train import pretrain
 from landmarks_finetuning.train import finetune_cell
+from tests.conftest import PROJECT
 
-PROJECT = Path(__file__).parents[1]
 PRETRAINING, FINETUNING = "ddpm_pretraining.train", "landmarks_finetuning.train"
 CELL = ("--backbone", "scratch", "--shots", "3")
 RECIPE = {"finetune": {"iterations": 6, "backbones": ["scratch"], "shots": [3], "save_every": 2, "validate_every": 1,
@@ -29,7 +29,7 @@ RECIPE = {"finetune": {"iterations": 6, "backbones": ["scratch"], "shots": [3], 
 # Runs a command that sends itself a signal at its n-th optimiser step, or in the middle of its n-th write of last.pt.
 SABOTAGE = """
 import os, runpy, sys
-import core.train_loop as loop
+import core.training.loop as loop
 where, count, number, module, *arguments = sys.argv[1:]
 calls = []
 def strike():

@@ -26,17 +26,19 @@ from landmarks_finetuning.report.collect import (
 from landmarks_finetuning.report.filters import page_filters, published_names, row_keys
 from landmarks_finetuning.report.findings import (
     HUMAN,
-    MIN_PATIENTS,
     UNTRAINED,
     comparisons,
     display_name,
     headline,
     leak_sentence,
     p_text,
+    rule_sentence,
     sentences,
     setting_sentence,
     shots_text,
+    verdict_text,
 )
+from landmarks_finetuning.report.frames import grouped, named_rows, records
 from landmarks_finetuning.report.heatmap_figure import heatmap_rows, whole_figure
 from landmarks_finetuning.report.iterations import (
     choice_sentence,
@@ -52,7 +54,6 @@ from landmarks_finetuning.report.tables import latex_table, metric_title, paper_
 HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
-VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread"}
 
 
 @dataclass
@@ -96,11 +97,12 @@ def build_report(experiment_dirs: list[Path]) -> Path:
     titles = [page["title"] for page in pages]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text}
+    environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text,
+                            "verdict": verdict_text}
     html = environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
-        built=f"{datetime.now():%Y-%m-%d %H:%M}", verdicts=VERDICTS, pictures_left_out=output.pictures.left_out,
-        tables=sorted(output.tables), paper_tables=tables, min_patients=MIN_PATIENTS, filters=page_filters(pages),
+        built=f"{datetime.now():%Y-%m-%d %H:%M}", pictures_left_out=output.pictures.left_out,
+        tables=sorted(output.tables), paper_tables=tables, filters=page_filters(pages),
         styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
     path = output.folder / "index.html"
     write_atomically(path, html.encode())
@@ -116,7 +118,7 @@ def number(value: Any, digits: int = 2, sign: bool = False) -> str:
 
 def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any]:
     config = {k: v for k, v in experiment.config.items() if k not in ("environment", "run", "$schema")}
-    groups = [] if experiment.runs.empty else list(experiment.runs.groupby(["dataset", "split"], sort=True))
+    groups = [] if experiment.runs.empty else grouped(experiment.runs, ["dataset", "split"], sort=True)
     sections = [_section(experiment, f"{experiment.name}_{'_'.join(key)}", runs, output) for key, runs in groups]
     output.add_table("unfinished", experiment.unfinished)
     timesteps = config.get("ddpm", {}).get("num_train_timesteps", 500)
@@ -124,7 +126,7 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
     return {
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
-        "unfinished": experiment.unfinished.to_dict("records"),
+        "unfinished": records(experiment.unfinished),
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
@@ -161,11 +163,11 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     """Everything the page says about one data set and split of an experiment."""
     every, iterations = runs, iteration_means(runs)
     iterations = iterations.assign(petaflop=[training_petaflop(row, experiment.path / "ddpm")
-                                             for row in iterations.itertuples()])
+                                             for row in named_rows(iterations)])
     runs = with_chosen(every, iterations)
     tried = main_family(runs, iterations)
     first, summary = runs.iloc[0], aggregate(runs)
-    unit, found, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
+    unit, compared, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
     thresholds = [float(c.rsplit("_", 1)[1]) for c in sdr_columns(runs)]
     landmarks = per_landmark(runs, shots)
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
@@ -174,19 +176,19 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     cases = worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
-    output.add_table("comparisons", found.assign(**identity))
+    output.add_table("comparisons", compared.assign(**identity))
     output.add_table("pretraining_iterations", iterations.drop(columns="paths", errors="ignore").assign(**identity))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
         "phantom": bool(first["phantom"]),
-        "summary": summary, "comparisons": found.to_dict("records"),
-        "headline": headline(found, unit), "sentences": sentences(found, unit), "slug": slug,
-        "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
+        "summary": summary, "comparisons": records(compared),
+        "headline": headline(compared, unit), "sentences": sentences(compared, unit), "slug": slug,
+        "rule": rule_sentence(compared), "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
-        "runs": every.to_dict("records"), "several_runs": len(every) > len(summary),
+        "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
         "overlays": cases, "heatmaps": heatmaps, "curves": figures.page_curves(curves, unit),
@@ -208,8 +210,7 @@ def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]])
     best = ordered.groupby("shots")["mre"].transform("min")
     backbones = sorted(summary["backbone"].unique())
     colours = [figures.colour(backbone, backbones) for backbone in ordered["backbone"]]
-    rows = ordered.assign(best=ordered["mre"] == best, colour=colours,
-                          first=~ordered["shots"].duplicated()).to_dict("records")
+    rows = records(ordered.assign(best=ordered["mre"] == best, colour=colours, first=~ordered["shots"].duplicated()))
     return [{**row, **find_cases(row, cases), "id": f"{slug}:{row['backbone']}:{row['variant']}:{row['shots']}"}
             for row in rows]
 
@@ -219,8 +220,8 @@ def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:
     known = runs.dropna(subset=["human_mre"]) if "human_mre" in runs else runs.iloc[:0]
     if known.empty:
         return None
-    columns = [column for column in runs if column.startswith("human_")]
-    return {"name": HUMAN, **known.iloc[0][columns].rename(lambda column: column.removeprefix("human_")).to_dict()}
+    columns = [column for column in runs.columns if column.startswith("human_")]
+    return {"name": HUMAN, **{column.removeprefix("human_"): known[column].iloc[0] for column in columns}}
 
 
 def _heatmaps(runs: pd.DataFrame, slug: str, output: Output) -> list[dict[str, Any]]:

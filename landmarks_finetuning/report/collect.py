@@ -16,19 +16,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from core.config.finetune import LossSettings
+from core.config.settings import all_settings
+from core.config.starts import MEAN_SHAPE
+from core.data.records import patient_group
 from core.errors import UserError
-from core.finetune_settings import LossSettings
-from core.runlog import read_metrics
-from core.study import MEAN_SHAPE, VARIANT_KEYS
-from landmarks_finetuning.metrics import bootstrap_interval, macro_mean, patient_sums, within
+from core.training.run_log import read_metrics
+from landmarks_finetuning.metrics import macro_mean, within
+from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.report.provenance import starting_point
-from landmarks_finetuning.report.statistics import rate_interval, sign_flip_p
+from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "confidence")
-SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(VARIANT_KEYS.values())})-)")
-LOSS_SLUGS = {VARIANT_KEYS[key] for key in LossSettings.model_fields}
+SLUGS = {key: each.slug for key, each in all_settings().items() if each.slug is not None}
+SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(SLUGS.values())})-)")
+LOSS_SLUGS = {SLUGS[f"finetune.{key}"] for key in LossSettings.model_fields}
 CELL_FOLDER = re.compile(r"shots(\d+)_draw(\d+)_seed(\d+)")
 
 
@@ -110,7 +114,7 @@ def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _unfinished_row(experiment: str, folder: Path) -> dict[str, Any]:
-    shots, draw, seed = map(int, CELL_FOLDER.fullmatch(folder.name).groups())
+    shots, draw, seed = map(int, re.findall(r"\d+", folder.name))
     lines = read_metrics(folder / "metrics.jsonl")
     return {"experiment": experiment, "backbone": folder.parts[-3], "variant": folder.parts[-2], "shots": shots,
             "draw": draw, "seed": seed, "last_step": lines[-1].get("step") if lines else None}
@@ -131,13 +135,14 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     """
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
-    of_paper = [column for column in runs if column.startswith("paper_") and column != "paper_rule"]
+    of_paper = [column for column in runs.columns if column.startswith("paper_") and column != "paper_rule"]
     known = [column for column in ("human_within", "without_leaks_mre") if column in runs]
     values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *known]
     rows = []
-    for key, group in runs.groupby(CELL, sort=True):
+    for key, group in grouped(runs, CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
-        row = dict(zip(CELL, key, strict=True)) | by_draw.mean().to_dict()
+        row: dict[str, Any] = dict(zip(CELL, key, strict=True))
+        row |= {str(column): mean for column, mean in by_draw.mean().to_dict().items()}
         row |= {"mre_spread": by_draw["mre"].std(ddof=1), "runs": len(group), "draws": len(by_draw),
                 "seeds": group["seed"].nunique(), "unit": group["unit"].iloc[0], "images": group["images"].iloc[0],
                 "validation_labels": group["validation_labels"].max(),
@@ -148,7 +153,7 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _intervals(group: pd.DataFrame) -> dict[str, float]:
     """95 % intervals over patients, all draws pooled, of each mean and rate of one method at one number of shots."""
-    found = {}
+    found: dict[str, float] = {}
     for prefix, column in (("", "error"), ("paper_", "paper_error")):
         if f"{prefix}mre" not in group or group[f"{prefix}mre"].isna().any():
             continue
@@ -158,12 +163,12 @@ def _intervals(group: pd.DataFrame) -> dict[str, float]:
         for rate in sdr_columns(group, prefix):
             limit = float(rate.rsplit("_", 1)[1])
             sums = patient_sums(*_pooled(group, column, lambda errors, limit=limit: within(errors, limit)))
-            low, high = rate_interval(*(values[:, None] for values in sums))
-            found |= {f"low_{rate}": low[0], f"high_{rate}": high[0]}
+            rate_low, rate_high = rate_interval(*(values[:, None] for values in sums))
+            found |= {f"low_{rate}": rate_low[0], f"high_{rate}": rate_high[0]}
     return found
 
 
-def _pooled(group: pd.DataFrame, *options) -> tuple[np.ndarray, np.ndarray]:
+def _pooled(group: pd.DataFrame, *options: Any) -> tuple[np.ndarray, np.ndarray]:
     by_draw, patients = errors_by_draw(group, *options)
     return np.concatenate(list(by_draw.values()), axis=1), patients
 
@@ -177,19 +182,21 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     for column in NUMBERS:
         if column in table:
             table[column] = pd.to_numeric(table[column])
-    table["patient"] = table["patient"].where(table["patient"] != "", table["image"])
     return table
 
 
 def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
-    """A run's errors, images x landmarks in the order of the file, and the images' patients.
+    """A run's errors, images x landmarks in the order of the file, and the images' patients (`patient_group`).
 
     `column` "paper_error" takes those of the paper's scorer.
     """
     table = read_predictions(folder)
     matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
-    return matrix, table.drop_duplicates("image").set_index("image")["patient"]
+    first = table.drop_duplicates("image")
+    patients: dict[str, str] = {image: patient_group(image, patient)
+                                for image, patient in zip(first["image"], first["patient"], strict=True)}
+    return matrix, pd.Series(patients)
 
 
 def human_distances(runs: pd.DataFrame) -> np.ndarray:
@@ -209,11 +216,10 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
     `column` as for `error_matrix`; `measure` turns a run's errors into what is averaged over seeds. Raises UserError
     when its runs were scored on different images.
     """
+    scored = [(run, *error_matrix(run.path, column)) for run in named_rows(group)]
+    first, patients = scored[0][1], scored[-1][2]
     matrices: dict[int, list[pd.DataFrame]] = {}
-    first = patients = None
-    for run in group.itertuples():
-        matrix, patients = error_matrix(run.path, column)
-        first = matrix if first is None else first
+    for run, matrix, _ in scored:
         if set(matrix.index) != set(first.index) or set(matrix.columns) != set(first.columns):
             raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
                             "evaluate both again with the same data")
@@ -223,7 +229,7 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
 
 
 def slug_parts(variant: str) -> list[str]:
-    """"target-pixel_iter-8000" -> ["target-pixel", "iter-8000"], see core.study.variant."""
+    """"target-pixel_iter-8000" -> ["target-pixel", "iter-8000"], see core.runs.cells.variant."""
     return SLUG_PARTS.split(variant)
 
 
@@ -245,11 +251,11 @@ def main_variants(runs: pd.DataFrame) -> dict[str, str]:
     counts = settings[~away & (runs["backbone"] != MEAN_SHAPE)].value_counts()
     usual = min(counts.index, key=lambda setting: (-counts[setting], setting), default="")  # "" is the default's
     chosen = {}
-    for backbone, group in runs.assign(away=away, other=settings != usual).groupby("backbone"):
+    for backbone, group in grouped(runs.assign(away=away, other=settings != usual), "backbone"):
         known = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
         ranks = {row.Index: (row.away, row.other, -row.runs, row.Index != "default", row.Index)
-                 for row in known.itertuples()}
-        chosen[backbone] = min(ranks, key=ranks.get)
+                 for row in named_rows(known)}
+        chosen[backbone] = min(ranks, key=lambda variant: ranks[variant])
     return chosen
 
 
@@ -265,17 +271,17 @@ def compare(group: pd.DataFrame, rival: pd.DataFrame) -> dict[str, Any] | None:
     for both), p (paired test over patients, see `sign_flip_p`), patients, draws, draws_won, spread (standard deviation
     of the draws' differences, NaN with one). None when they share no draw or no image.
     """
-    ours, patients = errors_by_draw(group)
-    theirs, rival_patients = errors_by_draw(rival)
-    draws = sorted(set(ours) & set(theirs))
+    our_draws, patients = errors_by_draw(group)
+    their_draws, _ = errors_by_draw(rival)
+    draws = sorted(set(our_draws) & set(their_draws))
     first, second = (error_matrix(g["path"].iloc[0])[0] for g in (group, rival))
     images, names = first.index.intersection(second.index), first.columns.intersection(second.columns)
     if not draws or images.empty or names.empty:
         return None
     rows, columns = first.index.get_indexer(images), first.columns.get_indexer(names)
     rival_rows, rival_columns = second.index.get_indexer(images), second.columns.get_indexer(names)
-    ours = [ours[d][np.ix_(rows, columns)] for d in draws]
-    theirs = [theirs[d][np.ix_(rival_rows, rival_columns)] for d in draws]
+    ours = [our_draws[d][np.ix_(rows, columns)] for d in draws]
+    theirs = [their_draws[d][np.ix_(rival_rows, rival_columns)] for d in draws]
     gains = [their - our for our, their in zip(ours, theirs, strict=True)]
     by_draw = np.array([np.nanmean(gain) for gain in gains])
     pooled = np.concatenate(gains, axis=1)

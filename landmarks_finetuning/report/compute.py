@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from core.runlog import read_metrics
-from core.settings import UNet as UNetConfig
+from core.config.unet import UNet as UNetConfig
+from core.training.run_log import read_metrics
 
 
 @lru_cache
@@ -23,7 +23,7 @@ def training_flops(unet: UNetConfig, out_channels: int, size: tuple[int, ...], t
     import torch  # imports for seconds, which only this figure should cost
     from torch.utils.flop_counter import FlopCounterMode
 
-    from core.unet import UNet
+    from core.networks.unet import UNet
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = UNet(unet, 1, out_channels, size)

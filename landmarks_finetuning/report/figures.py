@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from core.runlog import read_metrics
+from core.training.run_log import read_metrics
 from landmarks_finetuning.report.collect import errors_by_draw, human_distances, select
 from landmarks_finetuning.report.findings import HUMAN, UNTRAINED, display_name, shots_text
+from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.report.order import best_first
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LEGEND_COLUMN = 2.1  # inches: the longest name at 9 points and its line
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
@@ -28,7 +33,7 @@ COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "im
 SPARE_COLOURS = ("#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
 QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's own type lists every key
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
     "grid.color": INK, "grid.alpha": 0.13, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
@@ -62,27 +67,28 @@ def save_figure(figure: Figure, path: Path) -> str:
 
 def _without_size(tag: re.Match) -> str:
     """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's."""
-    points = float(re.search(r'width="([\d.]+)pt"', tag.group()).group(1))
+    points = float(re.findall(r'width="([\d.]+)pt"', tag.group())[0])
     return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px">'
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1,
+               **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of `width` x `height` inches in the report's style and its (rows, columns) axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def styled(draw):
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Run a drawing function under the report's style."""
-    def drawn(*arguments, **options):
+    @wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> R:
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **options)
-    drawn.__doc__, drawn.__name__ = draw.__doc__, draw.__name__
     return drawn
 
 
-def _line_style(backbone: str) -> str:
+def _line_style(backbone: str) -> str | tuple[int, tuple[int, int]]:
     return (0, (4, 3)) if backbone == UNTRAINED else "-"
 
 
@@ -96,7 +102,7 @@ def error_against_shots(summary: pd.DataFrame, unit: str) -> Figure:
     axis, backbones = axes[0, 0], sorted(summary["backbone"].unique())
     several = summary.groupby("backbone")["variant"].nunique()
     order = list(best_first(summary))
-    methods = sorted(summary.groupby(["backbone", "variant"]), key=lambda item: order.index(item[0][0]))
+    methods = sorted(grouped(summary, ["backbone", "variant"]), key=lambda item: order.index(item[0][0]))
     for index, ((backbone, variant), group) in enumerate(methods):
         group = group.sort_values("shots")
         single = np.stack([group["mre"] - group["interval_low"], group["interval_high"] - group["mre"]])
@@ -138,7 +144,8 @@ def within_curves(runs: pd.DataFrame, thresholds: Sequence[float], points: int =
     """The curves of all main variants, all draws pooled, up to 2.5 times the largest of `thresholds`."""
     reach = 2.5 * max(thresholds, default=runs["p95"].median() / 2)
     distances = np.union1d(np.linspace(0, reach, points).round(6), np.asarray(thresholds, dtype=float))
-    human, panels = human_distances(runs), {}
+    human = human_distances(runs)
+    panels: dict[int, dict[str, np.ndarray]] = {}
     for shots in sorted(runs["shots"].unique()):
         for backbone, variant in best_first(runs).items():
             group = select(runs, backbone, variant, shots)
@@ -201,7 +208,7 @@ def _percent_within(sorted_distances: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 def shared_legend(figure: Figure, axes: np.ndarray) -> None:
     """One legend above all axes, each label once, in as many columns as the figure is wide."""
-    found = {}
+    found: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
@@ -242,7 +249,7 @@ def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | 
     return figure
 
 
-def _loss_axis(axis) -> None:
+def _loss_axis(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("optimiser steps")
     plain = FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "125" else "")
@@ -261,7 +268,7 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
     """Training and validation loss and validation error, a column per number of shots, a line per draw and seed."""
     variants, shots = best_first(runs), sorted(runs["shots"].unique())
     curves = [(run, read_metrics(run.path / "metrics.jsonl")) for backbone, variant in variants.items()
-              for run in runs.itertuples() if (run.backbone, run.variant) == (backbone, variant)]
+              for run in named_rows(runs) if (run.backbone, run.variant) == (backbone, variant)]
     curves = [(run, lines) for run, lines in curves if lines]
     if not curves:
         return None
@@ -291,7 +298,7 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
 @styled
 def landmark_bars(table: pd.DataFrame, unit: str, shots: int) -> Figure:
     """Mean error of each landmark (rows of `table`) by backbone (its columns), the best one's hardest on top."""
-    ordered, count = table.sort_values(table.mean().idxmin()), table.shape[1]
+    ordered, count = table.sort_values(str(table.mean().idxmin())), table.shape[1]
     figure, axes = new_figure(6.4, 0.9 + len(table) * (0.13 * count + 0.12))
     axis, height = axes[0, 0], 0.82 / count
     for index, backbone in enumerate(table.columns):

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from landmarks_finetuning.report.findings import NAMES, PAPER_METHODS, STUDIED, display_name
+from landmarks_finetuning.report.frames import grouped
 
 
 def page_filters(pages: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -36,4 +37,4 @@ def row_keys(row: dict[str, Any], published: dict[str, list[str]]) -> dict[str, 
 def published_names(summary: pd.DataFrame) -> dict[str, list[str]]:
     """{published data set: our names of it} of a summary's runs (see `collect.aggregate`)."""
     known = summary.dropna(subset=["paper_rule"])
-    return {rule: sorted(rows["dataset"].unique()) for rule, rows in known.groupby("paper_rule")}
+    return {rule: sorted(rows["dataset"].unique()) for rule, rows in grouped(known, "paper_rule")}

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from core.errors import UserError
+from landmarks_finetuning.pictures.heatmap_files import FILE, read_heatmaps
+from landmarks_finetuning.pictures.overlays import PAPER, as_image, draw_marks, map_points, shaded, stacked, title_strip
 from landmarks_finetuning.report.collect import error_matrix, select
 from landmarks_finetuning.report.findings import display_name, shots_text
 from landmarks_finetuning.report.order import best_first
-from landmarks_finetuning.report.overlays import PAPER, as_image, draw_marks, map_points, shaded, stacked, title_strip
 
-FILE = "heatmaps.npz"
 PAPER_LABELS = 10  # of the paper's figure
 HEAT = (235, 45, 105)  # unlike the marks' colours
 OPACITY = 0.85
 MARK_SCALE = 0.7
 ENLARGED = 2  # the picture, so that the marks hide less of it
 GAP = 8  # between the pictures of a row, in pixels
-
-
-class FlatCase(NamedTuple):
-    """One image flattened for a picture; points are (row, column) pixels of `picture`, NaN where there is none.
-
-    picture (h, w) uint8; heat and target (k, l) uint8 of another grid over the same field: each landmark's map, 255 at
-    its own maximum, the largest of all landmarks at each pixel; found and truth (N, 2).
-    """
-
-    picture: np.ndarray
-    heat: np.ndarray
-    target: np.ndarray
-    found: np.ndarray
-    truth: np.ndarray
-
-
-def read_heatmaps(path: Path) -> dict[str, FlatCase]:
-    """{image: its FlatCase} of a run's FILE; empty where there is none, as of runs scored before it was written.
-
-    Raises UserError for a file that is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {str(image): FlatCase(*(arrays[f"{name}_{k}"] for name in FlatCase._fields))
-                    for k, image in enumerate(arrays["images"])}
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, or evaluate that run again") from error
 
 
 def draw_heat(picture: np.ndarray, heat: np.ndarray, found: np.ndarray | None, truth: np.ndarray) -> Image.Image:

@@ -12,6 +12,7 @@ import pandas as pd
 from landmarks_finetuning.report.collect import loss_setting, main_variants, slug_parts
 from landmarks_finetuning.report.compute import finetuning_flops, pretraining_flops
 from landmarks_finetuning.report.findings import STUDIED, shots_text
+from landmarks_finetuning.report.frames import grouped, named_rows
 
 BEST = "iter-best"  # stands in a variant's name for the chosen iteration
 OF_A_FILE = re.compile(r"from-(.*)iter\d+")
@@ -41,7 +42,7 @@ def iteration_means(runs: pd.DataFrame) -> pd.DataFrame:
     studied = studied.assign(variant=studied["variant"].map(family))
     studied = studied.drop_duplicates(["variant", "pretraining_dataset", "shots", "draw", "seed", "iteration"])
     parts = []
-    for (variant, start), group in studied.groupby(["variant", "pretraining_dataset"]):
+    for (variant, start), group in grouped(studied, ["variant", "pretraining_dataset"]):
         if group["iteration"].nunique() > 1:
             rivals = known[(known["backbone"] == "scratch")
                            & (known["variant"].map(loss_setting) == loss_setting(variant))]
@@ -71,12 +72,12 @@ def with_chosen(runs: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
     """
     rows = runs.assign(family=runs["variant"].map(family))
     chosen = means[means["chosen"]] if not means.empty else means
-    for best in chosen.itertuples():
+    for best in named_rows(chosen):
         member = ((rows["backbone"] == STUDIED) & (rows["family"] == best.variant) & (rows["shots"] == best.shots)
                   & (rows["pretraining_dataset"] == best.pretraining_dataset))
         kept = rows[member & (rows["pretraining_iteration"] == best.iteration)].drop_duplicates(["draw", "seed"]).index
         rows = rows[~member | rows.index.isin(kept)]
-        rows.loc[kept, "variant"] = best.variant
+        rows.loc[rows.index.isin(kept), "variant"] = best.variant
     return rows.drop(columns="family").reset_index(drop=True)
 
 
@@ -96,7 +97,7 @@ def training_petaflop(row: Any, ddpm_dir: Path) -> float:
     if row.away:
         return np.nan
     before = pretraining_flops(ddpm_dir, row.iteration) if row.iteration else 0.0
-    return (before + np.mean([finetuning_flops(path) for path in row.paths])) / 1e15
+    return (before + float(np.mean([finetuning_flops(path) for path in row.paths]))) / 1e15
 
 
 def choice_sentence(means: pd.DataFrame, unit: str) -> str:
@@ -104,10 +105,10 @@ def choice_sentence(means: pd.DataFrame, unit: str) -> str:
     if means.empty:
         return ""
     parts = []
-    for shots, group in means[means["iteration"] > 0].groupby("shots"):
+    for shots, group in grouped(means[means["iteration"] > 0], "shots"):
         best, others = group[group["chosen"]].iloc[0], group[~group["chosen"]]
         tried = ", ".join(f"{row.iteration}: {row.validation_mre:.2f}{_missing(row.runs, best['runs'])}"
-                          for row in others.itertuples())
+                          for row in named_rows(others))
         parts.append(f"{shots_text(shots)} {best['iteration']} ({best['validation_mre']:.2f} {unit}"
                      f"{f'; {tried}' if tried else ''})")
     return ("The diffusion model is shown at the pre-training iteration whose mean error on the validation images, "

@@ -14,6 +14,6 @@ def best_first(table: pd.DataFrame) -> dict[str, str]:
     """
     variants = main_variants(table)
     main = table[[variants[b] == v for b, v in zip(table["backbone"], table["variant"], strict=True)]]
-    means = main.groupby(["backbone", "shots"], as_index=False)["mre"].mean()
+    means = main.groupby(["backbone", "shots"])["mre"].mean().reset_index()
     ordered = means.sort_values(["shots", "mre"], ascending=[False, True]).drop_duplicates("backbone")
     return {backbone: variants[backbone] for backbone in ordered["backbone"]}

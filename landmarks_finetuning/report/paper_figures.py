@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from landmarks_finetuning.report.figures import INK, colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import STUDIED, UNTRAINED, display_name, shots_text
+from landmarks_finetuning.report.frames import grouped
 from landmarks_finetuning.report.order import best_first
 
 
@@ -49,7 +50,7 @@ def error_against_iterations(means: pd.DataFrame, unit: str) -> Figure | None:
     figure, axes = new_figure(4.6 * len(axes_of) + 1.0, 3.8, 1, len(axes_of), sharey=True)
     shots = sorted(means["shots"].unique())
     for axis, (column, title) in zip(axes[0], axes_of, strict=True):
-        for index, (count, group) in enumerate(means.groupby("shots")):
+        for index, (count, group) in enumerate(grouped(means, "shots")):
             group, shade = group.sort_values(column), 0.35 + 0.65 * (index + 1) / len(shots)
             axis.plot(group[column], group["validation_mre"], color=colour(STUDIED), marker="os^Dv"[index % 5],
                       alpha=shade, linewidth=1.8, label=shots_text(count))

@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from core.errors import UserError
+from landmarks_finetuning.pictures.cases import pictured_image
 from landmarks_finetuning.report.collect import Experiment, error_matrix, select
 from landmarks_finetuning.report.findings import UNTRAINED
 from landmarks_finetuning.report.order import best_first
@@ -31,10 +32,10 @@ class Pictures:
         """A data address of the picture, at most `width` pixels wide, or None when the budget does not allow it."""
         try:
             with Image.open(path) as picture:
-                picture = picture.convert("RGB")
+                colours = picture.convert("RGB")
         except OSError as error:
             raise UserError(f"{path} is not a readable picture ({error}); delete it, or make it again") from error
-        return self.embed_picture(picture, width, quality)
+        return self.embed_picture(colours, width, quality)
 
     def embed_picture(self, picture: Image.Image, width: int, quality: int = 82) -> str | None:
         """The same of a picture (RGB) that was just drawn."""
@@ -57,7 +58,8 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
     is missing and where it is, empty where nothing is. Empty where the config wants no pictures.
     """
     wanted = experiment.config.get("report", {}).get("overlays", 4)
-    groups, variants = [], best_first(runs)
+    variants = best_first(runs)
+    groups: list[dict[str, Any]] = []
     for shots in sorted(runs["shots"].unique(), reverse=True) if wanted else ():
         for backbone, variant in variants.items():
             group = select(runs, backbone, variant, shots)
@@ -65,9 +67,9 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
                 continue
             run = group.sort_values(["draw", "seed"]).iloc[0]
             files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
-            errors = error_matrix(run["path"])[0].mean(axis=1).rename(lambda image: image.replace("/", "-"))
+            errors = error_matrix(run["path"])[0].mean(axis=1)
             width = OVERLAY_WIDTHS[bool(run["volumes"])]
-            images = [{"source": pictures.embed(path, width, 78), "image": path.stem.partition("_")[2]}
+            images = [{"source": pictures.embed(path, width, 78), "image": pictured_image(path)}
                       for path in files]
             images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
             groups.append({"id": f"{slug}-cases-{len(groups)}", "backbone": backbone, "variant": variant,

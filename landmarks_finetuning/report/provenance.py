@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from core.errors import UserError
-from core.runlog import read_metrics
+from core.training.run_log import read_metrics
 
 UNKNOWN = "unknown"
 ITERATION = re.compile(r"(?:iter|step)(\d+)$")  # ema_iter008000, ema_model_epoch800_step6000

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.runlog import read_metrics
+from core.training.run_log import read_metrics
 from landmarks_finetuning.report.figures import colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import display_name
 
@@ -52,7 +53,7 @@ def ssl_curves(methods: dict[str, list[dict[str, Any]]]) -> Figure | None:
     return figure
 
 
-def _draw(axis, name: str, points: list[tuple[int, float]], style: str) -> None:
+def _draw(axis: Axes, name: str, points: list[tuple[int, float]], style: str) -> None:
     """One line; only solid ones are named, and one point alone is a mark."""
     if not points:
         return

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from landmarks_finetuning.report.findings import PAPER_METHODS, STUDIED, UNTRAINED, display_name
+from landmarks_finetuning.report.frames import grouped, named_rows, records
 
 PAPER_RESULTS = Path(__file__).with_name("paper_results.csv")
 NUMBERS = {"chest": 1, "cephalo": 2, "hand": 3}  # the paper's table of each published data set
@@ -89,15 +90,15 @@ def _cells(rows: pd.DataFrame, table: int | None, paper_methods: dict[str, str])
     """The long frame of one data set: our rows beside `paper_methods`' ones of the paper's `table`, then the others."""
     published = _published(table, next(iter(rows["published"].dropna()), None))
     cells, taken = [], set()
-    for row in rows.to_dict("records"):
+    for row in records(rows):
         theirs = _beside(row, paper_methods, published)
         taken |= {(name, row["shots"]) for name in theirs["method"]}
         cells += _our_cells(row, theirs)
-    for row in published.itertuples():
-        if (row.method, row.labeled_images) not in taken:
-            cells.append({"dataset": row.dataset, "shots": row.labeled_images, "paper_method": row.method,
-                          "pretraining_dataset": row.pretraining_dataset, "metric": row.metric, "unit": row.unit,
-                          "paper": row.mean})
+    for cell in named_rows(published):
+        if (cell.method, cell.labeled_images) not in taken:
+            cells.append({"dataset": cell.dataset, "shots": cell.labeled_images, "paper_method": cell.method,
+                          "pretraining_dataset": cell.pretraining_dataset, "metric": cell.metric, "unit": cell.unit,
+                          "paper": cell.mean})
     if "scratch" not in set(rows["backbone"]):
         first = rows.iloc[0]
         cells += [{"dataset": first["dataset"], "shots": shots, "method": display_name("scratch"), "metric": "MRE",
@@ -148,7 +149,7 @@ def wide_rows(cells: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
     """(metrics, rows): a dict per method and number of labels with KEYS and "cells", one per metric, None for none."""
     metrics = sorted(cells["metric"].unique(), key=lambda m: (m != "MRE", float(m.partition("@")[2] or 0)))
     rows = []
-    for key, group in cells.groupby(KEYS, sort=False, dropna=False):
+    for key, group in grouped(cells, KEYS, sort=False, dropna=False):
         found = group.set_index("metric")[["ours", "low", "high", "paper", "difference"]].to_dict("index")
         named = {name: None if pd.isna(value) else value for name, value in zip(KEYS, key, strict=True)}
         rows.append({**named, "cells": [found.get(metric) for metric in metrics]})

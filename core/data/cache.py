@@ -1,0 +1,77 @@
+"""One image upright and resampled: from a pack, from the cache keyed by content, or decoded."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.packs import Loaded, open_pack
+from core.data.records import Record
+from core.data.resize import resize
+from core.errors import UserError
+from core.files import content_digest, write_atomically
+from core.formats.dicom import dicom_files
+from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
+from core.formats.images import read_image
+
+CACHE_VERSION = "2"  # of decoding and resizing together
+
+
+def load_one(record: Record, config: DatasetConfig) -> Loaded:
+    """One image upright and resampled, from pack, cache or the file itself."""
+    if is_packed(record, config):
+        pack = open_pack(Path(config.root))
+        if pack.size != config.image_size:
+            raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
+                            f"{list(config.image_size)}")
+        return pack.images[record.id]
+    geometry = record.file_geometry()
+    if len(geometry.size) != len(config.image_size):
+        raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has "
+                        f"{len(config.image_size)} numbers")
+    order, _ = upright_axes(geometry)
+    turned = tuple(geometry.size[axis] for axis in order)
+    size, ratio = _grid(turned, order, record, geometry, config)
+    shape = "_".join("x".join(f"{value:g}" for value in values) for values in (size, ratio))
+    digest = image_digest(record, config)
+    cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
+    if cached.is_file():
+        pixels = np.load(cached)
+    else:
+        pixels = resize(upright(read_image(record.image), geometry), size, ratio)
+        buffer = io.BytesIO()
+        np.save(buffer, pixels)
+        write_atomically(cached, buffer.getvalue())
+    return Loaded(pixels, geometry.size, compose(resampling_map(turned, size, ratio), upright_map(geometry)), digest)
+
+
+def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geometry: Geometry,
+          config: DatasetConfig) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Size in network pixels and stored pixels per network pixel, along the upright axes."""
+    if config.resample_mm is None:
+        return config.image_size, tuple(old / new for old, new in zip(turned, config.image_size, strict=True))
+    own = None if config.spacing_mm is None else (config.spacing_mm,) * len(turned)
+    spacing = record.spacing or geometry.spacing_mm or own
+    if spacing is None:
+        raise UserError(f"{record.image} has no spacing, so dataset.resample_mm cannot be applied: give spacing_mm, or "
+                        "set dataset.resample_mm to null")
+    ratio = tuple(config.resample_mm / spacing[axis] for axis in order)
+    return tuple(max(1, math.ceil(old / step - 1e-6)) for old, step in zip(turned, ratio, strict=True)), ratio
+
+
+def is_packed(record: Record, config: DatasetConfig) -> bool:
+    """Whether the image lies in the pack that is dataset.root."""
+    return Path(config.root).suffix == ".npz" and record.image == Path(config.root)
+
+
+def image_digest(record: Record, config: DatasetConfig) -> str | None:
+    """Of the content of the image's file, or of all slices of its series; None in a pack made without."""
+    if is_packed(record, config):
+        return open_pack(Path(config.root)).images[record.id].digest
+    if not record.image.exists():
+        raise UserError(f"image {record.image} does not exist")
+    return content_digest(*(dicom_files(record.image) if record.image.is_dir() else [record.image]))[:32]

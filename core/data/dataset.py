@@ -1,0 +1,139 @@
+"""Records -> tensors: decode and resize once into a cache keyed by content, few-shot subsets, portable packs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.cache import load_one
+from core.data.records import Record
+from core.data.resize import normalise
+from core.files import stamp
+from core.formats.geometry import apply_maps, inverse
+
+ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
+KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
+DECODERS = min(8, os.cpu_count() or 1)  # images decoded at a time: more would only hold more memory
+_kept: dict[tuple, ImageSet] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Records as tensors on one canvas.
+
+    images: (M, C, *canvas) float32, intensities as the config asks; points: (M, N, D) float64 in network pixels, NaN =
+    not annotated (None for unlabelled sets); maps: (M, D, D + 1) from stored to network pixels; sizes: (M, D) int64,
+    what of the canvas each image fills, from `firsts` (M, D) on, the rest being 0; original_sizes: (M, D) int64.
+    network_size is what the network takes: the canvas itself, unless images are resampled to a common spacing.
+    """
+
+    records: tuple[Record, ...]
+    images: Tensor
+    points: Tensor | None
+    maps: np.ndarray
+    firsts: Tensor
+    sizes: Tensor
+    original_sizes: np.ndarray
+    network_size: tuple[int, ...]
+
+    @property
+    def truth(self) -> Tensor:
+        """`points` of a labelled set; ValueError for one without labels."""
+        if self.points is None:
+            raise ValueError("these images have no labels")
+        return self.points
+
+    @property
+    def fits(self) -> bool:
+        """Whether every image has the network's size, so that neither crops nor windows are needed."""
+        return tuple(self.images.shape[2:]) == self.network_size
+
+    def seen(self, index: int) -> tuple[slice, ...]:
+        """The part of the canvas that image `index` fills, with what it takes about it to reach the network's size."""
+        first, size = self.firsts[index].cpu().numpy(), self.sizes[index].cpu().numpy()
+        missing = np.maximum(self.network_size - size, 0)
+        first = np.minimum(first - missing // 2, self.images.shape[2:] - size - missing).clip(min=0)
+        return tuple(map(slice, first.tolist(), (first + size + missing).tolist()))
+
+    def crops(self, chosen: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+        """What `augment` needs to cut the network's size out of the `chosen` images, None where they have it."""
+        return None if self.fits else (self.network_size, self.firsts[chosen], self.sizes[chosen])
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The set on `device`; images stay where they are when they are too many for a GPU."""
+        small = self.images.numel() * self.images.element_size() <= ON_DEVICE_BYTES
+        return replace(self, images=self.images.to(device) if small else self.images,
+                       points=None if self.points is None else self.points.to(device), sizes=self.sizes.to(device),
+                       firsts=self.firsts.to(device))
+
+    def _centres(self) -> np.ndarray:
+        """(M, 1, D) network pixels: the middle of what each image fills of the canvas."""
+        return (self.firsts.cpu().numpy() + (self.sizes.cpu().numpy() - 1) / 2)[:, None]
+
+    def centred_points(self) -> np.ndarray:
+        """Annotations (M, N, D) in network pixels from the middle of each image, wherever it lies on the canvas."""
+        return apply_maps(self.original_points(), self.maps) - self._centres()
+
+    def from_centred(self, points: np.ndarray) -> np.ndarray:
+        """Points (N, D) or (M, N, D) from the middle of each image, in network pixels -> (M, N, D) stored pixels."""
+        return apply_maps(points + self._centres(), inverse(self.maps))
+
+    def original_points(self) -> np.ndarray:
+        """Annotations (M, N, D) in stored pixels."""
+        return np.stack([record.truth for record in self.records])
+
+    def spacings(self) -> np.ndarray | None:
+        """(M, D) reporting units per stored pixel, or None where unknown."""
+        if any(record.spacing is None for record in self.records):
+            return None
+        return np.array([record.spacing for record in self.records])
+
+
+def load_images(records: Sequence[Record], config: DatasetConfig, progress: str | None = None) -> ImageSet:
+    """Decode, resample and normalise `records`, through the cache; a bad file raises UserError with its name.
+
+    Without dataset.resample_mm every image gets exactly dataset.image_size; with it the canvas is the smallest that
+    holds all of them and image_size, and each lies in its middle. The last few sets stay in memory, so that the runs of
+    a study share what they validate and test on; like all sets they must not be written to.
+    """
+    key = (tuple(records), config, tuple(stamp(record.image) for record in records))
+    found = _kept.pop(key, None) or _read_images(key[0], config, progress)
+    if found.images.nbytes <= KEPT_BYTES:
+        _kept[key] = found  # as the last one
+    while len(_kept) > KEPT_SETS:
+        del _kept[next(iter(_kept))]
+    return found
+
+
+def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: str | None) -> ImageSet:
+    hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
+    pool = ThreadPoolExecutor(DECODERS)  # decoders work without the interpreter's lock
+    try:
+        decoding = pool.map(partial(load_one, config=config), records)
+        loaded = list(tqdm(decoding, progress, len(records), leave=False, disable=hidden))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a bad file, or Ctrl-C, the rest is not read
+    sizes = np.array([image.pixels.shape[1:] for image in loaded])
+    canvas = np.maximum(sizes.max(axis=0), config.image_size)
+    firsts = (canvas - sizes) // 2
+    images = torch.zeros((len(loaded), loaded[0].pixels.shape[0], *canvas.tolist()))
+    for place, image, first, size in zip(images, loaded, firsts, sizes, strict=True):
+        part = (slice(None), *map(slice, first, first + size))
+        place[part] = torch.from_numpy(normalise(image.pixels, config))
+    maps = np.stack([image.map for image in loaded])
+    maps[:, :, -1] += firsts
+    points = None
+    if all(record.landmarks is not None for record in records):
+        points = torch.from_numpy(apply_maps(np.stack([record.truth for record in records]), maps))
+    return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
+                    torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
+                    tuple(config.image_size))

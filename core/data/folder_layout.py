@@ -1,0 +1,186 @@
+"""The folder layout: your own images or volumes in images/, their landmarks, and dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.data.records import SPLITS, DataSource, Record, check_unique, image_id, is_number, parse_spacing
+from core.data.splits import check_keys, check_patients, read_splits
+from core.errors import UserError, did_you_mean
+from core.formats.geometry import RAS_TO_LPS, Geometry, world_to_index
+from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from core.formats.markups import MARKUP_SUFFIXES, find_markup, read_markups
+from core.formats.points import FolderRow, read_folder_csv
+
+MM_THRESHOLDS, PX_THRESHOLDS = (2.0, 2.5, 3.0, 4.0), (3.0, 6.0, 9.0)
+KEYS = ("landmarks", "coordinates", "spacing_mm", "patients", "splits", "sdr_thresholds")
+COORDINATES = {"pixel": None, "RAS": np.ones(3), "LPS": RAS_TO_LPS}  # of landmarks.csv; world numbers x these = RAS
+
+
+class Labels(NamedTuple):
+    """Landmarks as they lie on disk: a table, or a folder of markup files; `path` is what messages name."""
+
+    rows: dict[str, FolderRow]
+    path: Path
+    files: dict[str, Path]  # by image id
+
+
+def read_folder(root: Path, spacing_mm: Any, description: Path) -> DataSource:
+    """Your own images: images/, landmarks.csv or landmarks/, and `description` (datasets/README.md says how).
+
+    Landmarks become pixels of the stored image whatever they were; volumes may be .nii, .nii.gz, .npy, .npz or DICOM
+    series. UserError: files missing or contradicting each other, images of different dimensions.
+    """
+    settings = read_description(description)
+    names = tuple(settings["landmarks"])
+    images = [Record(image_id(path.relative_to(root / "images")), path, None, None, geometry=read_geometry(path))
+              for path in find_images(root / "images", recursive=True)]
+    check_unique(images)
+    dims = _common_dims(images, root / "images")
+    common = parse_spacing(settings.get("spacing_mm") if spacing_mm is None else spacing_mm, dims, str(description))
+    labels = _read_labels(root, names, images, settings, dims, description)
+    patients = _patients(settings.get("patients", {}), {record.id for record in images}, description)
+    records = {}
+    for record in images:
+        row = labels.rows.get(record.id)
+        records[record.id] = replace(
+            record, landmarks=None if row is None else row.points,
+            labels=None if row is None else labels.files.get(record.id, labels.path),
+            patient=(row and row.patient) or patients.get(record.id),
+            spacing=_spacing(record.file_geometry(), (row and row.spacing) or common, record.image))
+    labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
+    ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
+                      labels.path)
+    splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
+    check_patients(splits, description)
+    tested = {record.patient for record in splits["test"]} - {None}
+    rest = [replace(r, landmarks=None) for key, r in records.items() if key not in labelled and r.patient not in tested]
+    unit = _common_unit([record for split in SPLITS for record in splits[split]])
+    default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
+    thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read dataset.json; UserError unless its keys and their types are right (`splits` is checked with the ids)."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable JSON file: {error}") from None
+    check_keys(settings, KEYS, ("landmarks", "splits"), str(path))
+    names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"{path}: landmarks must be a list of one or more names")
+    if len(set(names)) < len(names) or "spacing" in names:
+        raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
+    if thresholds is not None and not (
+        isinstance(thresholds, list) and thresholds and all(is_number(t) and t > 0 for t in thresholds)
+    ):
+        raise UserError(f"{path}: sdr_thresholds must be a list of numbers above 0")
+    if settings.get("coordinates", "pixel") not in tuple(COORDINATES):
+        raise UserError(f'{path}: coordinates must be one of {", ".join(COORDINATES)}, not "{settings["coordinates"]}"')
+    patients = settings.get("patients", {})
+    if not isinstance(patients, dict) or not all(isinstance(value, str) for value in patients.values()):
+        raise UserError(f"{path}: patients must be an object of image id and patient id")
+    return settings
+
+
+def _patients(given: dict[str, str], images: set[str], description: Path) -> dict[str, str]:
+    """`patients` of dataset.json by image id; UserError for an image that is not there."""
+    found = {}
+    for entry, patient in given.items():
+        name = entry if entry in images else image_id(entry)
+        if name not in images:
+            hint = did_you_mean(name, sorted(images))
+            raise UserError(f'{description}, patients: image "{entry}" is not in images/{hint}')
+        found[name] = patient
+    return found
+
+
+def _common_dims(images: Sequence[Record], folder: Path) -> int:
+    if not images:
+        raise UserError(f"{folder} holds no image or volume; supported: {', '.join(IMAGE_SUFFIXES)}, DICOM series")
+    dims = [len(record.file_geometry().size) for record in images]
+    for record, axes in zip(images, dims, strict=True):
+        if axes != dims[0]:
+            raise UserError(f"{record.image} has {axes} axes, but {images[0].image} has {dims[0]}; keep images and "
+                            "volumes in data sets of their own")
+    return dims[0]
+
+
+def _spacing(geometry: Geometry, given: tuple[float, ...] | None, image: Path) -> tuple[float, ...] | None:
+    """The spacing given in words, or the file's own; a volume with an affine takes no other than its own."""
+    if given is not None and geometry.affine is not None and geometry.spacing_mm is not None:
+        told = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
+        raise UserError(f"{image} has a spacing of its own ({told} mm): remove spacing_mm from config, dataset.json "
+                        "and landmarks.csv, or correct the file's header")
+    return given or geometry.spacing_mm
+
+
+def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], settings: dict[str, Any],
+                 dims: int, description: Path) -> Labels:
+    table, folder = root / "landmarks.csv", root / "landmarks"
+    if table.exists() == folder.exists():
+        found = "both landmarks.csv and landmarks/" if table.exists() else "neither landmarks.csv nor landmarks/"
+        raise UserError(f"folder data set at {root} has {found}; give one of them, see datasets/README.md")
+    by_id = {record.id: record for record in images}
+    system = settings.get("coordinates", "pixel")
+    if system != "pixel" and (dims == 2 or folder.exists()):
+        why = "images are flat" if dims == 2 else "files in landmarks/ name their system themselves"
+        raise UserError(f'{description}: coordinates "{system}" is for a landmarks.csv of volumes, but the {why}; '
+                        "remove this key")
+    if table.exists():
+        rows = _rows_by_id(read_folder_csv(table, names, dims), set(by_id), table)
+        if system != "pixel":
+            rows = {key: replace(row, points=_to_pixels(row.points[:, ::-1] * COORDINATES[system], by_id[key], table))
+                    for key, row in rows.items()}
+        return Labels(rows, table, {})
+    if dims == 2:
+        raise UserError(f"{folder} holds landmarks of volumes, but the images are flat; give landmarks.csv instead")
+    files = _markup_files(folder, list(by_id))
+    rows = {key: FolderRow(key, _to_pixels(read_markups(path, names), by_id[key], path)) for key, path in files.items()}
+    return Labels(rows, folder, files)
+
+
+def _markup_files(folder: Path, images: Sequence[str]) -> dict[str, Path]:
+    """The landmark file of each image that has one; UserError for a file of no image (hidden files do not count)."""
+    for file in sorted(folder.rglob("*")):
+        suffix = next((end for end in MARKUP_SUFFIXES if file.name.endswith(end)), None)
+        name = file.relative_to(folder).as_posix().removesuffix(suffix or "")
+        if suffix and not file.name.startswith(".") and name not in images:
+            raise UserError(f'{file} belongs to no image: "{name}" is not in images/{did_you_mean(name, images)}')
+    return {name: path for name in images if (path := find_markup(folder, name)) is not None}
+
+
+def _to_pixels(world: np.ndarray, record: Record, path: Path) -> np.ndarray:
+    affine = record.file_geometry().affine
+    if affine is None:
+        raise UserError(f"{path} counts in mm of the patient, but {record.image} does not say where its voxels lie; "
+                        "give landmarks.csv in pixels, or save the volume as NIfTI")
+    return world_to_index(world, affine)
+
+
+def _rows_by_id(rows: Iterable[FolderRow], images: set[str], table: Path) -> dict[str, FolderRow]:
+    found: dict[str, FolderRow] = {}
+    for row in rows:
+        name = row.image if row.image in images else image_id(row.image)
+        if name not in images:
+            raise UserError(f'{table}: image "{row.image}" is not in images/{did_you_mean(name, sorted(images))}')
+        if name in found:
+            raise UserError(f'{table}: image "{row.image}" has two rows')
+        found[name] = row
+    return found
+
+
+def _common_unit(records: Sequence[Record]) -> str:
+    """mm where every record has a spacing, px where none has; UserError for a mixture."""
+    without = [record for record in records if record.spacing is None]
+    if without and len(without) < len(records):
+        raise UserError(f"image {without[0].image} has no spacing, but others have; give it for all images or for none")
+    return "px" if without else "mm"

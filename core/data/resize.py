@@ -1,0 +1,42 @@
+"""Antialiased resampling and normalisation of pixels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from core.config.dataset import Dataset as DatasetConfig
+
+
+def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
+    """Raw intensities (C, *size) -> [0, 1] by per-image min-max, percentiles or a fixed window; flat images give 0."""
+    if config.intensity == "window" and config.window is not None:  # the config sees to it
+        low, high = config.window
+    elif config.intensity == "percentile":
+        low, high = np.percentile(pixels, config.percentiles)
+    else:
+        low, high = pixels.min(), pixels.max()
+    return ((pixels - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...] | None = None) -> np.ndarray:
+    """Antialiased linear resampling of (C, *old) to (C, *size), one triangle filter per axis; half-pixel exact.
+
+    `ratio` is old pixels per new one on each axis, about the centre; without it the whole image fills `size`.
+    """
+    for axis, new in enumerate(size, start=1):
+        old = pixels.shape[axis]
+        step = old / new if ratio is None else ratio[axis - 1]
+        if (old, step) != (new, 1.0):
+            moved = np.moveaxis(pixels, axis, -1) @ _resize_weights(old, new, step).T
+            pixels = np.moveaxis(moved, -1, axis)
+    return np.ascontiguousarray(pixels, dtype=np.float32)
+
+
+@lru_cache(maxsize=64)
+def _resize_weights(old: int, new: int, ratio: float) -> np.ndarray:
+    """(new, old) rows of a triangle filter whose support widens when shrinking; each row sums to 1."""
+    centres = (np.arange(new) + 0.5 - new / 2) * ratio + old / 2 - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(old) - centres[:, None]) / max(ratio, 1.0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,65 @@
+"""Which labelled images a run is trained on, validated on and scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from core.config.dataset import Dataset as DatasetConfig
+from core.config.evaluation import Evaluation
+from core.config.finetune import Finetune
+from core.data.leaks import find_leaks, leaked_ids
+from core.data.records import DataSource, Record
+from core.errors import UserError
+
+
+def select_shots(records: Sequence[Record], shots: int, draw: int, selection: str) -> tuple[Record, ...]:
+    """The few labelled images: the first k (the paper) or draw number `draw` of a seeded shuffle.
+
+    Draws are nested: a larger k contains the smaller. UserError when there are fewer records than shots.
+    """
+    if shots > len(records):
+        raise UserError(f"finetune.shots {shots} is above the training split's {len(records)} labelled images")
+    if selection == "first":
+        return tuple(records[:shots])
+    order = np.random.default_rng([draw, len(records)]).permutation(len(records))
+    return tuple(records[i] for i in sorted(order[:shots]))
+
+
+def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int
+                    ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(training, validation) records of a run, as finetune.validation says.
+
+    UserError where the shots are too few to hold some out, or a split is empty.
+    """
+    validation = finetune.validation
+    least = validation + 1 if isinstance(validation, int) else 1
+    if shots < least or draw < 0:
+        raise UserError(f"--shots {shots} --draw {draw}: at least {least} shots are needed (finetune.validation is "
+                        f"{validation}), draws count from 0")
+    chosen = select_shots(source.require("train"), shots, draw, finetune.selection)
+    if validation == "official":
+        return chosen, source.require("validation")
+    if validation == "none":
+        return chosen, ()
+    order = np.random.default_rng([draw, 1]).permutation(len(chosen))
+    held_out = set(order[:validation].tolist())
+    return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
+            tuple(r for i, r in enumerate(chosen) if i in held_out))
+
+
+def scored_records(source: DataSource, evaluation: Evaluation, config: DatasetConfig) -> tuple[Record, ...]:
+    """The images of evaluation.split, where evaluation.leaked is "drop" without those that have a twin elsewhere.
+
+    UserError when none remains.
+    """
+    records = source.require(evaluation.split)
+    if evaluation.leaked == "keep":
+        return records
+    leaked = leaked_ids(find_leaks(source, config), evaluation.split)
+    kept = tuple(record for record in records if record.id not in leaked)
+    if not kept:
+        raise UserError(f'evaluation.leaked "drop" leaves none of the {len(records)} {evaluation.split} images of '
+                        f"{source.root}: each has a twin on the other side of the split")
+    return kept

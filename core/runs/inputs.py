@@ -1,0 +1,116 @@
+"""What a run was made from, in its folder: digests of its images and labels, and of the weights that it started from.
+
+A finished run stands for what is asked for now only where these are the same; where they are not, the difference is
+said in words. Places do not count: the same data elsewhere are the same inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.files import content_digest, write_json
+
+INPUTS = "inputs.json"  # of training: images by their use, and the start weights
+SCORED = "scored.json"  # of scoring: test images and the settings that decide a score
+SHOWN = 3  # images that a reason names
+
+ImageDigests = Mapping[str, Sequence[str | None]]  # image id -> [of its pixels, of its labels], see core.data.digests
+GroupedImages = Mapping[str, ImageDigests]  # by use: training, validation, pretraining, test
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """The file that a run started from; size and time spare reading it again."""
+
+    file: str
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+def start_weights(path: Path) -> StartWeights:
+    """What a run records of the weights file `path`."""
+    status = path.stat()
+    return StartWeights(str(path), content_digest(path), status.st_size, status.st_mtime_ns)
+
+
+def write_inputs(run_dir: Path, images: GroupedImages, start: Path | None = None) -> None:
+    """Leave inputs.json in `run_dir`."""
+    weights = None if start is None else asdict(start_weights(start))
+    write_json(run_dir / INPUTS, {"images": images, "start": weights})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A run's inputs.json or scored.json; None where there is none. UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder to make that run again") from None
+
+
+def input_changes(run_dir: Path, images: GroupedImages | None, start: Path | None = None,
+                  may_grow: bool = False) -> str | None:
+    """Why the run in `run_dir` is stale: how `images` or the weights in `start` differ from those it was made from.
+
+    None where nothing differs, or the folder records nothing. `images` None: they are known to be the same; with
+    `may_grow` images that were added since do not count. A start that is not there (yet) says nothing.
+    """
+    record = read_record(run_dir / INPUTS)
+    if record is None:
+        return None
+    changes = [] if images is None else image_changes(record["images"], images, may_grow)
+    weights = record["start"]
+    if weights is not None and start is not None and start.is_file() and start_changed(weights, start):
+        changes.append(f"the weights in {start} are others than those it started from")
+    return "; ".join(changes) or None
+
+
+def start_changed(record: Mapping[str, Any], path: Path) -> bool:
+    """Whether the file holds other weights than those recorded."""
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) == (record["size"], record["mtime_ns"]):
+        return False
+    return content_digest(path) != record["sha256"]
+
+
+def check_inputs(run_dir: Path, images: GroupedImages, start: Path | None = None, may_grow: bool = False) -> None:
+    """UserError where `run_dir` was made from other images, labels or weights than these: see `input_changes`."""
+    reason = input_changes(run_dir, images, start, may_grow)
+    if reason is not None:
+        raise UserError(f"{run_dir} was made from other inputs: {reason}; choose another experiment.name, or delete "
+                        "that folder to start over")
+
+
+def image_changes(before: GroupedImages, now: GroupedImages, may_grow: bool = False) -> list[str]:
+    """In words, use by use: images added (unless the set may grow) and gone, and those with other pixels or labels."""
+    changes = []
+    for use in dict.fromkeys((*before, *now)):
+        old, new = before.get(use, {}), now.get(use, {})
+        both = sorted(old.keys() & new.keys())
+        pixels = [name for name in both if None not in (old[name][0], new[name][0]) and old[name][0] != new[name][0]]
+        labels = [name for name in both if old[name][1] != new[name][1]]
+        added, gone = [] if may_grow else sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
+        for names, what in ((added, "added to"), (gone, "gone from"), (pixels, "with other pixels in"),
+                            (labels, "with other labels in")):
+            if names:
+                changes.append(f"{counted(names)} {what} {use}")
+    return changes
+
+
+def counted(names: Sequence[str]) -> str:
+    """"1 image (a)", "5 images (a, b, c, ...)"."""
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{len(names)} image{'s' if len(names) > 1 else ''} ({', '.join(names[:SHOWN])}{more})"
+
+
+def images_digest(images: GroupedImages) -> str:
+    """Of images and labels together: only scores on test images of one digest may be compared."""
+    return hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:16]

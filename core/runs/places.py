@@ -1,0 +1,95 @@
+"""Where the runs of a study lie on disk, and what their folders are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.config.config import Config
+from core.config.settings import all_settings
+from core.config.ssl import SSL
+from core.config.starts import MEAN_SHAPE, SSL_METHODS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run: which start, how many labels, which draw of them, which initialisation and order."""
+
+    backbone: str
+    shots: int
+    draw: int
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """shots010_draw0_seed0."""
+        return f"shots{self.shots:03d}_draw{self.draw}_seed{self.seed}"
+
+
+def variant(config: Config, backbone: str) -> str:
+    """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
+    if backbone == MEAN_SHAPE:
+        return "default"
+    own_ssl = backbone in SSL_METHODS and getattr(config.finetune.encoder_weights, backbone) is None
+    parts = [f"ssl-{config.ssl.preset}"] if own_ssl and config.ssl.preset != SSL().preset else []
+    for setting in all_settings().values():
+        if setting.slug is None or not setting.concerns(backbone):
+            continue
+        value = setting.of(config)
+        if value is None:
+            value = setting.null_slug  # of most null says that another one counts
+        if value is not None and value != setting.default:
+            text = Path(value).stem if setting.is_file else str(value)
+            parts.append(f"{setting.slug}-{text}")
+    return "_".join(parts).replace("/", "-") or "default"
+
+
+def cell_dir(config: Config, cell: Cell) -> Path:
+    """runs/<experiment>/landmarks/<backbone>/<variant>/shots010_draw0_seed0."""
+    return config.experiment_dir / "landmarks" / cell.backbone / variant(config, cell.backbone) / cell.folder
+
+
+def is_scored(config: Config, cell: Cell) -> bool:
+    """Whether the cell's metrics.json is there."""
+    return (cell_dir(config, cell) / "metrics.json").is_file()
+
+
+def ddpm_paths(config: Config) -> tuple[Path, ...]:
+    """runs/<experiment>/ddpm/ema_iter004000.safetensors and so on: every configured EMA checkpoint."""
+    folder = config.experiment_dir / "ddpm"
+    return tuple(folder / f"ema_iter{i:06d}.safetensors" for i in config.ddpm.checkpoint_iterations)
+
+
+def is_pretrained(config: Config) -> bool:
+    """Whether every configured EMA checkpoint is there."""
+    return all(path.is_file() for path in ddpm_paths(config))
+
+
+def ssl_dir(config: Config, method: str) -> Path:
+    """runs/<experiment>/ssl/<method>, or <method>_<preset> for a preset that is not the default."""
+    preset = config.ssl.preset
+    return config.experiment_dir / "ssl" / (method if preset == SSL().preset else f"{method}_{preset}")
+
+
+def encoder_path(config: Config, method: str) -> Path:
+    """runs/<experiment>/ssl/<method>/encoder_iter010000.safetensors."""
+    return ssl_dir(config, method) / f"encoder_iter{config.ssl.iterations:06d}.safetensors"
+
+
+def pretrained_path(config: Config) -> Path:
+    """The weights file that backbone ddpm starts from: finetune.checkpoint, or this study's EMA checkpoint."""
+    finetune = config.finetune
+    if finetune.checkpoint is not None:
+        return Path(finetune.checkpoint)
+    iteration = finetune.pretraining_iteration or max(config.ddpm.checkpoint_iterations)
+    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
+
+
+def start_path(config: Config, backbone: str) -> Path | None:
+    """The weights file that a run of `backbone` starts from; None for random ones and for torchvision's."""
+    if backbone == "ddpm":
+        return pretrained_path(config)
+    given = getattr(config.finetune.encoder_weights, backbone, None)
+    if given is not None:
+        return None if Path(given).is_dir() else Path(given)
+    return encoder_path(config, backbone) if backbone in SSL_METHODS else None

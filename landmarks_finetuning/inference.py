@@ -1,0 +1,167 @@
+"""A trained detector on images: batches or windows, decoded to points and confidences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.config.config import Config
+from core.config.load import load_config, parse_recorded_config
+from core.config.settings import all_settings
+from core.data.dataset import ImageSet
+from core.errors import UserError
+from core.formats.geometry import apply_maps, inverse
+from core.networks.weights import load_weights
+from core.training.device import autocast, resolve_device, resolve_precision
+from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+
+OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
+
+
+class Heatmaps(NamedTuple):
+    """Raw float32 outputs (B, N, *size), on the device, of images `chosen`; `maps` (B, D, D + 1) from stored pixels."""
+
+    chosen: list[int]
+    outputs: Tensor
+    maps: np.ndarray
+
+
+class TrainedDetector:
+    """A detector read from best.safetensors: everything it needs stands in the file's header.
+
+    `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+        weights = load_weights(path, tuple(DETECTORS))
+        if weights.header.get("kind") != "detector":
+            raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
+        self.header = weights.header
+        self.own_config = parse_recorded_config(weights.header["config"], str(path))
+        self.config = overridden(path.parent / "config.json", overrides) if overrides else self.own_config
+        self.landmark_names: list[str] = weights.header["landmark_names"]
+        shape = weights.header.get("shape")  # None in detectors older than this key
+        self.shape = None if shape is None else np.array(shape, dtype=np.float64)
+        self.device = resolve_device(self.config.experiment.device)
+        network = DETECTORS[weights.header.get("network", "unet")]
+        model = network.rebuild(weights, self.own_config.dataset.image_size)
+        model.load_state_dict(weights.tensors)
+        self.model = model.to(self.device).eval()
+
+    def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
+        """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
+        return run_batched(self.model, images, self.config, self.device, chosen)
+
+
+def overridden(path: Path, overrides: Sequence[str]) -> Config:
+    """A run's config.json under `overrides` that a trained detector can follow; UserError for any other."""
+    config = load_config(path, overrides)
+    scoring = (key for key, each in all_settings().items() if "scoring" in each.counts_for)
+    free = ("dataset.", "evaluation.", *OF_PREDICTION, *(key for key in scoring if key.startswith("finetune.")))
+    for override in overrides:
+        given = override.partition("=")[0]
+        fixed = [key for key in all_settings() if f"{key}.".startswith(f"{given}.") and not key.startswith(free)]
+        if fixed:
+            raise UserError(f"--set {override}: {fixed[0]} has no effect on a trained detector; the keys that have one "
+                            f"are {', '.join(free)}")
+    return config
+
+
+@torch.no_grad()
+def run_batched(model: nn.Module, images: ImageSet, config: Config, device: torch.device,
+                chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
+    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
+
+    Images of the network's size go through in batches of evaluation.batch_size. Larger ones go one by one, in windows
+    that overlap by evaluation.window_overlap; outputs are averaged, weighted by the distance from a window's border.
+    """
+    size, batch = images.network_size, config.evaluation.batch_size
+    indices = list(range(len(images.records))) if chosen is None else list(chosen)
+    precision = resolve_precision(config.experiment.precision, device)
+
+    def outputs_of(inputs: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return model(inputs.to(device)).float()
+
+    if images.fits:
+        for first in range(0, len(indices), batch):
+            some = indices[first : first + batch]
+            yield Heatmaps(some, outputs_of(images.images[some]), images.maps[some])
+        return
+    for index in indices:
+        part, maps = images.seen(index), images.maps[[index]]
+        maps[:, :, -1] -= [place.start for place in part]
+        image = images.images[(slice(index, index + 1), slice(None), *part)]
+        outputs = _over_windows(outputs_of, image, size, config.evaluation.window_overlap, batch)
+        yield Heatmaps([index], outputs, maps)
+
+
+def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,
+                  batch: int) -> Tensor:
+    """(1, C, *large) -> (1, N, *large): outputs of overlapping windows of `size`, averaged."""
+    starts = [window_starts(length, window, overlap) for length, window in zip(image.shape[2:], size, strict=True)]
+    places = [tuple(slice(first, first + window) for first, window in zip(corner, size, strict=True))
+              for corner in product(*starts)]
+    weight = window_weight(size)
+    total, weights = torch.zeros(()), torch.zeros(image.shape[2:])
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        outputs = outputs_of(torch.cat([image[(slice(None), slice(None), *place)] for place in some]))
+        if first == 0:
+            total = outputs.new_zeros((outputs.shape[1], *image.shape[2:]))
+        for place, output in zip(some, outputs, strict=True):
+            total[(slice(None), *place)] += output * weight.to(output.device)
+            weights[place] += weight
+    return (total / weights.to(total.device))[None]
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """First pixels of evenly spaced windows that cover `length` pixels and overlap by at least `overlap`."""
+    step = max(1, math.floor(window * (1 - overlap) + 1e-9))
+    count = 1 + math.ceil((length - window) / step)
+    return np.linspace(0, length - window, count).round().astype(int).tolist()
+
+
+def window_weight(size: tuple[int, ...]) -> Tensor:
+    """(*size) weights above 0, the product of a triangle along each axis."""
+    weight = torch.ones(())
+    for length in size:
+        rise = torch.minimum(torch.arange(length) + 1, length - torch.arange(length)).float()
+        weight = weight[..., None] * (rise / rise.max())
+    return weight
+
+
+def sigma_pixels(config: Config) -> float:
+    """finetune.sigma, stated for 256-pixel images, in pixels of this study's input (mean over its axes)."""
+    return config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
+
+
+def locate(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
+           shape: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
+
+    `maps` (B, D, D + 1) lead from stored to network pixels. With `shape` (N, D), the labelled shapes' mean, points are
+    decoded again under finetune.shape_prior; confidences are those of the network's own maps there.
+    """
+    finetune, sigma = config.finetune, sigma_pixels(config)
+    decoder, loss = decoder or finetune.decoder, finetune.loss
+    seen = log_maps(outputs, loss)
+    points = find_points(outputs, seen, decoder, loss, sigma)
+    sure = confidence(seen, points, loss, sigma)
+    raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
+    if shape is not None and finetune.shape_prior is not None and not raw:
+        fitted = np.stack([fit_shape(shape, *found) for found in zip(points.numpy(), sure.numpy(), strict=True)])
+        weighted = add_shape_prior(outputs, fitted, finetune.shape_prior * shape_size(shape))
+        points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
+        sure = confidence(seen, points, loss, sigma)
+    return apply_maps(points.numpy(), inverse(maps)), sure.numpy()

@@ -1,0 +1,150 @@
+"""Whether a study can run from end to end, before anything is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.config.config import Config
+from core.errors import UserError
+from core.files import stamp, write_json
+from core.runs.cells import cells, needs_pretraining, require_backbone, ssl_methods
+from core.runs.identity import check_cell, check_pretraining, check_ssl
+from core.runs.inputs import GroupedImages, ImageDigests
+from core.runs.places import is_scored
+from study.plan import print_plan
+from study.runs import Run, studies, study_runs
+
+if TYPE_CHECKING:
+    from core.data.records import DataSource, Record
+
+CHECKED = "data_checked"  # in the experiment's folder: a data_stamp and the runs that stand for it
+
+
+def check_shots(config: Config, source: DataSource) -> None:
+    """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
+    from core.data.shots import select_shots
+
+    for shots in config.finetune.shots:
+        select_shots(source.require("train"), shots, 0, "first")
+    source.require(config.evaluation.split)
+    if config.finetune.validation == "official":
+        source.require("validation")
+
+
+def check_done(config: Config, stages: tuple[str, ...]) -> None:
+    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
+    if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config):
+        check_pretraining(config)
+    for method in ssl_methods(config) if {"ssl", "finetune"} & set(stages) else ():
+        check_ssl(config, method)
+    for study in studies(config, stages):
+        for cell in cells(study):
+            check_cell(study, cell)
+
+
+def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
+    """Fail now, not after pre-training, when an encoder that cells start from cannot be had or does not fit.
+
+    The encoders of the backbones in `to_come` are made by this very study.
+    """
+    from landmarks_finetuning.detectors.encoder_unet import start_encoder_unet
+    from landmarks_finetuning.starts import START_WEIGHTS
+
+    for backbone in START_WEIGHTS:
+        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
+        if waiting and backbone not in to_come:
+            start_encoder_unet(config, backbone, channels=1, landmarks=1)
+
+
+def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
+    """The runs with what the data set gives each of them now: images it is made from, and those it is scored on."""
+    from core.data.digests import data_digests
+    from core.data.shots import labelled_subset, scored_records
+
+    if not runs:
+        return []
+    dataset = runs[0].config.dataset
+
+    def digests(records: Sequence[Record], scoring: bool = False) -> ImageDigests:
+        return data_digests(records, source.landmark_names, dataset, scoring)
+
+    if any(run.is_pretraining for run in runs):
+        pretraining = {"pretraining": digests(source.pretraining_records())}
+    extended = []
+    for run in runs:
+        if run.is_pretraining:
+            extended.append(replace(run, inputs=pretraining))
+            continue
+        cell, evaluation = run.arguments[0], run.config.evaluation
+        training, validation = labelled_subset(source, run.config.finetune, cell.shots, cell.draw)
+        inputs = {"training": digests(training)}
+        if run.stage == "finetune":
+            inputs["validation"] = digests(validation)
+        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        extended.append(replace(run, inputs=inputs, test=test))
+    return extended
+
+
+def check_pretraining_inputs(runs: Sequence[Run]) -> None:
+    """UserError where a pre-training saw other images than those there are now, some of which may now be test images.
+
+    It may have taken days: it is never done again unasked.
+    """
+    for run in runs:
+        reason = run.stale() if run.is_pretraining else None
+        if reason is not None:
+            raise UserError(f"{run.folder} was pre-trained on other images than those there are now: {reason}; "
+                            "--redo-pretraining sets it aside and pre-trains again, another experiment.name keeps both")
+
+
+def data_stamp(config: Config) -> str:
+    """Of all files of the data set and of how it is read: unchanged, it gives the same records."""
+    places = [config.dataset.root, *config.dataset.unlabelled_dirs, config.dataset.description]
+    stamps = [stamp(Path(place)) for place in places if place is not None]
+    return hashlib.sha256(json.dumps([stamps, config.dataset.model_dump(mode="json")]).encode()).hexdigest()
+
+
+def remembered(config: Config, digest: str) -> set[str]:
+    """The folders of the runs that stand for the data with this `data_stamp`, as a launch has checked."""
+    path = config.experiment_dir / CHECKED
+    memo = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    return set(memo["runs"]) if memo.get("stamp") == digest else set()
+
+
+def remember(config: Config, digest: str, runs: Sequence[Run]) -> None:
+    """Note that `runs` stand for the data with this `data_stamp`: the next launch need not read them."""
+    before = remembered(config, digest)
+    folders = before | {str(run.folder) for run in runs}
+    if folders != before:
+        write_json(config.experiment_dir / CHECKED, {"stamp": digest, "runs": sorted(folders)})
+
+
+def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
+    """Check that the study can run from end to end, print its plan and return its runs.
+
+    Where all of them are done and no file of the data has changed since, neither the data nor the modules that would
+    read them are touched.
+    """
+    source, runs = None, study_runs(config, stages)
+    unchecked = {str(run.folder) for run in runs} - remembered(config, data_stamp(config))
+    if unchecked or not all(run.done for run in runs):
+        from core.data.source import load_source
+
+        if "encoders" in stages:
+            require_backbone(config, "imagenet")
+        source = load_source(config.dataset)
+        if studies(config, stages):
+            check_shots(config, source)
+        runs = with_inputs(runs, source)
+    check_done(config, stages)
+    check_pretraining_inputs(runs)
+    if source is not None:
+        for study in studies(config, stages):
+            check_start_weights(study, ssl_methods(config) if "ssl" in stages else ())
+    print_plan(config, stages, source, runs)
+    return runs

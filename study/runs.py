@@ -1,0 +1,123 @@
+"""What a study comes down to: its runs in the order in which they are begun, and what is done of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from core.config.config import Config
+from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
+from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
+from core.runs.inputs import SCORED, GroupedImages, image_changes, input_changes, read_record
+from core.runs.places import Cell, cell_dir, ddpm_paths, encoder_path, ssl_dir, start_path
+from core.training.run_log import logged
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Something that is trained or scored in a folder of its own, by one process at a time.
+
+    `stage` is run with `config` and `arguments`; the run is done when its `results` are there. Runs of one `kind` take
+    the same time a step. `needs` is the folder of the run that it starts from, `start` the weights file in it or
+    elsewhere. `inputs` are the images that the data set gives it now, `test` those that it is scored on (None: known to
+    be as they were).
+    """
+
+    stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
+    config: Config
+    arguments: tuple[Any, ...]
+    kind: str
+    folder: Path
+    results: tuple[Path, ...]
+    steps: int
+    needs: Path | None = None
+    start: Path | None = None
+    inputs: GroupedImages | None = None
+    test: GroupedImages | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether its results are there, whole, and made from what it would be made from now."""
+        return self.ended and self.stale() is None and self.outdated() is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its results are there, whatever they were made from."""
+        return all(path.is_file() for path in self.results) and not self.unfinished_steps
+
+    @property
+    def unfinished_steps(self) -> int:
+        """Steps that a pre-training whose checkpoints are there has still to take: its iterations were raised."""
+        step = logged(self.folder / "metrics.jsonl")[1] if self.stage == "pretrain" else 0
+        return max(0, self.steps - step) if step else 0
+
+    @property
+    def is_pretraining(self) -> bool:
+        """Whether others start from it."""
+        return self.stage in ("pretrain", "ssl")
+
+    def stale(self) -> str | None:
+        """How what it was made from differs from what it would be made from now; None where it does not.
+
+        A pre-training that has ended stands although unlabelled images were added since.
+        """
+        may_grow = self.is_pretraining and self.ended
+        return input_changes(self.folder, self.inputs, self.start, may_grow)
+
+    def outdated(self) -> str | None:
+        """How the test images that it was scored on differ from those there are now; None where they do not."""
+        if self.test is None:
+            return None
+        record = read_record(self.folder / SCORED)
+        return None if record is None else "; ".join(image_changes(record["images"], self.test)) or None
+
+    @property
+    def failure_path(self) -> Path:
+        """failed.json: why, when and at which step the last try ended, where it failed."""
+        return self.folder / "failed.json"
+
+    def failure(self) -> str | None:
+        """The message of failed.json, where there is one."""
+        path = self.failure_path
+        return json.loads(path.read_text(encoding="utf8"))["message"] if path.is_file() else None
+
+
+def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
+    """The configs whose cells `stages` run: one for each of the settings compared, and of them for each encoder."""
+    chosen = ([config] if "finetune" in stages else []) + (encoder_studies(config) if "encoders" in stages else [])
+    return [each for study in chosen for each in settings_compared(study)]
+
+
+def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
+    """Every run of `stages`, once, in the order in which they are begun."""
+    runs = []
+    if "pretrain" in stages and needs_pretraining(config):
+        runs.append(Run("pretrain", config, (), "pretrain", config.experiment_dir / "ddpm", ddpm_paths(config),
+                        config.ddpm.iterations))
+    for method in ssl_methods(config) if "ssl" in stages else ():
+        runs.append(Run("ssl", config, (method,), f"ssl {method}", ssl_dir(config, method),
+                        (encoder_path(config, method),), config.ssl.iterations))
+    runs += [cell_run(study, cell) for study in studies(config, stages) for cell in cells(study)]
+    unique: dict[Path, Run] = {}
+    for run in runs:
+        unique.setdefault(run.folder, run)  # studies of encoders share the guesses
+    return list(unique.values())
+
+
+def cell_run(config: Config, cell: Cell) -> Run:
+    """The run of a fine-tuning cell, or of the mean shape, which takes no step."""
+    folder, finetune = cell_dir(config, cell), config.finetune
+    results = (folder / "metrics.json",)
+    if cell.backbone == MEAN_SHAPE:
+        return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0)
+    group = finetune.batch_size * finetune.accumulation
+    steps = finetune.optimiser_steps(-(-cell.shots // group))
+    needs = None
+    if cell.backbone == "ddpm" and needs_pretraining(config):
+        needs = config.experiment_dir / "ddpm"
+    elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config):
+        needs = ssl_dir(config, cell.backbone)
+    kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
+    return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone))

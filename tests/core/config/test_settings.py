@@ -1,0 +1,92 @@
+"""What a setting counts for and how it is named is said once, in its metadata: compared with lists written by hand."""
+
+import pytest
+
+from core.config.settings import all_settings, counting_for
+from core.config.ssl import SSL
+from core.config.starts import BACKBONES
+
+SSL_METHODS = ("mocov3", "simclrv2", "dino")
+# The lists that stood in core/runs/places.py and core/runs/identity.py before the metadata.
+VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
+                "timestep": "t", "pretraining_iteration": "iter", "checkpoint": "from", "encoder": "encoder",
+                "encoder_weights": "weights", "iterations": "steps", "epochs": "epochs",
+                "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
+                "batch_size": "batch", "scheduler": "schedule"}  # fmt: skip
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint"), "random": ("encoder",),
+            **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights"))}  # fmt: skip
+FILE_KEYS = ("checkpoint", "encoder_weights")
+BY_BACKBONE = ("learning_rate", "encoder_weights")
+PLACES = ("dataset.root", "dataset.cache_dir")
+PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every",
+                    "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
+                    "ddpm.checkpoint_iterations")  # fmt: skip
+SSL_FREE = (*PLACES, "ssl.workers", "ssl.log_every", "ssl.validate_every", "ssl.save_every")
+CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
+             "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
+             "finetune.transfer_from")  # fmt: skip
+SCORING = {"evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked"}
+OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior"}  # new in this list
+
+
+def below(sections, free=()):
+    """The keys in `sections` but for those that are `free`, sections or not."""
+    return {key for key in all_settings() if any(f"{key}.".startswith(f"{section}.") for section in sections)
+            and not any(f"{key}.".startswith(f"{section}.") for section in free)}  # fmt: skip
+
+
+def test_pretraining_and_ssl_watch_the_same_keys_as_before():
+    assert counting_for("pretraining", "ddpm") == below(("experiment.seed", "dataset", "unet", "ddpm"),
+                                                        PRETRAINING_FREE)
+    shared = [f"ssl.{key}" for key in SSL.model_fields if key not in SSL_METHODS]
+    for method in SSL_METHODS:
+        sections = ("experiment.seed", "dataset", "finetune.encoder", *shared, f"ssl.{method}")
+        assert counting_for("ssl", method) == below(sections, SSL_FREE)
+    assert len(counting_for("ssl", "dino")) == 49
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_cells_watch_the_same_keys_as_before(backbone):
+    foreign = {key for keys in OWN_KEYS.values() for key in keys} - set(OWN_KEYS.get(backbone, ()))
+    others = [f"finetune.{key}.{name}" for key in BY_BACKBONE for name in BACKBONES if name != backbone]
+    free = (*CELL_FREE, *others, *(f"finetune.{key}" for key in foreign))
+    network = {"ddpm": ("unet", "ddpm.checkpoint_iterations"), "scratch": ("unet",)}.get(backbone, ())
+    assert counting_for("training", backbone) == below(("experiment.seed", "dataset", *network, "finetune"), free)
+    assert counting_for("scoring", backbone) == SCORING | OF_A_DETECTOR
+
+
+def test_the_mean_shape_depends_on_data_and_labels():
+    assert counting_for("training", "mean_shape") == below(
+        ("dataset", "finetune.selection", "finetune.validation"), PLACES)
+    assert counting_for("scoring", "mean_shape") == SCORING
+
+
+def test_names_in_variants_as_before():
+    """In the order of the folders' names; of learning rates and weights each start has its own."""
+    slugs = [(key.split(".")[1], each.slug) for key, each in all_settings().items() if each.slug]
+    assert list(dict.fromkeys(slugs)) == list(VARIANT_KEYS.items())
+    for key, each in all_settings().items():
+        name = key.removeprefix("finetune.").split(".")[0]
+        assert each.is_file == (key.startswith("finetune.") and name in FILE_KEYS), key
+        if each.slug and name in BY_BACKBONE:
+            assert each.backbones == (key.split(".")[2],)
+        elif each.slug:
+            owners = {backbone for backbone, keys in OWN_KEYS.items() if name in keys}
+            assert set(each.backbones) - {"mean_shape"} == (owners or set(BACKBONES)), key
+    assert [key for key, each in all_settings().items() if each.before is not None] == ["evaluation.leaked"]
+
+
+def test_every_setting_has_a_role_and_a_meaning():
+    roles = {key: each.role for key, each in all_settings().items()}
+    assert len(roles) >= 192 and set(roles.values()) == {"identity", "scoring", "free"}
+    assert [roles[key] for key in ("ddpm.learning_rate", "finetune.encoder", "finetune.decoder", "evaluation.split",
+                                   "dataset.root", "slurm.mem_gb", "ddpm.augmentation.scale", "ddpm.save_every")] == [
+        "identity", "identity", "scoring", "scoring", "free", "free", "identity", "free"]
+    assert not [key for key, each in all_settings().items() if len(each.description.split()) < 2]
+
+
+def test_conditions_name_settings_that_exist():
+    """A condition's key is one of the file, and a value that leaves the setting idle is one that it can have."""
+    conditions = [(key, each) for key, setting in all_settings().items() for each in setting.acts]
+    assert len(conditions) > 20
+    assert not [(key, each.key) for key, each in conditions if each.key not in all_settings()]

@@ -1,0 +1,192 @@
+"""Files that survive crashes, weights that say what they are, and the refusal of everything else."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from core.config.load import parse_config
+from core.config.unet import UNet as UNetConfig
+from core.files import atomic_file, write_atomically, write_json
+from core.formats.pickles import read_pickle
+from core.networks.unet import UNet
+from core.networks.weights import load_weights, save_weights
+from core.training.state import load_state, save_state
+from tests.conftest import error_of
+
+TINY = UNetConfig(base_channels=4, channel_multipliers=(1, 2), attention_heads=1, attention_head_channels=4)
+
+
+class Malicious:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_atomic_file_keeps_the_old_file_when_the_block_raises(tmp_path):
+    path = tmp_path / "deep/state.bin"
+    write_atomically(path, b"old")
+
+    def fail():
+        with atomic_file(path) as file:
+            file.write(b"half of the ne")
+            file.flush()
+            assert path.read_bytes() == b"old"  # no reader ever sees a part
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["state.bin"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in path.parent.iterdir()] == ["state.bin"]
+
+
+def test_atomic_file_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("fsync"))
+    monkeypatch.setattr(Path, "replace", lambda self, target: order.append(target.name))
+    write_atomically(tmp_path / "a", b"x")
+    assert order == ["fsync", "a"]
+
+
+def test_write_json_refuses_what_is_not_json(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1, 2.5]})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2.5]}
+
+
+def test_save_state_rotates(tmp_path):
+    for step in (1, 2, 3):
+        save_state(tmp_path, {"step": step, "tensor": torch.full((3,), step)})
+        assert load_state(tmp_path, "last", "run")["step"] == step
+    assert load_state(tmp_path, "previous", "run")["tensor"].tolist() == [2, 2, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_failed_save_leaves_both_states(tmp_path, monkeypatch):
+    save_state(tmp_path, {"step": 1})
+    save_state(tmp_path, {"step": 2})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_state(tmp_path, {"step": lambda: 3})  # cannot be pickled: fails half-way
+    assert [load_state(tmp_path, which, "run")["step"] for which in ("last", "previous")] == [2, 1]
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_state(tmp_path, {"step": 3})
+    assert load_state(tmp_path, "last", "run")["step"] == 2
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.9, 0.99, 0.999])
+def test_truncated_last_offers_previous(tmp_path, keep):
+    save_state(tmp_path, {"step": 40, "tensor": torch.zeros(1000)})
+    save_state(tmp_path, {"step": 60, "tensor": torch.zeros(1000)})
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    line = error_of(load_state, tmp_path, "last", "python -m ddpm_pretraining.train --config c.json")
+    assert f"{tmp_path}/last.pt is " in line and "previous.pt (step 40) is whole" in line
+    assert line.endswith("python -m ddpm_pretraining.train --config c.json --resume previous")
+    assert load_state(tmp_path, "previous", "run")["step"] == 40
+
+
+def test_missing_states(tmp_path):
+    assert error_of(load_state, tmp_path, "last", "run") == f"checkpoint {tmp_path}/last.pt does not exist"
+    save_state(tmp_path, {"step": 7})
+    (tmp_path / "last.pt").rename(tmp_path / "previous.pt")
+    assert "last.pt does not exist; previous.pt (step 7) is whole" in error_of(load_state, tmp_path, "last", "run")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+def test_pickle_that_runs_code_is_refused(tmp_path, write):
+    path, trap = tmp_path / "evil.pt", tmp_path / "trap"
+    write({"model_state_dict": Malicious(trap), "step": 1}, path)
+    for call in (read_pickle, load_weights):
+        assert "evil.pt is damaged, or holds more than tensors and plain values" in error_of(call, path)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Malicious(trap)))
+    assert trap.exists()  # the trap does work
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of ours: path, network, header."""
+    torch.manual_seed(0)
+    model = UNet(TINY, 2, 3, (8, 8))
+    config = parse_config({"finetune": {"iterations": 1}, "unet": TINY.model_dump(mode="json"),
+                           "dataset": {"image_size": [8, 8]}}, "test").plain()
+    path = tmp_path / "deep/ema_iter000010.safetensors"
+    save_weights(path, model, config, {"kind": "ddpm", "iteration": 10, "dataset": "mine"})
+    return path, model, config
+
+
+def test_header_round_trip(weights):
+    path, model, config = weights
+    loaded = load_weights(path)
+    assert (loaded.unet, loaded.channels, loaded.out_channels) == (TINY, 2, 3)
+    assert {key: loaded.header[key] for key in ("kind", "iteration", "dataset")} == {
+        "kind": "ddpm", "iteration": 10, "dataset": "mine"}
+    assert loaded.header["config"] == config and loaded.header["code_version"]
+    x, t = torch.randn(1, 2, 8, 8), torch.tensor([5])
+    assert torch.equal(loaded.build((8, 8))(x, t), model(x, t))
+
+
+def test_weights_hold_parameters_only_and_channels_last_is_saved_plainly(weights, tmp_path):
+    path, model, config = weights
+    save_weights(tmp_path / "last.safetensors", model.to(memory_format=torch.channels_last), config, {})
+    with safe_open(tmp_path / "last.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {name for name, _ in model.named_parameters()}
+    again, first = load_weights(tmp_path / "last.safetensors").tensors, load_weights(path).tensors
+    assert all(torch.equal(again[name], first[name]) for name in names)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "does not exist"),
+    (b"", "truncated or not a weights file of this project"),
+    (b"PNG picture, not weights", "truncated or not a weights file of this project"),
+    (save({"a": torch.zeros(2)}), "is not a weights file of this project: its header does not say landmark-unet-1"),
+    (save({"a": torch.zeros(2)}, {"format": "pt"}), "is not a weights file of this project"),
+    (save({"a": torch.zeros(2)}, {"header": "{}"}), "is not a weights file of this project"),
+    (save({"a": torch.zeros(2)}, {"header": "[1]"}), "is not a weights file of this project"),
+    (save({"a": torch.zeros(2)}, {"header": "no JSON"}), "truncated or not a weights file of this project"),
+], ids=range(8))  # fmt: skip
+def test_foreign_safetensors(tmp_path, content, message):
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    line = error_of(load_weights, path)
+    assert str(path) in line and message in line
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.6, 0.999])
+def test_truncated_safetensors(weights, share):
+    whole = weights[0].read_bytes()
+    weights[0].write_bytes(whole[: int(share * len(whole))])
+    assert "is truncated or not a weights file of this project" in error_of(load_weights, weights[0])
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"step": 3, "model": {}}, "is not a published DDPM checkpoint: it holds ['model', 'step'], expected"),
+    ({"model_state_dict": {"conv.weight": torch.zeros(1)}}, "is not a published DDPM checkpoint"),
+    ({"model_state_dict": {"init_conv.weight": torch.zeros(8, 2, 1, 1)}}, "is not a published DDPM checkpoint"),
+    ({"model_state_dict": 5}, "is not a published DDPM checkpoint"),
+    ([1, 2], "it holds a list"), (torch.zeros(2), "it holds a Tensor"), ({1: 2, "a": 3}, "it holds ['1', 'a']"),
+])
+def test_pt_that_is_not_of_the_published_format(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    line = error_of(load_weights, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in line and message in line
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"\x80\x02.", b"PK\x03\x04 and no more", bytes(range(256))])
+def test_pt_that_is_no_pickle(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    assert str(tmp_path / "x.pt") in error_of(load_weights, tmp_path / "x.pt")

@@ -1,0 +1,282 @@
+"""The report against hand-computed numbers: tables, verdicts, the page and the geometry of overlays."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from core.errors import UserError
+from landmarks_finetuning.pictures.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_numbers, draw_overlay
+from landmarks_finetuning.report.build import build_report
+from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
+from landmarks_finetuning.report.findings import comparisons, verdict
+from landmarks_finetuning.statistics import bootstrap_interval
+
+NAMES = ("Sella", "Nasion")
+THRESHOLDS = (2.0, 2.5)
+
+
+def write_run(root: Path, backbone: str, shots: int, draw: int, errors: list[list[float]], **changes) -> Path:
+    """A scored run whose errors (images x landmarks) are given; NaN is a landmark without annotation."""
+    folder = root / "landmarks" / backbone / "default" / f"shots{shots:03d}_draw{draw}_seed0"
+    (folder / "overlays").mkdir(parents=True)
+    values = np.array(errors, dtype=float)
+    scored = values[~np.isnan(values)]
+    physical = {"mre": scored.mean(), "std": scored.std(), "median": np.median(scored),
+                "p95": np.percentile(scored, 95), "sdr": {f"{t:g}": 100 * (scored <= t).mean() for t in THRESHOLDS},
+                "count": len(scored), "per_landmark": {"mre": np.nanmean(values, axis=0).tolist()},
+                "interval": [scored.mean() - 0.5, scored.mean() + 0.5]}
+    metrics = {"dataset": "cephalo", "layout": "cephalo", "paper_rule": "cephalo", "phantom": False, "split": "test",
+               "backbone": backbone, "variant": "default", "shots": shots, "draw": draw, "seed": 0, "unit": "mm",
+               "training_images": ["t"] * shots, "validation_labels": 20, "images": len(values), "decoder": "argmax",
+               "landmark_names": NAMES, "seconds": 60.0, "physical": physical, "paper": physical, **changes}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "config.json").write_text(json.dumps({"experiment": {"name": root.name}, "environment": {"python": "3"}}))
+    rows = [{"image": f"{m:03d}", "patient": "", "landmark": name, "x": 1, "y": 2, "truth_x": 1, "truth_y": 2,
+             "error": values[m, n], "paper_error": values[m, n], "confidence": 0.5}
+            for m in range(len(values)) for n, name in enumerate(NAMES)]
+    pd.DataFrame(rows).to_csv(folder / "predictions.csv", index=False)
+    Image.new("RGB", (40, 30)).save(folder / "overlays" / "rank001_000.png")
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 10, "loss": 2.0}\n{"step": 20, "loss": 1.0, "validation_loss": 1.5, "validation_mre": 3.0}\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two draws of ddpm (means 2 and 3) and scratch (means 3 and 5) at 10 labels; one ddpm run at 1 label."""
+    root = tmp_path_factory.mktemp("runs") / "study"
+    write_run(root, "ddpm", 10, 0, [[1, 3], [2, 2]])
+    write_run(root, "ddpm", 10, 1, [[3, 3], [np.nan, 3]])
+    write_run(root, "scratch", 10, 0, [[2, 4], [3, 3]])
+    write_run(root, "scratch", 10, 1, [[5, 5], [np.nan, 5]])
+    write_run(root, "ddpm", 1, 0, [[9, 9], [9, 9]])
+    unfinished = root / "landmarks" / "ddpm" / "default" / "shots010_draw2_seed0"
+    unfinished.mkdir()
+    (unfinished / "metrics.jsonl").write_text('{"step": 340, "loss": 1.0}\n{"step": 36')
+    (root / "ddpm" / "samples").mkdir(parents=True)
+    (root / "ddpm" / "metrics.jsonl").write_text(
+        '{"step": 20, "loss": 0.5}\n{"step": 40, "loss": 0.2}\n'
+        '{"step": 40, "validation_loss": 0.3, "validation_loss_q1": 0.9}\n{"st')
+    Image.new("L", (64, 32)).save(root / "ddpm" / "samples" / "samples_iter000040.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(experiment: Path) -> Path:
+    """The built page of `experiment`."""
+    return build_report([experiment])
+
+
+def row_of(summary: pd.DataFrame, backbone: str, shots: int) -> pd.Series:
+    return select(summary, backbone, "default", shots).iloc[0]
+
+
+def test_aggregate_means_and_spread_over_draws(experiment):
+    row = row_of(aggregate(read_experiment(experiment).runs), "ddpm", 10)
+    assert row["mre"] == pytest.approx((2 + 3) / 2)
+    assert row["mre_spread"] == pytest.approx(np.sqrt(0.5))  # of 2 and 3, n - 1
+    assert row["sdr_2"] == pytest.approx((75 + 0) / 2)
+    assert (row["draws"], row["runs"], row["validation_labels"]) == (2, 2, 20)
+
+
+def test_one_draw_has_an_interval_over_patients_and_no_spread(tmp_path):
+    errors = [[1, 2], [3, 4], [2, 2], [5, 1], [2, np.nan]]
+    write_run(tmp_path / "s", "ddpm", 1, 0, errors)
+    row = aggregate(read_experiment(tmp_path / "s").runs).iloc[0]
+    low, high = bootstrap_interval(np.array(errors, dtype=float), range(5), seed=0)
+    assert (row["interval_low"], row["interval_high"]) == (low, high)
+    assert row["mre"] == pytest.approx(22 / 9) and low < 22 / 9 < high
+    assert row["macro_mre"] == pytest.approx((13 / 5 + 9 / 4) / 2)
+    assert np.isnan(row["mre_spread"])
+
+
+def test_seeds_are_averaged_within_their_draw(tmp_path):
+    first = write_run(tmp_path / "s", "ddpm", 5, 0, [[1, 1]])
+    write_run(tmp_path / "s", "ddpm", 5, 1, [[7, 7]])
+    other = write_run(tmp_path / "other", "ddpm", 5, 0, [[3, 3]], seed=1)
+    other.rename(first.with_name("shots005_draw0_seed1"))
+    row = row_of(aggregate(read_experiment(tmp_path / "s").runs), "ddpm", 5)
+    assert row["mre"] == pytest.approx(((1 + 3) / 2 + 7) / 2)
+    assert row["mre_spread"] == pytest.approx(5 / np.sqrt(2))
+
+
+def test_compare_pairs_draws_and_images(experiment):
+    runs = read_experiment(experiment).runs
+    result = compare(select(runs, "ddpm", "default", 10), select(runs, "scratch", "default", 10))
+    assert result["difference"] == pytest.approx((1 + 2) / 2)  # rival minus method, draw by draw
+    assert (result["draws"], result["draws_won"]) == (2, 2)
+    assert result["spread"] == pytest.approx(np.sqrt(0.5))
+    assert np.isnan([result["low"], result["high"]]).all()  # two patients say nothing
+    assert result["p"] == 2 / 4  # nor can their signs: ++ and -- of four patterns
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, "better"),
+    ({"p_holm": 0.06}, "open"),  # not after the correction
+    ({"p_holm": 0.06, "patients": 7}, "few"),  # nor could it be
+    ({"patients": 7}, "better"),  # not the family's smallest p-value, which Holm corrects less
+    ({"p_holm": 0.06, "patients_needed": np.inf}, "few"),
+    ({"low": np.nan, "high": np.nan}, "open"),  # no interval
+    ({"low": -0.1}, "open"),  # the interval over patients has 0
+    ({"draws_won": 2}, "open"),  # a draw disagrees
+    ({"spread": 1.5}, "open"),  # the draws differ by more than the gain
+    ({"difference": -1.0, "low": -1.2, "high": -0.8, "draws_won": 0}, "worse"),
+    ({"draws": 1, "draws_won": 1, "spread": np.nan}, "better"),
+])
+def test_verdict(changes, expected):
+    assert verdict({"difference": 1.0, "low": 0.8, "high": 1.2, "patients": 8, "draws": 3, "draws_won": 3,
+                    "patients_needed": 8, "p_holm": 0.04, "spread": 0.5} | changes) == expected
+
+
+def test_a_loss_of_pretraining_is_said(tmp_path):
+    root = tmp_path / "study"
+    write_run(root, "ddpm", 5, 0, [[4, 4], [4.2, 4], [4.2, 4], [4, 4], [4.1, 4], [4.04, 4.04]])
+    write_run(root, "scratch", 5, 0, [[2, 2]] * 6)
+    found = comparisons(read_experiment(root).runs, aggregate(read_experiment(root).runs))
+    assert found["verdict"].tolist() == ["worse"]
+    html = build_report([root]).read_text(encoding="utf8")
+    assert "is clearly worse for this draw of the labels at 5 labels" in html
+    assert "2.05 mm (102%) worse for this draw of the labels." in html and "clear loss for this draw" in html
+    assert "one draw of the labels" in html
+
+
+def test_few_patients_name_no_winner(tmp_path):
+    write_run(tmp_path / "study", "ddpm", 5, 0, [[2, 2]] * 4)
+    write_run(tmp_path / "study", "scratch", 5, 0, [[4, 4]] * 4)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    assert "4 test images are too few to tell (needed here: 6)." in html and "clearly" not in html
+    assert "has too few test images to tell at 5 labels" in html
+    assert "test patients for one comparison, needed here: 6)" in html
+
+
+def test_tables_hold_the_numbers(experiment, page):
+    assert page == experiment / "report" / "index.html"
+    tables = page.parent / "tables"
+    summary = pd.read_csv(tables / "summary.csv")
+    assert row_of(summary, "scratch", 10)["mre"] == pytest.approx(4.0)
+    landmarks = pd.read_csv(tables / "per_landmark.csv").set_index("landmark")
+    assert list(landmarks.index) == list(NAMES)
+    assert landmarks.loc["Sella", "ddpm"] == pytest.approx((1 + 2 + 3) / 3)  # the NaN is not scored
+    assert landmarks.loc["Nasion", "scratch"] == pytest.approx((4 + 3 + 5 + 5) / 4)
+    assert len(pd.read_csv(tables / "runs.csv")) == 5
+    assert len(list((page.parent / "figures").glob("*.png"))) == 6
+
+
+def test_the_page_is_self_contained(page):
+    html = page.read_text(encoding="utf8")
+    attributes = r"""\s(?:src|srcset|href|xlink:href|data|action)=["']?([^"'\s>]+)"""
+    loads = re.findall(attributes + r"""|url\(["']?([^)"']+)|@import\s+(\S+)""", html)
+    addresses = [next(filter(None, found)) for found in loads]
+    assert addresses
+    assert not [a for a in addresses if not a.startswith(("#", "data:"))]
+    assert "data:image/jpeg;base64," in html
+    assert len(re.findall(r"<svg", html)) == 6
+    assert "mean radial error (mm)" in html  # figures keep their text as text
+
+
+def test_unfinished_runs_are_listed(page):
+    assert "Unfinished runs (1)" in page.read_text(encoding="utf8")
+    assert pd.read_csv(page.parent / "tables" / "unfinished.csv")["last_step"].tolist() == [340]
+
+
+def test_an_experiment_with_nothing_scored_still_has_a_page(tmp_path):
+    (tmp_path / "landmarks" / "ddpm" / "default" / "shots001_draw0_seed0").mkdir(parents=True)
+    assert "No detector of this experiment is scored yet" in build_report([tmp_path]).read_text(encoding="utf8")
+
+
+def test_several_experiments_share_a_page_and_names_are_escaped(tmp_path):
+    write_run(tmp_path / "first", "ddpm", 10, 0, [[1, 1]], dataset="<script>alert(1)</script>")
+    write_run(tmp_path / "second", "ddpm", 10, 0, [[1, 1]], dataset="chest", paper_rule="chest", unit="px")
+    html = build_report([tmp_path / "first", tmp_path / "second"]).read_text(encoding="utf8")
+    assert "chest · second" in html
+    assert "alert(1)" in html
+    assert "<script>alert" not in html
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_folder_without_runs_is_a_user_error(tmp_path, make):
+    folder = tmp_path / "empty"
+    if make:
+        folder.mkdir()
+    with pytest.raises(UserError, match="empty.*(holds no runs|does not exist)"):
+        build_report([folder])
+
+
+def test_missing_predictions_are_a_user_error(tmp_path):
+    (write_run(tmp_path, "ddpm", 10, 0, [[1, 1]]) / "predictions.csv").unlink()
+    with pytest.raises(UserError, match=r"predictions\.csv is missing"):
+        build_report([tmp_path])
+
+
+def mark_centre(picture: Image.Image, height: int, colour: tuple[int, int, int]) -> np.ndarray:
+    """(y, x) centre of mass, within the image's area, of what is more like `colour` than grey."""
+    pixels = np.asarray(picture, dtype=float)[TITLE_HEIGHT : TITLE_HEIGHT + height]
+    weight = (pixels[..., 0] - pixels[..., 2]) * (1 if colour[0] > colour[2] else -1)
+    weight = np.clip(weight, 0, None)
+    y, x = np.mgrid[: weight.shape[0], : weight.shape[1]]
+    return np.array([(weight * y).sum(), (weight * x).sum()]) / weight.sum()
+
+
+@pytest.mark.parametrize(("size", "width"), [((40, 60), 240), ((400, 600), 150), ((90, 70), 350), ((200, 300), 450)])
+@pytest.mark.parametrize("colour", [PREDICTION, TRUTH])
+def test_marks_land_on_the_centre_of_their_pixel(size, width, colour):
+    """The left and top edges of pixel i are i * scale; its centre is half a pixel further, less half a new pixel."""
+    point = np.array([[size[0] // 2 + 3.0, size[1] // 3]])
+    nowhere = np.full((1, 2), np.nan)
+    marks = (point, nowhere) if colour is PREDICTION else (nowhere, point)
+    picture = draw_overlay(np.zeros((1, *size)), *marks, ["A"], None, "t", width)
+    scale = width / size[1]
+    height = round(size[0] * scale)
+    expected = [(point[0, 0] + 0.5) * scale - 0.5, (point[0, 1] + 0.5) * scale - 0.5]
+    assert mark_centre(picture, height, colour) == pytest.approx(expected, abs=0.12)  # without the half: 0.25 and more
+
+
+@pytest.mark.parametrize(("size", "width"), [((24, 32), 256), ((480, 640), 160)])
+def test_the_picture_and_the_marks_agree(size, width):
+    """A bright square of the image and a mark at its centre have the same centre in the picture."""
+    image = np.zeros((1, *size))
+    rows, columns = slice(size[0] // 2, size[0] // 2 + 5), slice(size[1] // 4, size[1] // 4 + 5)
+    image[0, rows, columns] = 7.0
+    centre = np.array([[rows.start + 2.0, columns.start + 2.0]])
+    height = round(size[0] * width / size[1])
+    bare = draw_overlay(image, np.full((1, 2), np.nan), None, ["A"], None, "t", width)
+    bright = np.asarray(bare, dtype=float)[TITLE_HEIGHT : TITLE_HEIGHT + height, :, 0]
+    y, x = np.mgrid[:height, :width]
+    seen = np.array([(bright * y).sum(), (bright * x).sum()]) / bright.sum()
+    marked = draw_overlay(np.zeros((1, *size)), centre, None, ["A"], None, "t", width)
+    assert mark_centre(marked, height, PREDICTION) == pytest.approx(seen, abs=0.1)
+
+
+def test_contours_follow_the_half_pixel_rule():
+    """A 16 x 16 heatmap of a 320-pixel picture: the disk at (5, 9) is centred at (5.5 * 20 - 0.5, 9.5 * 20 - 0.5)."""
+    y, x = np.mgrid[:16, :16]
+    heatmap = np.exp(-((y - 5) ** 2 + (x - 9) ** 2) / (2 * 1.5**2))
+    picture = draw_overlay(np.zeros((1, 64, 64)), np.full((1, 2), np.nan), None, ["A"], heatmap[None], "t", 320)
+    assert mark_centre(picture, 320, PREDICTION) == pytest.approx([109.5, 189.5], abs=0.35)
+
+
+def test_overlay_shows_any_range_and_missing_marks():
+    points = np.array([[1.0, 2.0], [np.nan, np.nan]])
+    picture = draw_overlay(np.linspace(-1000, 3000, 3 * 20 * 30).reshape(3, 20, 30), points, points[::-1], NAMES, None,
+                           "a very long title " * 20, 300)
+    assert picture.width == 300
+
+
+@pytest.mark.parametrize("second", [(60.0, 60.0), (60.0, 72.0)])
+def test_numbers_of_neighbours_do_not_cover_each_other(second):
+    """The ink of two numbers is the sum of each one's alone: none lies on another's."""
+    nowhere = (np.nan, np.nan)
+
+    def ink(*points: tuple[float, float]) -> int:
+        picture = Image.new("RGB", (120, 120))
+        draw_numbers(picture, np.array(points), np.full((len(points), 2), np.nan))
+        return int((np.asarray(picture) > 0).sum())
+
+    assert ink((60.0, 60.0), second) == ink((60.0, 60.0)) + ink(nowhere, second)

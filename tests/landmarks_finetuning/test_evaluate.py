@@ -1,0 +1,101 @@
+"""Scoring of a whole run: the mean shape on images of unlike size, the paper's scorer, pictures, patients."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.config.load import parse_config
+from core.config.starts import MEAN_SHAPE
+from core.runs.places import Cell
+from landmarks_finetuning.evaluate import evaluate_mean_shape
+from landmarks_finetuning.pictures.cases import pictured_image
+from landmarks_finetuning.report.build import build_report
+from landmarks_finetuning.report.collect import error_matrix, read_experiment
+from landmarks_finetuning.report.pictures import Pictures, worst_cases
+from tests.conftest import TINY, merged
+
+SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51), "e": (33, 29), "f": (47, 40)}  # height, width
+CELL = Cell(MEAN_SHAPE, 2, 0, 0)
+
+
+@pytest.fixture
+def mean_shape(tmp_path):
+    """mean_shape(points, section={...}) -> (folder, metrics.json) of the guess: trained on a and b, tested on the rest.
+
+    `points` gives the landmarks (y, x) of an image's size, `patients` the patients of images, `names` other ids of
+    images; pixels are of 0.5 mm.
+    """
+    def score(points, patients=None, names=None, **changes):
+        root = tmp_path / "data"
+        (root / "images").mkdir(parents=True)
+        rows, called = [], {name: (names or {}).get(name, name) for name in SIZES}
+        for key, size in SIZES.items():
+            name = called[key]
+            (root / f"images/{name}").parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)).save(
+                root / f"images/{name}.png")
+            rows.append(",".join([name, *(f"{value:.6f}" for point in points(size) for value in point[::-1])]))
+        landmarks = [f"p{number}" for number in range(len(points((9, 9))))]
+        columns = ",".join(f"{name}_x,{name}_y" for name in landmarks)
+        (root / "landmarks.csv").write_text("\n".join([f"image,{columns}", *rows, ""]))
+        (root / "dataset.json").write_text(json.dumps({
+            "landmarks": landmarks, "spacing_mm": 0.5,
+            "patients": patients or {},
+            "splits": {"train": ["a", "b"], "validation": [], "test": [called[key] for key in "cdef"]}}))
+        dataset = {"name": "sizes", "layout": "folder", "root": str(root), "cache_dir": str(tmp_path / "cache"),
+                   "image_size": [16, 16], "spacing_mm": None}
+        values = merged(merged(TINY, {"dataset": dataset, "experiment": {"output_dir": str(tmp_path / "runs")},
+                                      "finetune": {"validation": "none"}}), changes)
+        run_dir = evaluate_mean_shape(parse_config(values, "test"), CELL)
+        return run_dir, json.loads((run_dir / "metrics.json").read_text())
+
+    return score
+
+
+def middle(size):
+    return (np.array(size) - 1) / 2
+
+
+@pytest.mark.parametrize("resample_mm", [0.5, 1.3, None])
+def test_the_guess_of_every_images_centre_is_exact(mean_shape, resample_mm):
+    _, metrics = mean_shape(lambda size: [middle(size)], dataset={"resample_mm": resample_mm})
+    assert metrics["physical"]["mre"] == pytest.approx(0, abs=1e-3)  # 39 mm when the canvas counted twice
+
+
+def test_the_guess_is_the_mean_in_mm_from_the_centres(mean_shape):
+    """Landmark 5 mm below the centre where the image is low, 2 mm where it is high: 3.5 mm is guessed for all."""
+    def points(size):
+        return [middle(size) + [10.0 if size[0] == 30 else 4.0, 0]]
+
+    _, metrics = mean_shape(points, dataset={"resample_mm": 0.8})
+    assert metrics["physical"]["mre"] == pytest.approx(1.5, abs=1e-3)
+
+
+def test_an_image_is_no_patient_of_the_same_name(mean_shape):
+    """Image c without a patient and patient "c": four clusters, the fewest that have an interval."""
+    run_dir, metrics = mean_shape(lambda size: [(3.0, 5.0)], {"d": "c"})
+    low, high = metrics["physical"]["interval"]
+    assert low < metrics["physical"]["mre"] < high
+    assert error_matrix(run_dir)[1].nunique() == 4
+
+
+def test_images_whose_names_look_alike_have_their_own_pictures(mean_shape):
+    """Every id is read back from its picture, and the report puts the picture's own error below it."""
+    deep = "/".join(["folder" * 5] * 10 + ["c"])  # longer than a file name may be
+    names = {"c": "a/b", "d": "a-b", "e": "a%2Fb", "f": deep}
+    run_dir, _ = mean_shape(lambda size: [(3.0, size[1] / 3)], names=names, evaluation={"overlays": 4})
+    paths = sorted((run_dir / "overlays").iterdir())
+    assert sorted(pictured_image(path) for path in paths) == sorted(names.values())
+    for file in ("metrics.json", "config.json"):  # the report shows no pictures of the guess
+        (run_dir / file).write_text((run_dir / file).read_text().replace('"mean_shape"', '"scratch"'))
+    moved = run_dir.parents[2] / "scratch/default" / run_dir.name
+    moved.parent.mkdir(parents=True)
+    run_dir.rename(moved)
+    experiment = read_experiment(moved.parents[3])
+    [group] = worst_cases(experiment, "s", experiment.runs, Pictures())
+    errors = error_matrix(moved)[0].mean(axis=1)
+    assert [image["image"] for image in group["images"]] == list(errors.sort_values(ascending=False).index)
+    assert [image["error"] for image in group["images"]] == sorted(errors, reverse=True)
+    assert build_report([experiment.path]).is_file()

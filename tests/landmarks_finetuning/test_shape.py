@@ -1,0 +1,115 @@
+"""The shape prior: exact similarities, robust to outliers, missing landmarks, and what it does to heatmaps."""
+
+import numpy as np
+import pytest
+import torch
+
+from core.config.load import parse_config
+from landmarks_finetuning.heatmaps import decode
+from landmarks_finetuning.inference import locate
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
+
+NAN = float("nan")
+dims = pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
+
+
+def rotation(dims, rng):
+    """A random rotation matrix, by QR."""
+    turn, _ = np.linalg.qr(rng.normal(size=(dims, dims)))
+    return turn if np.linalg.det(turn) > 0 else turn[:, [1, 0, *range(2, dims)]]
+
+
+def shape_of(dims, count=12):
+    return np.random.default_rng(3).normal(size=(count, dims)) * 10 + 40
+
+
+@dims
+def test_a_similarity_is_found_exactly_and_a_mirror_is_not(dims):
+    rng, shape = np.random.default_rng(0), shape_of(dims)
+    moved = 1.7 * shape @ rotation(dims, rng) + rng.normal(size=dims) * 30
+    np.testing.assert_allclose(fit_shape(shape, moved, np.ones(12)), moved, atol=1e-9)
+    mirrored = shape * np.array([-1, *[1] * (dims - 1)])
+    assert np.abs(fit_shape(shape, mirrored, np.ones(12)) - mirrored).max() > 3
+
+
+@dims
+@pytest.mark.parametrize("seed", range(5))
+def test_a_third_of_the_points_may_lie_anywhere(dims, seed):
+    rng, shape = np.random.default_rng(seed), shape_of(dims)
+    moved = 0.8 * shape @ rotation(dims, rng) + 5
+    found = moved + rng.normal(size=moved.shape) * 0.05
+    found[:4] = rng.uniform(moved.min(axis=0), moved.max(axis=0), (4, dims))
+    np.testing.assert_allclose(fit_shape(shape, found, np.ones(12)), moved, atol=0.5)
+
+
+@dims
+def test_confidence_decides_between_two_halves(dims):
+    shape = shape_of(dims)
+    found = shape + np.where(np.arange(12) < 6, 100.0, 0.0)[:, None]
+    confidence = np.where(np.arange(12) < 6, 0.01, 1.0)
+    np.testing.assert_allclose(fit_shape(shape, found, confidence), shape, atol=0.5)
+
+
+@dims
+def test_mean_shape_of_moved_copies_is_the_shape_also_with_gaps(dims):
+    rng, shape = np.random.default_rng(1), shape_of(dims)
+    shapes = np.stack([s * shape @ rotation(dims, rng) + rng.normal(size=dims) * 9 for s in (1.0, 0.6, 1.8)])
+    shapes[1, 2], shapes[2, 5], shapes[:, 7] = NAN, NAN, NAN
+    mean = mean_shape(shapes)
+    assert np.isnan(mean[7]).all() and np.isfinite(np.delete(mean, 7, axis=0)).all()
+    np.testing.assert_allclose(np.delete(mean, 7, axis=0), np.delete(shapes[0], 7, axis=0), atol=1e-9)
+
+
+@dims
+def test_too_few_landmarks_give_no_prior(dims):
+    shape = shape_of(dims, dims)
+    fitted = fit_shape(shape, shape + 3, np.ones(dims))
+    assert np.isnan(fitted).all()
+    outputs = torch.randn(1, dims, *(8,) * dims)
+    assert torch.equal(add_shape_prior(outputs, fitted[None], 2.0), outputs)
+
+
+@dims
+def test_prior_is_the_log_of_a_gaussian(dims):
+    size = (6, 9, 5)[:dims]
+    place = np.array([[[2.3, 4.0, 1.5][:dims]]])
+    total = add_shape_prior(torch.zeros(1, 1, *size), place, 1.5)[0, 0].numpy()
+    for pixel in np.ndindex(size):
+        assert total[pixel] == pytest.approx(-((np.array(pixel) - place[0, 0]) ** 2).sum() / (2 * 1.5**2), abs=1e-5)
+
+
+@dims
+def test_a_landmark_on_the_wrong_structure_comes_back(dims):
+    """Two equal peaks, the wrong one a little higher: the others' shape decides."""
+    shape, size = shape_of(dims, 8) * 0.4, (40,) * dims
+    shape = np.round(np.clip(shape, 2, 37))
+    outputs = torch.zeros(1, 8, *size)
+    for number, point in enumerate(shape.astype(int)):
+        outputs[(0, number, *point)] = 20.0
+    wrong = (int(39 - shape[0, 0]), *[1] * (dims - 1))
+    outputs[(0, 0, *wrong)] = 21.0
+    points, sure = decode(outputs, "argmax", "cross_entropy_pixels", 1.0)
+    assert points[0, 0].tolist() == list(wrong)
+    fitted = fit_shape(shape, points[0].numpy(), sure[0].numpy())
+    weighted = add_shape_prior(outputs, fitted[None], 0.2 * shape_size(shape))
+    assert decode(weighted, "argmax", "cross_entropy_pixels", 1.0)[0][0].tolist() == shape.tolist()
+
+
+def test_size_by_hand():
+    assert shape_size(np.array([[0.0, 0.0], [0.0, 6.0], [NAN, NAN], [8.0, 0.0], [8.0, 6.0]])) == pytest.approx(5.0)
+
+
+def test_locate_uses_the_prior_but_for_the_published_decoder():
+    config = parse_config({"dataset": {"image_size": [32, 32]}, "finetune": {"decoder": "argmax"}}, "test")
+    shape = np.array([[4.0, 4], [4, 26], [26, 4], [26, 26], [15, 8]])
+    outputs = torch.zeros(1, 5, 32, 32)
+    for number, (y, x) in enumerate(shape.astype(int)):
+        outputs[0, number, y - 1 : y + 2, x - 1 : x + 2] = 20.0
+    outputs[0, 0, 28:31, 15:18] = 21.0
+    same = np.eye(2, 3)[None]
+    assert locate(outputs, same, config)[0][0, 0].tolist() == [28, 15]
+    points, confidence = locate(outputs, same, config, shape=shape)
+    np.testing.assert_allclose(points[0], shape, atol=1)
+    assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
+    published = [locate(outputs, same, config, "contour_centroid", s)[0] for s in (None, shape)]
+    np.testing.assert_array_equal(*published)

@@ -1,0 +1,169 @@
+"""Intervals, the paired test and the correction against closed forms, full enumeration by hand and scipy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from benchmarks.coverage import coverage, false_positives, simulate, true_mean, true_rate
+from landmarks_finetuning import statistics
+from landmarks_finetuning.metrics import within
+from landmarks_finetuning.report.build import build_report
+from landmarks_finetuning.report.collect import aggregate, read_experiment
+from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p
+from tests.landmarks_finetuning.report.test_report import NAMES, write_run
+
+
+def test_the_simulation_has_the_truth_it_claims():
+    errors = simulate(2000, 20, seed=3)
+    assert errors.mean() == pytest.approx(true_mean(), rel=0.01)
+    assert 100 * (errors <= 4).mean() == pytest.approx(true_rate(4), abs=0.3)
+    logs = np.log(errors)
+    assert np.corrcoef(logs[..., 0].ravel(), logs[..., 1].ravel())[0, 1] > 0.25  # a patient's landmarks go together
+
+
+def test_intervals_hold_the_truth_in_95_percent_of_1000_data_sets_of_50_patients():
+    for name, held in coverage(50, 1000, seed=50).items():
+        assert 93 <= held <= 97, name
+
+
+@pytest.mark.parametrize("patients", [10, 50], ids=["all sign patterns", "drawn ones"])
+def test_the_paired_test_finds_nothing_in_95_percent_of_1000_null_data_sets(patients):
+    assert 3 <= false_positives(patients, 1000, seed=patients) <= 7
+
+
+@pytest.mark.parametrize(("differences", "expected"), [
+    ([1, 2, 3], 2 / 8),  # 6 and -6 of eight sums
+    ([3, -1, 0.5], 6 / 8),  # 4.5, 3.5, 2.5 and their negatives reach 2.5; 1.5 does not
+    ([0, 0, 0], 1),
+    ([0.1, 0.2, 0.3, -0.6], 1),
+    ([2], 1),
+])
+def test_p_by_full_enumeration_by_hand(differences, expected):
+    assert sign_flip_p(np.array(differences, dtype=float)[:, None]) == pytest.approx([expected])
+
+
+def test_p_equals_scipy_s():
+    rng = np.random.default_rng(0)
+    first, second = rng.gamma(2.0, size=(2, 10, 3)) + np.array([0.0, 0.4])[:, None, None]
+    ours = sign_flip_p(second - first)
+    theirs = stats.permutation_test((second, first), lambda a, b, axis: np.mean(a - b, axis=axis), vectorized=True,
+                                    permutation_type="samples", n_resamples=np.inf, axis=0).pvalue
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    assert 0.001 < ours.min() < ours.max() < 1
+
+
+def test_drawn_sign_patterns_agree_with_all_of_them(monkeypatch):
+    differences = np.random.default_rng(1).normal(0.4, 1.0, size=(15, 4))
+    drawn = sign_flip_p(differences)
+    monkeypatch.setattr(statistics, "EXACT_PATIENTS", 15)
+    exact = sign_flip_p(differences)
+    assert np.abs(drawn - exact).max() < 4 * 0.5 / np.sqrt(9999)
+    assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000]  # never 0
+
+
+def test_holm_by_hand():
+    # sorted 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1, never falling
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, 0.7]), [1.0, 1.0])
+    np.testing.assert_allclose(holm([0.02]), [0.02])
+
+
+def test_rate_interval_of_independent_landmarks_is_wilson_s():
+    hits = (np.arange(2000) < 1870).astype(float)
+    expected = stats.binomtest(1870, 2000).proportion_ci(0.95, method="wilson")
+    low, high = rate_interval(hits[:, None], np.ones((2000, 1)))
+    assert (low[0], high[0]) == pytest.approx((100 * expected.low, 100 * expected.high), abs=0.002)
+
+
+def test_rate_interval_counts_patients_and_not_landmarks():
+    hits = np.array([1.0, 1, 0, 1, 1, 0, 1, 1, 1, 1])[:, None]
+    np.testing.assert_allclose(rate_interval(8 * hits, np.full((10, 1), 8.0)), rate_interval(hits, np.ones((10, 1))))
+
+
+def test_rate_interval_of_a_perfect_score_and_of_one_patient():
+    low, high = rate_interval(np.full((41, 1), 6.0), np.full((41, 1), 6.0))
+    assert (low[0], high[0]) == pytest.approx((100 * 41 / (41 + stats.t.ppf(0.975, 40) ** 2), 100))
+    assert np.isnan(rate_interval(np.ones((1, 1)), np.ones((1, 1)))).all()
+
+
+def test_summary_rates_average_seeds_before_draws(tmp_path):
+    """Two seeds of one draw: an error of 1 and one of 9 are one half within 2, not their mean 5 outside."""
+    first = write_run(tmp_path / "s", "ddpm", 5, 0, [[1, 1], [1, 9], [1, 1], [9, 1]])
+    other = write_run(tmp_path / "other", "ddpm", 5, 0, [[9, 1], [1, 1], [1, 1], [1, 1]], seed=1)
+    other.rename(first.with_name("shots005_draw0_seed1"))
+    row = aggregate(read_experiment(tmp_path / "s").runs).iloc[0]
+    low, high = rate_interval(np.array([[1.5], [1.5], [2], [1.5]]), np.full((4, 1), 2.0))
+    assert row["sdr_2"] == pytest.approx(100 * 6.5 / 8)
+    assert (row["low_sdr_2"], row["high_sdr_2"]) == pytest.approx((low[0], high[0]))
+    assert (row["low_paper_sdr_2"], row["high_paper_sdr_2"]) == pytest.approx((low[0], high[0]))
+
+
+def test_within_and_patient_sums_by_hand():
+    hits = within(np.array([[1.0, 2.0, np.nan], [2.1, 0.3, 2.0]]), 2.0)
+    np.testing.assert_array_equal(hits, [[1, 1, np.nan], [0, 1, 1]])
+    sums, counts = patient_sums(np.vstack([hits, [[1, np.nan, np.nan]]]), ["b", "a", "b"])
+    assert (sums.tolist(), counts.tolist()) == ([2, 3], [3, 3])
+
+
+def test_all_comparisons_of_a_data_set_are_one_family(tmp_path):
+    """Three rivals and two numbers of labels; six patients that all agree give p = 2 / 64 each, Holm 5 and 4 times."""
+    root, patients = tmp_path / "study", np.array([[0.0], [0.1], [0.2], [0.3], [0.4], [0.5]])
+    for shots in (1, 5):
+        for backbone, error in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
+            write_run(root, backbone, shots, 0, (error * (1 + patients) + [0, 0.01]).tolist())
+    write_run(root, "dino", 5, 0, [[1 + p, 1 + (5 - k) / 10] for k, p in enumerate(patients[:, 0])])
+    html = build_report([root]).read_text(encoding="utf8")
+    table = pd.read_csv(root / "report" / "tables" / "comparisons.csv").set_index(["shots", "rival"])
+    assert len(table) == 5
+    clear = table.drop((5, "dino"))
+    assert clear["p"].tolist() == [2 / 64] * 4 and clear["p_holm"].tolist() == [5 * 2 / 64] * 4
+    assert set(clear["verdict"]) == {"few"}  # six patients cannot carry five comparisons
+    assert set(table["patients_needed"]) == {8} and "6 test images are too few to tell (needed here: 8)." in html
+    assert table.index[table["best_rival"]].tolist() == [(1, "scratch"), (5, "dino")]
+    assert "one family" in html and "All comparisons (5)" in html and "0.156" in html
+    assert NAMES[0] in html
+
+
+@pytest.mark.parametrize(("comparisons", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8), (6, 8), (7, 9), (499, 15)])
+def test_the_fewest_patients_win_when_all_agree_and_one_fewer_cannot(comparisons, needed):
+    """By the test and the correction themselves: the best of a family whose other members show nothing."""
+    assert patients_needed(comparisons) == needed
+    smallest = [holm([*sign_flip_p(np.ones((patients, 1))), *[1.0] * (comparisons - 1)])[0]
+                for patients in (needed - 1, needed)]
+    assert smallest[0] >= 0.05 > smallest[1]
+
+
+def test_no_number_of_patients_is_enough_for_500_comparisons():
+    assert patients_needed(500) == np.inf
+    assert 500 * sign_flip_p(np.ones((1000, 1)))[0] == pytest.approx(0.05)
+
+
+def write_agreeing_runs(root, patients, draws):
+    """All of `patients` have half the error of the rival's, at 5 labels and at 10; six comparisons with two rivals."""
+    errors = np.linspace(1, 2, patients)[:, None] + [0, 0.1]
+    for draw, shots in itertools.product(range(draws), (1, 5, 10)):
+        for backbone, factor in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
+            write_run(root, backbone, shots, draw, (factor * errors * (1 + draw / 100)).tolist())
+
+
+@pytest.mark.parametrize(("patients", "verdict"), [(7, "few"), (8, "better")])
+def test_the_number_of_patients_that_the_page_asks_for_is_enough(tmp_path, patients, verdict):
+    write_agreeing_runs(tmp_path / "study", patients, draws=2)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    table = pd.read_csv(tmp_path / "study/report/tables/comparisons.csv")
+    assert set(table["verdict"]) == {verdict} and len(table) == 6
+    assert "test patients for 6 comparisons, needed here: 8)" in html
+    assert ("clear gain" in html) == (verdict == "better") and "clear gain for this draw" not in html
+
+
+def test_with_one_draw_nothing_is_clear_but_for_this_draw(tmp_path):
+    write_agreeing_runs(tmp_path / "study", 8, draws=1)
+    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    assert "is clearly better for this draw of the labels at 1, 5 and 10 labels, measured" in html
+    assert html.count("clear gain") == html.count("clear gain for this draw") == 3 + 6
+    assert html.count("for this draw of the labels. 95 % interval") == 3
