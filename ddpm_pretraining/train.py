@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
 from core.data.augment import augment
-from core.data.dataset import ImageSet, load_images
+from core.data.dataset import ImageSet, PackedSet, load_images, load_unlabelled
 from core.data.digests import data_digests
 from core.data.source import load_source
 from core.errors import CommandParser, run_command
@@ -26,7 +27,7 @@ from core.runs.claims import claim
 from core.runs.identity import check_pretraining
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.record import write_run_config
-from core.training.batches import BatchPlan, gather, step_generator
+from core.training.batches import BatchPlan, ReadAhead, gather, on_device, step_generator
 from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Job, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
@@ -35,17 +36,29 @@ from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
 
 VALIDATION_SEED = 987654321
+SHOWN = 2  # images of the denoising strip
 
 
 class Denoising:
     """The pre-training task: predict the noise that was added (paper eq. 5)."""
 
-    def __init__(self, config: Config, run_dir: Path, training: ImageSet, validation: ImageSet | None) -> None:
+    def __init__(self, config: Config, run_dir: Path, training: ImageSet | PackedSet, validation: ImageSet | None
+                 ) -> None:
         self.config, self.run_dir = config, run_dir
         self.device = resolve_device(config.experiment.device)
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
+        shown = validation or (training if isinstance(training, ImageSet) else training.beginning(SHOWN))
+        self.shown = self._centres(shown)[:SHOWN].to(self.device)
         self.diffusion = Diffusion(config.ddpm, self.device)
+        self.loop: Training[UNet] | None = None
+
+    def follow(self, loop: Training[UNet]) -> None:
+        """Read images that stay on disk ahead of `loop`."""
+        self.loop = loop
+        if isinstance(self.training, PackedSet):
+            read = partial(self.training.read, pinned=self.device.type == "cuda")
+            self.ahead = ReadAhead(read, loop.own_batches)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Mean noise-prediction loss of one micro-batch."""
@@ -53,14 +66,27 @@ class Denoising:
 
     def part_loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator, part: slice) -> Tensor:
         """Mean loss of a part of a micro-batch, whose randomness is drawn for the whole of it."""
-        return self.loss_of(model, *(drawn[part] for drawn in self.draw(indices, generator)))
+        return self.loss_of(model, *(drawn[part] for drawn in self.draw(indices, generator, part)))
 
-    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Augmented images, noise and timesteps of a micro-batch."""
-        images, chosen = gather(self.training.images, indices, self.device)
+    def draw(self, indices: np.ndarray, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Augmented images, noise and timesteps of a micro-batch; only images of `part` are read from a disk."""
+        images, chosen = self._gather(indices, part)
         images, _ = augment(images, None, self.config.ddpm.augmentation, generator, self.training.crops(chosen))
         timesteps = self.diffusion.draw_timesteps(len(images), generator)
         return images, torch.randn(images.shape, generator=generator, device=self.device), timesteps
+
+    def _gather(self, indices: np.ndarray, part: slice) -> tuple[Tensor, Tensor]:
+        """Images and indices of a micro-batch on the device, images of a PackedSet outside `part` as zeros."""
+        if isinstance(self.training, ImageSet):
+            return gather(self.training.images, indices, self.device)
+        chosen, own = on_device(indices, self.device), indices[part]
+        raw = self.training.read(own) if self.loop is None else self.ahead.take(self.loop.step, own)
+        read = self.training.normalised(raw.to(self.device, non_blocking=True), chosen[part])
+        if len(own) == len(indices):
+            return read, chosen
+        images = read.new_zeros((len(indices), *read.shape[1:]))
+        images[part] = read
+        return images, chosen
 
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
         """Mean noise-prediction loss of drawn images, noise and timesteps."""
@@ -107,11 +133,10 @@ class Denoising:
     def _save_pictures(self, model: nn.Module, step: int) -> None:
         ddpm = self.config.ddpm
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
-        shape = (ddpm.sample_count, self.training.images.shape[1], *self.training.network_size)
+        shape = (ddpm.sample_count, *self.shown.shape[1:])
         images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
         save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
-        shown = self._centres(self.validation or self.training)[:2].to(self.device)
-        strip = denoising_strip(self.diffusion, model, shown, generator)
+        strip = denoising_strip(self.diffusion, model, self.shown, generator)
         save_picture(self.run_dir / "samples" / f"strip_iter{step:06d}.png", strip)
 
     def improved(self, model: nn.Module, step: int) -> None:
@@ -160,16 +185,16 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
         records = source.pretraining_records()
         inputs = {"pretraining": data_digests(records, source.landmark_names, config.dataset)}
         check_inputs(run_dir, inputs, may_grow=logged(run_dir / "metrics.jsonl")[1] >= config.ddpm.iterations)
-        images = load_images(records, config.dataset, "images" if ranks.leads else None)
+        images = load_unlabelled(records, config.dataset, "images" if ranks.leads else None)
         held = source.splits["validation"]
         validation = load_images(held, config.dataset) if held else None
     torch.manual_seed(config.experiment.seed)
-    channels = images.images.shape[1]
+    task = Denoising(config, run_dir, images, validation)
+    channels = task.shown.shape[1]
     model = UNet(config.unet, channels, channels, config.dataset.image_size)
     model.activation_checkpointing = config.experiment.activation_checkpointing
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
-    task = Denoising(config, run_dir, images, validation)
     training: Training[UNet]
     if ranks.count == 1 or not isinstance(ranks, Job):
         training = Training(model, task, plan, settings)
@@ -177,6 +202,7 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
         from core.training.parallel import TRAININGS  # imports for seconds
 
         training = TRAININGS[config.experiment.sharding](model, task, plan, settings, ranks)
+    task.follow(training)
     if ranks.leads:
         write_run_config(run_dir, config.plain(), {"stage": "ddpm", "images": len(images.records),
                                                    "precision": settings.precision, "device": str(settings.device),

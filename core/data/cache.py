@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from core.errors import UserError
 from core.files import content_digest, write_atomically
 from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
-from core.formats.images import read_image
+from core.formats.images import image_suffix, read_image
 
 CACHE_VERSION = "2"  # of decoding and resizing together
+WHOLE_NUMBERS = (".png", ".jpg", ".jpeg", ".bmp")  # formats without fractions
 
 
 def load_one(record: Record, config: DatasetConfig) -> Loaded:
@@ -29,6 +31,57 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
                             f"{list(config.image_size)}")
         return pack.images[record.id]
+    grid = _grid_of(record, config)
+    shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
+    digest = image_digest(record, config)
+    cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
+    if cached.is_file():
+        pixels = np.load(cached)
+    else:
+        pixels = resize(upright(read_image(record.image), grid.geometry), grid.size, grid.ratio)
+        buffer = io.BytesIO()
+        np.save(buffer, pixels)
+        write_atomically(cached, buffer.getvalue())
+    return Loaded(pixels, grid.geometry.size, grid.map, digest)
+
+
+def decode(record: Record, config: DatasetConfig) -> tuple[Loaded, np.dtype]:
+    """One image upright and resampled from the file itself, without its digest, and the depth of what was read."""
+    grid = _grid_of(record, config)
+    pixels = read_image(record.image)
+    depth = own_depth(pixels, record.image)
+    resampled = resize(upright(pixels, grid.geometry), grid.size, grid.ratio)
+    return Loaded(resampled, grid.geometry.size, grid.map, None), depth
+
+
+def decoded_size(record: Record, config: DatasetConfig) -> tuple[int, ...]:
+    """The size that `load_one` gives an image, from its header."""
+    return _grid_of(record, config).size
+
+
+def own_depth(pixels: np.ndarray, path: Path) -> np.dtype:
+    """What holds `pixels`, as read from `path`, without loss: uint8, uint16 or int16 for whole numbers, else float32.
+
+    The luminance of a colour image is no whole number, but no finer than its colours.
+    """
+    low, high = float(pixels.min()), float(pixels.max())
+    colours = image_suffix(path.name.lower()) in WHOLE_NUMBERS and high > 1
+    for kind in (np.uint8, np.uint16, np.int16):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.dtype(kind if colours or bool((pixels == np.rint(pixels)).all()) else np.float32)
+    return np.dtype(np.float32)
+
+
+class _Grid(NamedTuple):
+    """How an image is resampled: network pixels and stored pixels per network pixel along the upright axes."""
+
+    geometry: Geometry
+    size: tuple[int, ...]
+    ratio: tuple[float, ...]
+    map: np.ndarray  # (D, D + 1), stored -> network pixels
+
+
+def _grid_of(record: Record, config: DatasetConfig) -> _Grid:
     geometry = record.file_geometry()
     if len(geometry.size) != len(config.image_size):
         raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has "
@@ -36,17 +89,7 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     order, _ = upright_axes(geometry)
     turned = tuple(geometry.size[axis] for axis in order)
     size, ratio = _grid(turned, order, record, geometry, config)
-    shape = "_".join("x".join(f"{value:g}" for value in values) for values in (size, ratio))
-    digest = image_digest(record, config)
-    cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
-    if cached.is_file():
-        pixels = np.load(cached)
-    else:
-        pixels = resize(upright(read_image(record.image), geometry), size, ratio)
-        buffer = io.BytesIO()
-        np.save(buffer, pixels)
-        write_atomically(cached, buffer.getvalue())
-    return Loaded(pixels, geometry.size, compose(resampling_map(turned, size, ratio), upright_map(geometry)), digest)
+    return _Grid(geometry, size, ratio, compose(resampling_map(turned, size, ratio), upright_map(geometry)))
 
 
 def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geometry: Geometry,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,12 +16,12 @@ from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
 from core.data.records import Record
 from core.data.resize import normalise
+from core.data.store import DECODERS, Store, is_large, open_store
 from core.files import stamp
 from core.formats.geometry import apply_maps, inverse
 
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
 KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
-DECODERS = min(8, os.cpu_count() or 1)  # images decoded at a time: more would only hold more memory
 _kept: dict[tuple, ImageSet] = {}
 
 
@@ -137,3 +136,82 @@ def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: s
     return ImageSet(records, images, points, maps, torch.from_numpy(firsts),
                     torch.from_numpy(sizes), np.array([image.original_size for image in loaded]),
                     tuple(config.image_size))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSet:
+    """Unlabelled records whose images stay on disk; what an ImageSet says of its images, for as many as a disk holds.
+
+    canvas: its size in network pixels; firsts, sizes: as in ImageSet; ranges: (M, 2) float32, the raw intensities that
+    become 0 and 1.
+    """
+
+    records: tuple[Record, ...]
+    store: Store
+    canvas: tuple[int, ...]
+    firsts: Tensor
+    sizes: Tensor
+    ranges: Tensor
+    network_size: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, C, *canvas)."""
+        return len(self.records), int(self.store.shapes[0, 0]), *self.canvas
+
+    @property
+    def fits(self) -> bool:
+        """See ImageSet."""
+        return self.canvas == self.network_size
+
+    def crops(self, chosen: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+        """See ImageSet."""
+        return None if self.fits else (self.network_size, self.firsts[chosen], self.sizes[chosen])
+
+    def to(self, device: torch.device) -> PackedSet:
+        """The set with what is known of its images on `device`; the images stay on disk."""
+        return replace(self, firsts=self.firsts.to(device), sizes=self.sizes.to(device), ranges=self.ranges.to(device))
+
+    def read(self, indices: np.ndarray, pinned: bool = False) -> Tensor:
+        """Raw intensities (B, C, *canvas) in the store's depth, 0 where an image does not reach; for any thread."""
+        kind = torch.from_numpy(np.empty(0, self.store.depth)).dtype
+        batch = torch.zeros((len(indices), *self.shape[1:]), dtype=kind, pin_memory=pinned)
+        for place, index in zip(batch.numpy(), indices.tolist(), strict=True):
+            size = self.store.shapes[index, 1:]
+            first = (np.array(self.canvas) - size) // 2
+            self.store.read(index, place[(slice(None), *map(slice, first, first + size))])
+        return batch
+
+    def normalised(self, raw: Tensor, chosen: Tensor) -> Tensor:
+        """What `read` gave of the `chosen` images -> float32 in [0, 1], on the device of all three."""
+        shape = (-1, *(1,) * (raw.ndim - 1))
+        low, high = (limit.view(shape) for limit in self.ranges[chosen].unbind(1))
+        images = ((raw.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        if self.fits:
+            return images
+        for axis, (first, size) in enumerate(zip(self.firsts[chosen].T, self.sizes[chosen].T, strict=True), start=2):
+            steps = torch.arange(raw.shape[axis], device=raw.device) - first[:, None]
+            inside = (steps >= 0) & (steps < size[:, None])
+            images *= inside.view(-1, 1, *(raw.shape[axis] if a == axis else 1 for a in range(2, raw.ndim)))
+        return images
+
+    def beginning(self, count: int) -> ImageSet:
+        """Its first images in memory."""
+        indices = np.arange(min(count, len(self.records)))
+        images = self.normalised(self.read(indices).to(self.ranges.device), torch.from_numpy(indices))
+        maps = self.store.maps[indices]
+        maps[:, :, -1] += self.firsts[: len(indices)].cpu().numpy()
+        return ImageSet(self.records[: len(indices)], images, None, maps, self.firsts[: len(indices)],
+                        self.sizes[: len(indices)], self.store.original_sizes[indices], self.network_size)
+
+
+def load_unlabelled(records: Sequence[Record], config: DatasetConfig, progress: str | None = None
+                    ) -> ImageSet | PackedSet:
+    """`load_images` of a set that fits into memory (LARGE_BYTES), else a PackedSet. UserError as there."""
+    if not is_large(records, config):
+        return load_images(records, config, progress)
+    store = open_store(records, config, progress)
+    sizes = store.shapes[:, 1:]
+    canvas = np.maximum(sizes.max(axis=0), config.image_size)
+    return PackedSet(tuple(records), store, tuple(canvas.tolist()), torch.from_numpy((canvas - sizes) // 2),
+                     torch.from_numpy(sizes.copy()), torch.from_numpy(store.ranges), tuple(config.image_size))

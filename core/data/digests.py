@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def data_digests(records: Sequence[Record], names: Sequence[str], config: Datase
     Labels go by the landmarks' `names`, so their order does not matter; with `scoring` they include what an error is
     measured by: spacing, patient and annotators. A spacing also counts where it decides how images are resampled.
     """
-    pixels = _pixel_digests(records, config)
+    pixels = pixel_digests(records, config)
     spaced = scoring or config.resample_mm is not None
     return {record.id: [digest and digest[:LENGTH], _label_digest(record, names, spaced, scoring)]
             for record, digest in zip(records, pixels, strict=True)}
@@ -49,14 +50,12 @@ def _by_name(names: Sequence[str], points: np.ndarray) -> list[tuple[str, list[s
     return sorted((name, [repr(float(value)) for value in point]) for name, point in zip(names, points, strict=True))
 
 
-def _pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str | None]:
+def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str | None]:
     """Of each record's file; a file whose size and time are as in the memo is not read again."""
     path = Path(config.cache_dir) / MEMO
-    try:
-        memo = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):  # not there yet, or cut off: made anew
-        memo = {}
-    digests, changed = [], False
+    memo = _read_memo(path, stamp(path))
+    digests: list[str | None] = []
+    changed: dict[str, list[str | None]] = {}
     for record in records:
         if is_packed(record, config):
             digests.append(image_digest(record, config))
@@ -65,9 +64,17 @@ def _pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str
         status = hashlib.sha256(json.dumps(stamp(record.image)).encode()).hexdigest()[:LENGTH]
         entry = memo.get(place)
         if not isinstance(entry, list) or entry[0] != status:
-            entry, changed = [status, image_digest(record, config)], True
-            memo[place] = entry
+            entry = changed[place] = [status, image_digest(record, config)]
         digests.append(entry[1])
     if changed:
-        write_atomically(path, json.dumps(memo).encode())
+        write_atomically(path, json.dumps({**memo, **changed}).encode())
     return digests
+
+
+@lru_cache(maxsize=1)
+def _read_memo(path: Path, _status: tuple) -> dict[str, Any]:
+    """The memo as it was at that stamp, for a study asks for the digests of each of its runs; not to be written to."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):  # not there yet, or cut off: made anew
+        return {}

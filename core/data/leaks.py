@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -32,6 +33,7 @@ from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import load_one
 from core.data.records import DataSource, Record
 from core.data.resize import resize
+from core.data.store import is_large, open_store
 from core.files import stamp, write_atomically
 
 VERSION = 1  # of what is looked for; part of the name under which a finding is kept
@@ -39,6 +41,7 @@ GRID = {2: 32, 3: 16}  # cells along each axis, by number of axes
 BLUR, MARGIN = 1.0, 2  # cells: standard deviation; left out at the borders, where a shifted copy shows something else
 LARGEST_UNEXPLAINED = 0.009  # of the same picture
 CHUNK = 256  # images compared with all others at a time
+PART = 2048  # images held reduced at a time, of those that are not labelled
 OTHER_SIDES = {"test": ("train", "validation", "unlabelled"), "validation": ("train",)}
 KINDS = {"identical": "identical files", "near": "the same picture", "patient": "the same patient"}
 SHOWN = 5  # pairs in a plan
@@ -68,9 +71,12 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     path = Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
     if path.is_file():
         return tuple(Leak(**entry) for entry in json.loads(path.read_text(encoding="utf8")))
-    seen = {split: _see(records, config) for split, records in groups.items()}
-    found = [leak for split, others in OTHER_SIDES.items() for other in others
-             for leak in _twins(split, groups[split], *seen[split], other, groups[other], *seen[other])]
+    seen = {split: list(_see(records, config)) for split, records in source.splits.items()}
+    found = []
+    for split, others in OTHER_SIDES.items():
+        for other in others if groups[split] else ():
+            parts = seen[other] if other in seen else _see(groups[other], config)  # never all unlabelled ones at once
+            found += _twins(split, seen[split], other, parts)
     write_atomically(path, json.dumps([asdict(leak) for leak in found]).encode())
     return tuple(found)
 
@@ -134,32 +140,62 @@ def reduced(pixels: np.ndarray) -> np.ndarray:
     return gaussian_filter(rankdata(coarse).reshape(coarse.shape) / coarse.size, BLUR, mode="nearest")
 
 
-def _see(records: Sequence[Record], config: DatasetConfig) -> tuple[list[str | None], np.ndarray]:
-    """Digests of the files (None where a pack does not hold them) and reduced images (M, *grid)."""
+class _Seen(NamedTuple):
+    """Some images: digests of their files (None where a pack does not hold them), reduced images (M, *grid)."""
+
+    records: Sequence[Record]
+    digests: list[str | None]
+    images: np.ndarray
+
+
+def _see(records: Sequence[Record], config: DatasetConfig) -> Iterator[_Seen]:
+    """Digests and reduced images of `records`, PART at a time."""
     dims = len(config.image_size)
-    digests, images = [], np.zeros((len(records), *[GRID[dims]] * dims))
-    for index, record in enumerate(tqdm(records, "looking for leaks", leave=False, disable=None)):
-        loaded = load_one(record, config)
-        digests.append(loaded.digest)
-        images[index] = reduced(loaded.pixels)
-    return digests, images
+    store = open_store(records, config, "images") if is_large(records, config) else None
+    with tqdm(desc="looking for leaks", total=len(records), leave=False, disable=None) as bar:
+        for start in range(0, len(records), PART):
+            some = records[start : start + PART]
+            digests, images = [], np.zeros((len(some), *[GRID[dims]] * dims))
+            for index, record in enumerate(some):
+                if store is None:
+                    loaded = load_one(record, config)
+                    digest, pixels = loaded.digest, loaded.pixels
+                else:
+                    digest, pixels = store.digests[start + index], store.read(start + index)
+                digests.append(digest)
+                images[index] = reduced(pixels)
+                bar.update()
+            yield _Seen(some, digests, images)
 
 
-def _twins(split: str, records: Sequence[Record], digests: list[str | None], images: np.ndarray,
-           other: str, twins: Sequence[Record], twin_digests: list[str | None], twin_images: np.ndarray) -> list[Leak]:
-    """The pairs across two groups, each once, by the strongest of the reasons."""
-    if not records or not twins:
-        return []
+def _twins(split: str, ours: Sequence[_Seen], other: str, theirs: Iterable[_Seen]) -> list[Leak]:
+    """The pairs across two groups, each once, by the strongest of the reasons, in the order of `ours`."""
+    records = [record for part in ours for record in part.records]
+    images = np.concatenate([part.images for part in ours])
+    by_digest = _places([digest for part in ours for digest in part.digests])
+    by_patient = _places([record.patient for record in records])
+    pairs: list[tuple[int, int, str, str]] = []  # place here, place there, id there, kind
+    first = 0
+    for part in theirs:
+        kinds: dict[tuple[int, int], str] = {}
+        for n, record in enumerate(part.records):
+            kinds.update(((m, n), "patient") for m in by_patient.get(record.patient, ()))
+        near = np.argwhere(unexplained(images, part.images) <= LARGEST_UNEXPLAINED)
+        kinds.update(((m, n), "near") for m, n in near.tolist())
+        for n, digest in enumerate(part.digests):
+            kinds.update(((m, n), "identical") for m in by_digest.get(digest, ()))
+        pairs += [(m, first + n, part.records[n].id, kind) for (m, n), kind in kinds.items()]
+        first += len(part.records)
+    return [Leak(split, records[m].id, other, twin, kind) for m, _, twin, kind in sorted(pairs)]
 
-    def equal(ours: Sequence[str | None], theirs: Sequence[str | None]) -> np.ndarray:
-        return np.array([[mine is not None and mine == yours for yours in theirs] for mine in ours])
 
-    same = {"identical": equal(digests, twin_digests),
-            "near": unexplained(images, twin_images) <= LARGEST_UNEXPLAINED,
-            "patient": equal([record.patient for record in records], [record.patient for record in twins])}
-    first = np.select(list(same.values()), range(len(KINDS)), default=len(KINDS))
-    return [Leak(split, records[m].id, other, twins[n].id, tuple(KINDS)[first[m, n]])
-            for m, n in np.argwhere(first < len(KINDS)).tolist()]
+def _places(values: Sequence[str | None]) -> dict[str | None, list[int]]:
+    """Where each value stands, those that are None nowhere."""
+    places: dict[str | None, list[int]] = {}
+    for place, value in enumerate(values):
+        if value is not None:
+            places.setdefault(value, []).append(place)
+    return places
 
 
 def _key(groups: dict[str, tuple[Record, ...]], config: DatasetConfig) -> str:

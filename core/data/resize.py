@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +12,18 @@ from core.config.dataset import Dataset as DatasetConfig
 
 def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
     """Raw intensities (C, *size) -> [0, 1] by per-image min-max, percentiles or a fixed window; flat images give 0."""
-    if config.intensity == "window" and config.window is not None:  # the config sees to it
-        low, high = config.window
-    elif config.intensity == "percentile":
-        low, high = np.percentile(pixels, config.percentiles)
-    else:
-        low, high = pixels.min(), pixels.max()
+    low, high = intensity_range(pixels, config)
     return ((pixels - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
+
+
+def intensity_range(pixels: np.ndarray, config: DatasetConfig) -> tuple[Any, Any]:
+    """The raw intensities of an image that become 0 and 1."""
+    if config.intensity == "window" and config.window is not None:  # the config sees to it
+        return config.window
+    if config.intensity == "percentile":
+        low, high = np.percentile(pixels, config.percentiles)
+        return low, high
+    return pixels.min(), pixels.max()
 
 
 def resize(pixels: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...] | None = None) -> np.ndarray:

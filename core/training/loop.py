@@ -189,6 +189,10 @@ class Training(Generic[Network]):
         self.step += 1
         return sum(len(indices) for indices in groups)
 
+    def own_batches(self, step: int) -> list[np.ndarray]:
+        """The images that this process sees at a step, micro-batch by micro-batch."""
+        return self.plan.groups(step)
+
     def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
         """Add up the gradients of a step's micro-batches; returns their mean loss, on the device."""
         settings, task = self.settings, self.task

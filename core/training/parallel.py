@@ -89,6 +89,11 @@ class Replicated(Training[Network]):
         """Gradients are exchanged at a process' last backward pass of a step."""
         return nullcontext() if last else self.replicas.no_sync()
 
+    def own_batches(self, step: int) -> list[np.ndarray]:
+        """See Training."""
+        groups = self.plan.groups(step)
+        return [groups[micro][part] for micro, part in deal(groups, self.ranks.rank, self.ranks.count)]
+
     def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
         """See Training: this process' share, weighted by images; DDP divides by the number of processes."""
         settings, count = self.settings, self.ranks.count
