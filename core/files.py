@@ -9,7 +9,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +52,7 @@ def content_digest(*files: Path) -> str:
     return _digest_of(tuple(entry for file in files for entry in stamp(file)))
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for name, _, _ in files:

@@ -186,7 +186,8 @@ class PackedSet:
         """What `read` gave of the `chosen` images -> float32 in [0, 1], on the device of all three."""
         shape = (-1, *(1,) * (raw.ndim - 1))
         low, high = (limit.view(shape) for limit in self.ranges[chosen].unbind(1))
-        images = ((raw.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        images = raw.float()  # of float32 no copy: what was read is wanted by nobody else
+        images.sub_(low).div_((high - low).clamp(min=1e-12)).clamp_(0, 1)
         if self.fits:
             return images
         for axis, (first, size) in enumerate(zip(self.firsts[chosen].T, self.sizes[chosen].T, strict=True), start=2):

@@ -16,7 +16,7 @@ from core.data.pairing import check_inside as check_volume
 from core.data.records import SPLITS, DataSource, Record, check_unique, image_id, parse_spacing
 from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
-from core.formats.images import find_images, read_geometry
+from core.formats.images import find_images, is_picture, read_geometry
 from core.formats.points import read_cephalo, read_chest, read_hand
 
 CEPHALO_NAMES = (
@@ -87,8 +87,13 @@ def read_layout(
 
 
 def _with_geometry(source: DataSource, dims: int) -> DataSource:
-    """Every record with its file's geometry; UserError for an image of another number of axes than the config's."""
+    """Every record with its file's geometry; UserError for an image of another number of axes than the config's.
+
+    Unlabelled pictures are as flat as the config's images and have no spacing: their headers are read with the pixels.
+    """
     def complete(record: Record) -> Record:
+        if dims == 2 and record.landmarks is None and is_picture(record.image):
+            return record
         geometry = record.file_geometry()
         if len(geometry.size) != dims:
             raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has {dims} numbers; set "

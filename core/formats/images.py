@@ -70,6 +70,11 @@ def image_suffix(path: str | Path) -> str | None:
     return name[-len(max(found, key=len)) :] if found else None
 
 
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a PNG, JPEG, TIFF or BMP: two axes and no spacing, whatever its header says."""
+    return FORMATS.get((image_suffix(path) or "").lower()) is RASTER
+
+
 def find_images(folder: Path, recursive: bool = False) -> list[Path]:
     """All images in `folder`, sorted by path; hidden files and folders (also of macOS archives) are skipped.
 
