@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from core.background import snapshot, written
 from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
 from core.files import code_version, write_atomically
-from core.formats.background import snapshot, written
 from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
 
