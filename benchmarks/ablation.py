@@ -34,7 +34,7 @@ def score_decoders(run_dir: Path, split: str) -> dict[str, dict[str, float]]:
     points: dict[str, list[np.ndarray]] = {name: [] for name in decoders}
     for _, outputs, maps in detector.heatmaps(held):
         for name in decoders:
-            points[name].append(locate(outputs, maps, detector.config, name)[0])
+            points[name].append(locate(outputs, maps, detector.config.finetune, detector.sigma, name)[0])
     scores = {}
     for name, found in points.items():
         errors = physical_errors(np.concatenate(found), held.original_points(), held.spacings())

@@ -39,7 +39,7 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
     points, confidence, scorer_points = [], [], []
     flat = images.images.ndim == 4
     for _, outputs, maps in detector.heatmaps(images):
-        found, sure = locate(outputs, maps, detector.config, decoder, detector.shape)
+        found, sure = locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape)
         points.append(found)
         confidence.append(sure)
         if flat:

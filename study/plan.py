@@ -36,7 +36,7 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
 
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
-    if "pretrain" in stages and needs_pretraining(config):
+    if "pretrain" in stages and needs_pretraining(config.finetune):
         found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
               f"{', '.join(found) or 'none'}")

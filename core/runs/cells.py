@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
-from core.config.finetune import LossSettings
+from core.config.finetune import Finetune, LossSettings
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
 from core.runs.places import Cell, variant
@@ -15,10 +15,10 @@ from core.runs.places import Cell, variant
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
 
 
-def ssl_methods(config: Config) -> list[str]:
+def ssl_methods(finetune: Finetune) -> list[str]:
     """The self-supervised backbones that start from this study's own pre-training."""
-    return [method for method in SSL_METHODS if method in config.finetune.backbones
-            and getattr(config.finetune.encoder_weights, method) is None]
+    return [method for method in SSL_METHODS if method in finetune.backbones
+            and getattr(finetune.encoder_weights, method) is None]
 
 
 def encoder_studies(config: Config) -> list[Config]:
@@ -97,9 +97,8 @@ def single_setting(config: Config, backbone: str) -> Config:
     return with_finetune(next(iter(found.values())), backbones=config.finetune.backbones)
 
 
-def cells(config: Config) -> list[Cell]:
+def cells(finetune: Finetune) -> list[Cell]:
     """Every fine-tuning run of the study, the mean-shape guess first, in the order in which they are run."""
-    finetune = config.finetune
     draws = finetune.draws if finetune.selection == "random" else finetune.draws[:1]
     guesses = [Cell(MEAN_SHAPE, shots, draw, 0) for shots in finetune.shots for draw in draws]
     trained = [Cell(backbone, shots, draw, seed) for shots in finetune.shots for draw in draws
@@ -107,9 +106,9 @@ def cells(config: Config) -> list[Cell]:
     return guesses + trained
 
 
-def needs_pretraining(config: Config) -> bool:
+def needs_pretraining(finetune: Finetune) -> bool:
     """Whether the study's cells start from this study's own DDPM."""
-    return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
+    return "ddpm" in finetune.backbones and finetune.checkpoint is None
 
 
 def require_backbone(config: Config, backbone: str) -> None:

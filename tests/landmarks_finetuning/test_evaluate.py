@@ -8,12 +8,16 @@ from PIL import Image
 
 from core.config.load import parse_config
 from core.config.starts import MEAN_SHAPE
+from core.data.dataset import load_images
+from core.data.source import load_source
 from core.runs.places import Cell
-from landmarks_finetuning.evaluate import evaluate_mean_shape
+from landmarks_finetuning.evaluate import evaluate_mean_shape, score
 from landmarks_finetuning.pictures.cases import pictured_image
+from landmarks_finetuning.predictions import Predictions
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import error_matrix, read_experiment
 from landmarks_finetuning.report.pictures import Pictures, worst_cases
+from landmarks_finetuning.statistics import bootstrap_interval
 from tests.conftest import TINY, merged
 
 SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51), "e": (33, 29), "f": (47, 40)}  # height, width
@@ -99,3 +103,58 @@ def test_images_whose_names_look_alike_have_their_own_pictures(mean_shape):
     assert [image["image"] for image in group["images"]] == list(errors.sort_values(ascending=False).index)
     assert [image["error"] for image in group["images"]] == sorted(errors, reverse=True)
     assert build_report([experiment.path]).is_file()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["patients", "images alone"])
+def test_the_interval_is_over_patients(tmp_path, named):
+    """Six patients with two images each, whose errors (along x, in mm) are equal: six values and not twelve."""
+    errors = dict(zip([f"{patient}{visit}" for patient in "abcdef" for visit in (1, 2)],
+                      np.repeat([1.0, 1.5, 2.0, 3.0, 5.0, 8.0], 2).tolist(), strict=True))
+    (tmp_path / "images").mkdir()
+    for name in ("train", *errors):
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "landmarks.csv").write_text("".join(["image,p_x,p_y\n", *(f"{n},9,5\n" for n in ("train", *errors))]))
+    (tmp_path / "dataset.json").write_text(json.dumps({
+        "landmarks": ["p"], "spacing_mm": 1.0, "splits": {"train": ["train"], "validation": [], "test": list(errors)},
+        "patients": {name: name[0] for name in errors} if named else {}}))
+    config = parse_config({"experiment": {"seed": 5}, "evaluation": {"overlays": 0},
+                           "dataset": {"layout": "folder", "root": str(tmp_path), "image_size": [16, 16],
+                                       "cache_dir": str(tmp_path / "cache")}}, "test")
+    source = load_source(config.dataset)
+    test_images = load_images(source.require("test"), config.dataset)
+    points = test_images.original_points()
+    points[:, 0, 1] += [errors[record.id] for record in test_images.records]
+    predictions = Predictions(test_images, source.landmark_names, points, np.ones((12, 1)))
+    metrics = score(tmp_path / "run", config, source, predictions, {"backbone": "scratch", "decoder": "argmax"})
+    values = np.array(list(errors.values()))[::2 if named else 1, None]
+    expected = bootstrap_interval(values, range(len(values)), seed=5)
+    assert metrics["physical"]["interval"] == pytest.approx(expected, rel=1e-9)
+    assert metrics["physical"]["mre"] == pytest.approx(np.mean(list(errors.values())))
+
+
+# ---- the paper's scorer
+
+
+@pytest.mark.parametrize("dataset, reason", [
+    ({}, None),
+    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm resamples them"),
+    ({"image_size": [48, 40]}, "dataset.image_size is 48 x 40"),
+    ({"image_size": [32, 32]}, "its disk is a single pixel"),
+    ({"spacing_mm": 2.0}, "240 x 193.5 mm"),
+], ids=["defined", "resampled", "not square", "small", "of another size in mm"])
+def test_the_papers_scorer_is_left_out_with_a_reason(config_file, run_main, tmp_path, dataset, reason):
+    """In metrics.json, on the console and on the page; where it is defined it says what it said."""
+    path = config_file(dataset=dataset, finetune={"backbones": ["scratch"]}, unet={"channel_multipliers": [1, 2]})
+    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
+    assert status == 0, error
+    run_dir = next(tmp_path.glob("runs/tiny/landmarks/scratch/*/*"))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    page = (tmp_path / "runs/tiny/report/index.html").read_text()
+    status, out, _ = run_main("landmarks_finetuning.evaluate", run_dir)
+    said = "scorer is left out: "
+    if reason is None:
+        assert metrics["paper"]["mre"] > 0 and metrics["paper_left_out"] is None
+        assert said not in out and said not in page
+    else:
+        assert metrics["paper"] is None and reason in metrics["paper_left_out"]
+        assert said + metrics["paper_left_out"] in out and said + metrics["paper_left_out"] in page

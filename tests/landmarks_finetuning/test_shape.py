@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.config.load import parse_config
+from core.config.finetune import LossSettings
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.inference import locate
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
@@ -100,16 +100,38 @@ def test_size_by_hand():
 
 
 def test_locate_uses_the_prior_but_for_the_published_decoder():
-    config = parse_config({"dataset": {"image_size": [32, 32]}, "finetune": {"decoder": "argmax"}}, "test")
+    settings, sigma = LossSettings(decoder="argmax"), 2.5 * 32 / 256
     shape = np.array([[4.0, 4], [4, 26], [26, 4], [26, 26], [15, 8]])
     outputs = torch.zeros(1, 5, 32, 32)
     for number, (y, x) in enumerate(shape.astype(int)):
         outputs[0, number, y - 1 : y + 2, x - 1 : x + 2] = 20.0
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
-    assert locate(outputs, same, config)[0][0, 0].tolist() == [28, 15]
-    points, confidence = locate(outputs, same, config, shape=shape)
+    assert locate(outputs, same, settings, sigma)[0][0, 0].tolist() == [28, 15]
+    points, confidence = locate(outputs, same, settings, sigma, shape=shape)
     np.testing.assert_allclose(points[0], shape, atol=1)
     assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
-    published = [locate(outputs, same, config, "contour_centroid", s)[0] for s in (None, shape)]
+    published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize(("height", "stays"), [(0.9, False), (1.1, True)], ids=["lower", "higher"])
+def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays):
+    """A peak that is off by two and a half widths stays where it is only if its log is higher by more than 2.5^2 / 2.
+
+    The width is finetune.shape_prior times the root mean square distance of the landmarks from their centroid.
+    """
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    shape = np.round(32 + 20 * np.stack([np.sin(angles), np.cos(angles)], axis=1))
+    width = share * np.sqrt(np.square(shape - shape.mean(axis=0)).sum(axis=1).mean())
+    off = round(2.5 * width)
+    outputs = torch.zeros(1, 12, 64, 64)
+    for number, (y, x) in enumerate(shape.astype(int)):
+        outputs[0, number, y, x] = 40.0
+    y, x = shape[0].astype(int)
+    outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
+    settings = LossSettings(decoder="argmax", shape_prior=share)
+    points, _ = locate(outputs, np.eye(2, 3)[None], settings, 0.625, shape=shape)
+    assert points[0, 0].tolist() == [y, x - off if stays else x]
+    np.testing.assert_array_equal(points[0, 1:], shape[1:])

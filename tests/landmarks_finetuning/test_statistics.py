@@ -14,6 +14,7 @@ from landmarks_finetuning import statistics
 from landmarks_finetuning.metrics import within
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
+from landmarks_finetuning.report.findings import comparisons, headline, rule_sentence, sentences, verdict_text
 from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p
 from tests.landmarks_finetuning.report.test_report import NAMES, write_run
 
@@ -143,27 +144,28 @@ def test_no_number_of_patients_is_enough_for_500_comparisons():
     assert 500 * sign_flip_p(np.ones((1000, 1)))[0] == pytest.approx(0.05)
 
 
-def write_agreeing_runs(root, patients, draws):
-    """All of `patients` have half the error of the rival's, at 5 labels and at 10; six comparisons with two rivals."""
+def compare_agreeing_patients(root, patients, draws):
+    """All of `patients` have half the error of the rival's, at three numbers of labels: six comparisons."""
     errors = np.linspace(1, 2, patients)[:, None] + [0, 0.1]
     for draw, shots in itertools.product(range(draws), (1, 5, 10)):
         for backbone, factor in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
             write_run(root, backbone, shots, draw, (factor * errors * (1 + draw / 100)).tolist())
+    runs = read_experiment(root).runs
+    return comparisons(runs, aggregate(runs))
 
 
 @pytest.mark.parametrize(("patients", "verdict"), [(7, "few"), (8, "better")])
-def test_the_number_of_patients_that_the_page_asks_for_is_enough(tmp_path, patients, verdict):
-    write_agreeing_runs(tmp_path / "study", patients, draws=2)
-    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
-    table = pd.read_csv(tmp_path / "study/report/tables/comparisons.csv")
-    assert set(table["verdict"]) == {verdict} and len(table) == 6
-    assert "test patients for 6 comparisons, needed here: 8)" in html
-    assert ("clear gain" in html) == (verdict == "better") and "clear gain for this draw" not in html
+def test_the_number_of_patients_that_is_asked_for_is_enough(tmp_path, patients, verdict):
+    table = compare_agreeing_patients(tmp_path, patients, draws=2)
+    assert table["verdict"].tolist() == [verdict] * 6
+    assert "(test patients for 6 comparisons, needed here: 8)" in rule_sentence(table)
+    text = {"few": "too few test images to tell", "better": "clear gain"}[verdict]
+    assert {verdict_text(row) for row in table.to_dict("records")} == {text}
 
 
 def test_with_one_draw_nothing_is_clear_but_for_this_draw(tmp_path):
-    write_agreeing_runs(tmp_path / "study", 8, draws=1)
-    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
-    assert "is clearly better for this draw of the labels at 1, 5 and 10 labels, measured" in html
-    assert html.count("clear gain") == html.count("clear gain for this draw") == 3 + 6
-    assert html.count("for this draw of the labels. 95 % interval") == 3
+    table = compare_agreeing_patients(tmp_path, 8, draws=1)
+    assert headline(table, "mm")[0] == ("Diffusion pre-training is clearly better for this draw of the labels at 1, 5 "
+                                        "and 10 labels, measured against its best rival.")
+    assert {verdict_text(row) for row in table.to_dict("records")} == {"clear gain for this draw"}
+    assert all("(50%) for this draw of the labels." in one["text"] for one in sentences(table, "mm"))
