@@ -71,14 +71,14 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     path = Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
     if path.is_file():
         return tuple(Leak(**entry) for entry in json.loads(path.read_text(encoding="utf8")))
-    seen = {split: list(_see(records, config)) for split, records in source.splits.items()}
-    found = []
+    labelled = {split: list(_reduced_parts(records, config)) for split, records in source.splits.items()}
+    leaks: list[Leak] = []
     for split, others in OTHER_SIDES.items():
         for other in others if groups[split] else ():
-            parts = seen[other] if other in seen else _see(groups[other], config)  # never all unlabelled ones at once
-            found += _twins(split, seen[split], other, parts)
-    write_atomically(path, json.dumps([asdict(leak) for leak in found]).encode())
-    return tuple(found)
+            parts = labelled[other] if other in labelled else _reduced_parts(groups[other], config)  # never all at once
+            leaks += _twins(split, labelled[split], other, parts)
+    write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
+    return tuple(leaks)
 
 
 def leaked_ids(leaks: Sequence[Leak], split: str) -> list[str]:
@@ -140,7 +140,7 @@ def reduced(pixels: np.ndarray) -> np.ndarray:
     return gaussian_filter(rankdata(coarse).reshape(coarse.shape) / coarse.size, BLUR, mode="nearest")
 
 
-class _Seen(NamedTuple):
+class _Part(NamedTuple):
     """Some images: digests of their files (None where a pack does not hold them), reduced images (M, *grid)."""
 
     records: Sequence[Record]
@@ -148,7 +148,7 @@ class _Seen(NamedTuple):
     images: np.ndarray
 
 
-def _see(records: Sequence[Record], config: DatasetConfig) -> Iterator[_Seen]:
+def _reduced_parts(records: Sequence[Record], config: DatasetConfig) -> Iterator[_Part]:
     """Digests and reduced images of `records`, PART at a time."""
     dims = len(config.image_size)
     store = open_store(records, config, "images") if is_large(records, config) else None
@@ -165,10 +165,10 @@ def _see(records: Sequence[Record], config: DatasetConfig) -> Iterator[_Seen]:
                 digests.append(digest)
                 images[index] = reduced(pixels)
                 bar.update()
-            yield _Seen(some, digests, images)
+            yield _Part(some, digests, images)
 
 
-def _twins(split: str, ours: Sequence[_Seen], other: str, theirs: Iterable[_Seen]) -> list[Leak]:
+def _twins(split: str, ours: Sequence[_Part], other: str, theirs: Iterable[_Part]) -> list[Leak]:
     """The pairs across two groups, each once, by the strongest of the reasons, in the order of `ours`."""
     records = [record for part in ours for record in part.records]
     images = np.concatenate([part.images for part in ours])
@@ -200,7 +200,7 @@ def _places(values: Sequence[str | None]) -> dict[str | None, list[int]]:
 
 def _key(groups: dict[str, tuple[Record, ...]], config: DatasetConfig) -> str:
     """Of everything a finding depends on; files by place, size and time, so that nothing needs to be read."""
-    told = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
-    told += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
+    parts = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
+    parts += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
              for record in group]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

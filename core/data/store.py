@@ -101,15 +101,16 @@ def open_store(records: Sequence[Record], config: DatasetConfig, progress: str |
     folder = Path(config.cache_dir) / f"packed_{_settings_digest(config)}"
     digests = pixel_digests(records, config)
     names = [_name(record, digest, config) for record, digest in zip(records, digests, strict=True)]
-    held = _read_shards(folder)
-    missing = {name: record for name, record in zip(names, records, strict=True) if name not in held.rows}
+    stored = _read_shards(folder)
+    missing = {name: record for name, record in zip(names, records, strict=True) if name not in stored.rows}
     if missing:
         _fill(folder, missing, config, progress)
-        held = _read_shards(folder)
-    rows = np.array([held.rows[name] for name in names])
-    used, which = np.unique(held.shards[rows], return_inverse=True)
-    return Store([os.open(held.paths[shard], os.O_RDONLY) for shard in used], [held.depths[shard] for shard in used],
-                 digests, which, **{key: held.columns[key][rows] for key in COLUMNS})
+        stored = _read_shards(folder)
+    rows = np.array([stored.rows[name] for name in names])
+    used, which = np.unique(stored.shards[rows], return_inverse=True)
+    files = [os.open(stored.paths[shard], os.O_RDONLY) for shard in used]
+    return Store(files, [stored.depths[shard] for shard in used], digests, which,
+                 **{key: stored.columns[key][rows] for key in COLUMNS})
 
 
 def _settings_digest(config: DatasetConfig) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.background import finish_writing, writing_in_background
 from core.config.section import Clip
 from core.errors import Interrupted, UserError
-from core.formats.background import finish_writing, writing_in_background
 from core.training.batches import BatchPlan, step_generator
 from core.training.cuda_graphs import Batches, Replayed
 from core.training.device import autocast, memory_format

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from core.background import snapshot, written
 from core.errors import UserError
 from core.files import atomic_file
-from core.formats.background import snapshot, written
 from core.formats.pickles import read_pickle
 
 

@@ -127,6 +127,8 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
         "unfinished": records(experiment.unfinished),
+        "apart": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
+                  for run in experiment.apart],
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),

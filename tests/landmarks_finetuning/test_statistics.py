@@ -15,7 +15,7 @@ from landmarks_finetuning.metrics import within
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
 from landmarks_finetuning.report.findings import comparisons, headline, rule_sentence, sentences, verdict_text
-from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p
+from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p, smallest_p
 from tests.landmarks_finetuning.report.test_report import NAMES, write_run
 
 
@@ -64,7 +64,15 @@ def test_drawn_sign_patterns_agree_with_all_of_them(monkeypatch):
     monkeypatch.setattr(statistics, "EXACT_PATIENTS", 15)
     exact = sign_flip_p(differences)
     assert np.abs(drawn - exact).max() < 4 * 0.5 / np.sqrt(9999)
-    assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000]  # never 0
+    assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000] and smallest_p(60) == 1 / 10000  # never 0
+    assert sign_flip_p(np.full((14, 1), 1.0)) == [2 / 2**14] and smallest_p(14) == 2 / 2**14
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_figures_of_unlike_size_have_each_its_own_p(scale):
+    """Rounding breaks no tie (0.1 + 0.2 + 0.3 - 0.6 is not 0), and a large figure beside a small one makes none."""
+    differences = np.array([[0.1, 1], [0.2, 2], [0.3, 3], [-0.6, 0.5]]) * [scale, scale * 1e-12]
+    np.testing.assert_array_equal(sign_flip_p(differences), [1, 2 / 16])
 
 
 def test_holm_by_hand():
@@ -84,6 +92,31 @@ def test_rate_interval_of_independent_landmarks_is_wilson_s():
 def test_rate_interval_counts_patients_and_not_landmarks():
     hits = np.array([1.0, 1, 0, 1, 1, 0, 1, 1, 1, 1])[:, None]
     np.testing.assert_allclose(rate_interval(8 * hits, np.full((10, 1), 8.0)), rate_interval(hits, np.ones((10, 1))))
+
+
+def rate_by_hand(hits, counts):
+    """Wilson's interval at the effective number of landmarks, one rate with plain numbers."""
+    patients, total = len(hits), sum(counts)
+    rate = sum(hits) / total
+    residuals = sum((hit - rate * count) ** 2 for hit, count in zip(hits, counts, strict=True))
+    variance = residuals / total**2 * patients / (patients - 1)
+    effective = max(patients, min(total, rate * (1 - rate) / variance)) if variance > 0 else patients
+    z = stats.t.ppf(0.975, patients - 1)
+    centre = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * np.sqrt(rate * (1 - rate) / effective + z**2 / (4 * effective**2))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def test_rate_intervals_side_by_side_are_those_by_hand():
+    """Few hits, many, all; patients that are all right or all wrong (fewest), and hits evenly spread (most)."""
+    counts = np.array([[4, 9, 5, 8, 6], [6, 3, 5, 8, 6], [5, 7, 2, 8, 6], [8, 8, 5, 8, 6], [3, 5, 9, 8, 6]])
+    hits = np.array([[1, 8, 5, 8, 3], [0, 2, 5, 0, 3], [2, 7, 2, 8, 3], [1, 4, 5, 0, 3], [0, 4, 9, 8, 2]])
+    low, high = rate_interval(hits, counts)
+    expected = [rate_by_hand(*columns) for columns in zip(hits.T.tolist(), counts.T.tolist(), strict=True)]
+    np.testing.assert_allclose(np.stack([low, high], axis=1), expected, rtol=1e-9)
+    two = rate_interval(hits[:2], counts[:2])
+    np.testing.assert_allclose(np.ravel([two[0][0], two[1][0]]), rate_by_hand([1, 0], [4, 6]), rtol=1e-9)
+    assert np.isnan(rate_interval(hits[:1], counts[:1])).all()
 
 
 def test_rate_interval_of_a_perfect_score_and_of_one_patient():

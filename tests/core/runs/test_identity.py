@@ -3,7 +3,7 @@
 import pytest
 
 from core.config.starts import MEAN_SHAPE
-from core.runs.identity import check_cell, check_pretraining, check_ssl
+from core.runs.identity import check_cell, check_pretraining, check_ssl, scoring_settings
 from core.runs.places import Cell, cell_dir, ssl_dir
 from core.runs.record import write_run_config
 from tests.conftest import error_of
@@ -128,3 +128,19 @@ def test_a_folder_without_a_run_may_become_any(config, tmp_path):
     check_cell(config, Cell("ddpm", 1, 0, 0))
     check_pretraining(config)
     check_ssl(config, "dino")
+
+
+@pytest.mark.parametrize(("finetune", "concerned"), [
+    ({}, True), ({"pretraining_iteration": 2}, False), ({"checkpoint": "weights/x.safetensors"}, False)])
+def test_the_last_iteration_counts_for_a_cell_that_names_no_start(tmp_path, finetune, concerned):
+    config, cell = make(tmp_path, **finetune), Cell("ddpm", 1, 0, 0)
+    assert refuses(check_cell, cell_dir(config, cell), config, "ddpm.checkpoint_iterations", (2, 3), cell) == concerned
+
+
+def test_the_settings_of_a_score(config):
+    """With the decoder that was asked for in place of the config's."""
+    own, other = (scoring_settings(config, "ddpm", decoder) for decoder in (None, "argmax"))
+    assert own["evaluation.split"] == "test" and own["evaluation.leaked"] == config.evaluation.leaked
+    assert own["finetune.decoder"] == config.finetune.decoder != "argmax"
+    assert other == own | {"finetune.decoder": "argmax"}
+    assert "ddpm.learning_rate" not in own and "experiment.seed" not in own

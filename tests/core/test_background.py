@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from core.formats.background import MOST_WAITING, finish_writing, snapshot, writing_in_background, written
+from core.background import MOST_WAITING, finish_writing, snapshot, writing_in_background, written
 
 
 def test_without_a_background_a_write_is_done_at_once():
