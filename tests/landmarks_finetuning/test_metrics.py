@@ -226,6 +226,15 @@ def test_several_means_have_each_its_own_interval_and_a_patient_without_landmark
         np.testing.assert_allclose([limits[column] for limits in together], np.ravel(alone))
     errors = np.vstack([values, np.full((2, 3), np.nan)])
     assert bootstrap_interval(errors, range(11), seed=2) == bootstrap_interval(values, range(9), seed=2)
+    for limits in studentised_interval(values[:3, :2], counts[:3, :2], seed=2):
+        assert limits.shape == (2,) and np.isnan(limits).all()
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_an_interval_knows_no_unit(scale):
+    errors = np.random.default_rng(8).gamma(2.0, size=(5, 3))
+    scaled = bootstrap_interval(errors * scale, range(5), seed=1)
+    assert scaled == pytest.approx(tuple(scale * limit for limit in bootstrap_interval(errors, range(5), seed=1)))
 
 
 def test_an_interval_needs_four_patients():
@@ -244,6 +253,9 @@ def test_mean_shape_averages_each_landmark_over_the_labels_that_have_it(dimensio
     points[1, 0] = 40
     points[0, 1] = np.nan
     points[:, 2] = np.nan
-    np.testing.assert_allclose(mean_shape_prediction(points), [[30] * dimension, [20] * dimension, [25] * dimension])
+    points[..., 0] += 7
+    mean = mean_shape_prediction(points)
+    np.testing.assert_allclose(mean[:, 1:], np.array([[30], [20], [25]]) * [[1] * (dimension - 1)])
+    assert mean[:, 0].tolist() == [37, 27, 32]
     with pytest.raises(UserError, match="mean shape"):
         mean_shape_prediction(np.full((2, 3, dimension), np.nan))
