@@ -69,7 +69,7 @@ def _gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
 
 def _nearest_pixel(points: Tensor, size: tuple[int, ...]) -> Tensor:
     """True at the one pixel whose area holds the point; all False outside [-0.5, length - 0.5] or for NaN."""
-    nearest = torch.tensor(True, device=points.device)
+    nearest = torch.ones((), dtype=torch.bool, device=points.device)
     for axis, length in enumerate(size):
         position = points[..., axis, None]
         inside = (position >= -0.5) & (position <= length - 0.5)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +50,10 @@ class TrainedDetector:
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
-        self.own_config = parse_recorded_config(weights.header["config"], str(path))
-        self.config = overridden(path.parent / "config.json", overrides) if overrides else self.own_config
+        self.own_config = as_trained(parse_recorded_config(weights.header["config"], str(path)), self.header)
+        self.config = self.own_config
+        if overrides:
+            self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.landmark_names: list[str] = weights.header["landmark_names"]
         shape = weights.header.get("shape")  # None in detectors older than this key
         self.shape = None if shape is None else np.array(shape, dtype=np.float64)
@@ -150,9 +152,24 @@ def window_weight(size: tuple[int, ...]) -> Tensor:
     return weight
 
 
+def as_trained(config: Config, header: dict[str, Any]) -> Config:
+    """`config` for a detector of this `header`, with finetune.sigma in today's pixels.
+
+    One without "sigma_pixels" was trained when resampled images had sigma scaled by the size of the crop as well.
+    """
+    if config.dataset.resample_mm is None or "sigma_pixels" in header:
+        return config
+    sigma = config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"sigma": sigma})})
+
+
 def sigma_pixels(sigma: float, dataset: Dataset) -> float:
-    """finetune.sigma, stated for 256-pixel images, in pixels of this study's input (mean over its axes)."""
-    return sigma * float(np.mean(dataset.image_size)) / 256
+    """finetune.sigma in pixels of this study's input.
+
+    Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
+    pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
+    """
+    return sigma if dataset.resample_mm is not None else sigma * float(np.mean(dataset.image_size)) / 256
 
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,

@@ -13,9 +13,36 @@ from landmarks_finetuning.metrics import radial_errors
 
 CEPHALO_SIZE = (2400, 1935)  # height, width
 CEPHALO_SPACING_MM = 0.1
+EXTENT_TOLERANCE = 0.01
+PAPER_SIGMA = 5.0  # pixels of a 256-pixel image
 WRIST_MM = 50.0
 WRIST_POINTS = (0, 4)
 SMALLEST_SIGMA_PX = (2 * np.log(2)) ** -0.5  # 0.85: at or below, the half-maximum disk is one pixel, without an area
+
+
+def why_undefined(rule: str, image_size: Sequence[int], resample_mm: float | None, extents_mm: np.ndarray | None
+                  ) -> str | None:
+    """Why the published scorer cannot score a study's images by `rule`, in words for people; None where it can.
+
+    It knows one network input, the whole image squeezed to a square, and for cephalograms one size in mm: `extents_mm`
+    (M, 2) are those of the images (height, width), None where unknown.
+    """
+    if len(image_size) != 2 or len(set(image_size)) != 1:
+        size = " x ".join(map(str, image_size))
+        return f"it is defined for a square network input of two axes, dataset.image_size is {size}"
+    if resample_mm is not None:
+        return "it is defined for whole images resized to a square, dataset.resample_mm resamples them instead"
+    if paper_sigma(image_size[0]) <= SMALLEST_SIGMA_PX:
+        return f"its disk is a single pixel, without an area, at dataset.image_size {image_size[0]}"
+    published = np.array(CEPHALO_SIZE) * CEPHALO_SPACING_MM
+    if rule == "cephalo" and (extents_mm is None or (np.abs(extents_mm / published - 1) > EXTENT_TOLERANCE).any()):
+        return "it takes every image to be {:g} x {:g} mm (height x width), and these are not".format(*published)
+    return None
+
+
+def paper_sigma(side: int) -> float:
+    """Sigma of the published scorer's disk, whatever finetune.sigma is, in pixels of an input of `side` x `side`."""
+    return PAPER_SIGMA * side / 256
 
 
 def paper_errors(rule: str, predictions: np.ndarray, truth_original: np.ndarray, original_sizes: np.ndarray,

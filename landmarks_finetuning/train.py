@@ -27,7 +27,7 @@ from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs, write_inputs
 from core.runs.places import Cell, cell_dir, is_scored, start_path
 from core.runs.record import write_run_config
-from core.training.batches import BatchPlan
+from core.training.batches import BatchPlan, gather
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
 from landmarks_finetuning.detectors.registry import build_detector
@@ -59,11 +59,18 @@ class HeatmapRegression:
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
-        chosen = torch.from_numpy(indices)
-        there = chosen.to(self.device)
-        images, points = self.training.images[chosen].to(self.device), self.training.truth[there]
-        images, points = augment(images, points, self.config.finetune.augmentation, generator,
-                                 self.training.crops(there))
+        return self.loss_of(model, *self.draw(indices, generator))
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Augmented images and landmarks of a micro-batch."""
+        images, chosen = gather(self.training.images, indices, self.device)
+        images, points = augment(images, self.training.truth[chosen], self.config.finetune.augmentation, generator,
+                                 self.training.crops(chosen))
+        return images, points
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Heatmap loss of drawn images and landmarks."""
+        images, points = drawn
         return self._loss(model(images), points, not self.training.fits)
 
     def names(self, indices: np.ndarray) -> list[str]:
@@ -114,7 +121,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
         validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
-        compile=experiment.compile,
+        compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
@@ -161,6 +168,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     header = {"kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
               "seed": cell.seed, "dataset": config.dataset.name,
               "landmark_names": list(source.landmark_names),
+              "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}

@@ -14,6 +14,7 @@ from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
 from core.runs.claims import LOCK, Claimed, claim
 from core.training.run_log import logged
+from core.training.stop_signal import interruptible
 from study.runs import Run
 from study.timing import time_left
 
@@ -40,7 +41,7 @@ def perform(run: Run) -> None:
             from landmarks_finetuning.evaluate import evaluate
             from landmarks_finetuning.train import finetune_cell
 
-            evaluate(finetune_cell(run.config, *run.arguments))
+            evaluate(finetune_cell(run.config, *run.arguments), config=run.config)
             drop_states(run.folder)
 
 
@@ -52,10 +53,14 @@ def attempt(run: Run) -> str | None:
     the message is printed and listed, the traceback kept, and the launch ends in status 1.
     """
     try:
-        perform(run)
+        with interruptible():
+            perform(run)
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")
+        changes = run.stale() or run.outdated()
+        if changes is not None:
+            raise UserError(f"{run.folder}: the data changed while it ran: {changes}")
     except Interrupted:
         raise
     except Exception as error:  # noqa: BLE001

@@ -57,8 +57,36 @@ runpy.run_module(module, run_name="__main__")
 """
 
 
+# A launcher with two Ctrl-C in the middle of the second last.pt that it writes; as a file, which workers run as well.
+TWO_CTRL_C = """
+import multiprocessing, os, runpy, signal, sys, time
+import torch
+save, saves = torch.save, []
+class Struck:
+    def __init__(self, file):
+        self.file, self.writes = file, 0
+    def write(self, data):
+        self.writes += 1
+        if (len(saves), self.writes) == (2, 4):  # where torch makes a RuntimeError of whatever is raised
+            worker = multiprocessing.parent_process() is not None
+            for _ in range(2):
+                os.kill(os.getppid() if worker else os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        return self.file.write(data)
+    def flush(self):
+        self.file.flush()
+def broken(state, file):
+    saves.append(None)
+    save(state, Struck(file))
+torch.save = broken
+if __name__ == "__main__":
+    runpy.run_module("study.launch", run_name="__main__")
+"""
+
+
 def command(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT),
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run([str(argument) for argument in arguments], cwd=PROJECT, env=environment, text=True,
                           capture_output=True, timeout=120, check=False, **options)
 
@@ -209,6 +237,21 @@ def test_ctrl_c_in_finetuning(config_file, finetuned, tmp_path, run_main, monkey
     assert printed[:3] == ["python", "-m", FINETUNING]
     assert run_main(FINETUNING, *printed[3:])[0] == 0
     run_dir = only(tmp_path, "runs/tiny/landmarks/scratch/*/shots003_draw0_seed0")
+    assert same(run_dir / "best.safetensors", finetuned / "best.safetensors")
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["alone", "worker"])
+def test_second_ctrl_c_while_a_state_is_saved(config_file, finetuned, tmp_path, run_main, workers):
+    """It ends the whole study, of which no run fails, and the state before is whole: the study ends as usual later."""
+    path, script = config_file(**RECIPE, experiment={"device": "cpu"}), tmp_path / "launcher.py"
+    script.write_text(TWO_CTRL_C)
+    study = ("--config", path, "--stages", "finetune", "--seeds", "0", "1", "--set", "finetune.draws=[0]")
+    done = command(sys.executable, script, *study, *workers)
+    assert done.returncode == 130 and "interrupted: " in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.rglob("failed.json"))
+    run_dir = only(tmp_path, "runs/tiny/landmarks/scratch/*/shots003_draw0_seed*")  # the second one was not begun
+    assert read_pickle(run_dir / "last.pt")["step"] == 2 and not list(run_dir.glob(".*"))
+    assert run_main("study.launch", *study)[0] == 0
     assert same(run_dir / "best.safetensors", finetuned / "best.safetensors")
 
 

@@ -68,7 +68,8 @@ class LossSettings(Section):
     target: Literal["disk", "gaussian", "pixel"] = setting(
         "gaussian", "heatmap of a label: a Gaussian, the disk where it is above half its maximum, or the one pixel",
         slug="target")
-    sigma: float = setting(2.5, "width of the Gaussian in pixels of a 256-pixel image; scales with dataset.image_size",
+    sigma: float = setting(2.5, "width of the Gaussian in pixels of a 256-pixel image, scaled with dataset.image_size; "
+                           "with dataset.resample_mm in pixels of that many mm, whatever the size of the crop",
                            slug="sigma", gt=0)
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = setting(
         "local_expectation", "the landmark in a heatmap: centroid of the largest part above half the maximum, the same "

@@ -49,7 +49,8 @@ def setting(default: Any, description: str, *, counts_for: Sequence[Run] | None 
 
     counts_for: a run of these kinds made with another value is another run; FREE = it never matters.
     backbones: the starts it concerns; None = all, the mean shape among them.
-    slug: its name within a variant's name; null_slug stands there for null, is_file shortens a path to its stem.
+    slug: its name within a variant's name; null_slug stands there for null, is_file shortens a path
+    (core.runs.places.file_slug).
     before: what runs did whose config.json is older than the setting.
     acts: where it acts, all of them; elsewhere giving it another value than the default is an error.
     may_wait: it may be given though no start that it concerns is compared.

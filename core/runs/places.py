@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.config.config import Config
 from core.config.settings import all_settings
@@ -27,7 +31,17 @@ class Cell:
 
 
 def variant(config: Config, backbone: str) -> str:
-    """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does."""
+    """A readable slug of the fine-tuning settings that differ from the defaults; "default" when none does.
+
+    Where the folder of an earlier version is there, which called a file by its stem alone, it is that folder's name.
+    """
+    name, earlier = _variant(config, backbone, file_slug), _variant(config, backbone, lambda path: Path(path).stem)
+    if name != earlier and _is_of_the_same_files(config, backbone, earlier):
+        return earlier
+    return name
+
+
+def _variant(config: Config, backbone: str, slug_of_file: Callable[[str], str]) -> str:
     if backbone == MEAN_SHAPE:
         return "default"
     own_ssl = backbone in SSL_METHODS and getattr(config.finetune.encoder_weights, backbone) is None
@@ -39,9 +53,34 @@ def variant(config: Config, backbone: str) -> str:
         if value is None:
             value = setting.null_slug  # of most null says that another one counts
         if value is not None and value != setting.default:
-            text = Path(value).stem if setting.is_file else str(value)
-            parts.append(f"{setting.slug}-{text}")
+            parts.append(f"{setting.slug}-{slug_of_file(value) if setting.is_file else value}")
     return "_".join(parts).replace("/", "-") or "default"
+
+
+def file_slug(path: str) -> str:
+    """The stem of a weights file and a digest of its folder and suffix: files of one stem differ, a folder's are alike.
+
+    ema_iter004000-3fa2b1.
+    """
+    file = Path(path)
+    place = f"{file.parent.resolve()} {file.suffix}"
+    return f"{file.stem}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
+
+
+def _is_of_the_same_files(config: Config, backbone: str, name: str) -> bool:
+    """Whether there are runs in the folder of variant `name`, all made from the weights files that `config` names."""
+    keys = [key for key, setting in all_settings().items() if setting.is_file and setting.concerns(backbone)]
+    wanted = {_file_named(config.plain(), key) for key in keys}
+    paths = (config.experiment_dir / "landmarks" / backbone / name).glob("*/config.json")
+    runs = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    return bool(runs) and all({_file_named(run, key) for key in keys} == wanted for run in runs)
+
+
+def _file_named(values: dict[str, Any], key: str) -> tuple[str, Path | None]:
+    value: Any = values
+    for name in key.split("."):
+        value = None if value is None else value.get(name)
+    return key, None if value is None else Path(value).resolve()
 
 
 def cell_dir(config: Config, cell: Cell) -> Path:

@@ -127,6 +127,8 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
         "unfinished": records(experiment.unfinished),
+        "apart": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
+                  for run in experiment.apart],
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
@@ -187,6 +189,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "rule": rule_sentence(compared), "choice": choice_sentence(tried, unit), "setting": setting_sentence(runs),
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
+        "paper_left_out": next(iter(runs["scorer_left_out"].dropna()), None),
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),

@@ -26,6 +26,7 @@ from core.data.records import patient_group
 from core.errors import UserError
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
+from landmarks_finetuning.report.alike import Apart, set_apart
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.report.provenance import starting_point
 from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
@@ -48,6 +49,7 @@ class Experiment:
     unfinished: pd.DataFrame  # one row per run without metrics.json
     config: dict[str, Any]
     pretraining: list[dict[str, Any]] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)  # scored runs of other data, which no figure has
 
     @property
     def name(self) -> str:
@@ -66,13 +68,15 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"{path} holds no runs: expected landmarks/<backbone>/<variant>/shots010_draw0_seed0 or "
                         "ddpm/metrics.jsonl in it; name a folder such as runs/<experiment>")
     scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
-    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored])
+    apart = set_apart(scored)
+    others = {run.folder for run in apart}
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored if folder not in others])
     unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
     config = next((_read_json(file) for file in configs if file.is_file()), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
-    return Experiment(path, runs, unfinished, config, pretraining)
+    return Experiment(path, runs, unfinished, config, pretraining, apart)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
                                              "unit", "images", "validation_labels")}
         row |= {"layout": metrics.get("layout"), "paper_rule": metrics.get("paper_rule"),
                 "phantom": bool(metrics.get("phantom", False)), "decoder": metrics.get("decoder"),
+                "scorer_left_out": metrics.get("paper_left_out"),
                 "volumes": len(metrics.get("image_size") or ()) == 3,
                 "stored_mre": metrics.get("stored_pixels", {}).get("mre", np.nan),
                 "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}

@@ -130,3 +130,31 @@ def test_the_interval_is_over_patients(tmp_path, named):
     expected = bootstrap_interval(values, range(len(values)), seed=5)
     assert metrics["physical"]["interval"] == pytest.approx(expected, rel=1e-9)
     assert metrics["physical"]["mre"] == pytest.approx(np.mean(list(errors.values())))
+
+
+# ---- the paper's scorer
+
+
+@pytest.mark.parametrize("dataset, reason", [
+    ({}, None),
+    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm resamples them"),
+    ({"image_size": [48, 40]}, "dataset.image_size is 48 x 40"),
+    ({"image_size": [32, 32]}, "its disk is a single pixel"),
+    ({"spacing_mm": 2.0}, "240 x 193.5 mm"),
+], ids=["defined", "resampled", "not square", "small", "of another size in mm"])
+def test_the_papers_scorer_is_left_out_with_a_reason(config_file, run_main, tmp_path, dataset, reason):
+    """In metrics.json, on the console and on the page; where it is defined it says what it said."""
+    path = config_file(dataset=dataset, finetune={"backbones": ["scratch"]}, unet={"channel_multipliers": [1, 2]})
+    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
+    assert status == 0, error
+    run_dir = next(tmp_path.glob("runs/tiny/landmarks/scratch/*/*"))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    page = (tmp_path / "runs/tiny/report/index.html").read_text()
+    status, out, _ = run_main("landmarks_finetuning.evaluate", run_dir)
+    said = "scorer is left out: "
+    if reason is None:
+        assert metrics["paper"]["mre"] > 0 and metrics["paper_left_out"] is None
+        assert said not in out and said not in page
+    else:
+        assert metrics["paper"] is None and reason in metrics["paper_left_out"]
+        assert said + metrics["paper_left_out"] in out and said + metrics["paper_left_out"] in page

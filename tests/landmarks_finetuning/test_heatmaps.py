@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from core.config.load import CONFIG_DIR, load_config, parse_config
 from core.errors import UserError
 from landmarks_finetuning.heatmaps import (
     DECODERS,
@@ -19,6 +20,7 @@ from landmarks_finetuning.heatmaps import (
     log_maps,
     probability_maps,
 )
+from landmarks_finetuning.inference import sigma_pixels
 
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"
 sizes = pytest.mark.parametrize("size", [(24, 20), (14, 12, 16)], ids=["2d", "3d"])
@@ -379,3 +381,22 @@ def test_a_diverged_network_is_reported_not_decoded(decoder):
     outputs[0, 1, 3, 3] = math.nan
     with pytest.raises(UserError, match="diverged"):
         decode(outputs, decoder, PIXELS, 1.0)
+
+
+# ---- sigma in mm
+
+
+def test_sigma_is_one_of_the_image_unless_images_are_resampled():
+    """Whole images: stated for 256 pixels. Resampled: pixels of resample_mm, whatever the crop's size."""
+    def pixels(**dataset):
+        return sigma_pixels(2.0, parse_config({"dataset": dataset}, "test").dataset)
+
+    assert [pixels(image_size=size) for size in ([256, 256], [128, 128], [64, 128])] == [2.0, 1.0, 0.75]
+    assert [pixels(image_size=size, resample_mm=0.5) for size in ([256, 256], [128, 128], [64, 128])] == [2.0] * 3
+
+
+@pytest.mark.parametrize("name, sigma", [("config_3d", 2.0), ("mouse_ct", 0.9375), ("demo_3d", 1.0), ("config", 2.5)])
+def test_sigma_of_the_configs_is_what_it_was(name, sigma):
+    """4 x 128 / 256, 5 x 48 / 256, 8 x 32 / 256 and 2.5 x 256 / 256."""
+    config = load_config(CONFIG_DIR / f"{name}.json")
+    assert sigma_pixels(config.finetune.sigma, config.dataset) == sigma

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import landmarks_finetuning.pictures.cases
 from core.config.dataset import Dataset
@@ -18,11 +19,14 @@ from core.data.make_pack import write_pack
 from core.data.records import Record
 from core.data.source import load_source
 from core.formats.images import read_geometry
+from core.networks.weights import read_tensors
+from core.runs.places import Cell
 from core.training.run_log import read_metrics
-from landmarks_finetuning.inference import run_batched, sigma_pixels
+from landmarks_finetuning.inference import TrainedDetector, run_batched, sigma_pixels
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.train import finetune_cell
 from study.launch import DEFAULT_STAGES
 from study.run import run_study
 from tests.conftest import TINY, merged
@@ -293,7 +297,7 @@ def test_a_killed_predict_leaves_no_half_table(study, tmp_path, monkeypatch):
 
 def test_crops_and_windows(volumes, study, tmp_path):
     """Voxels of 9 mm where the heads measure 20 cm: larger than the network's 16, on every axis."""
-    runs, config = volumes("crops", dataset={"resample_mm": 9.0})
+    runs, config = volumes("crops", dataset={"resample_mm": 9.0}, finetune={"sigma": 1.25})
     held = load_images(load_source(config.dataset).require("test"), config.dataset)
     assert not held.fits and (held.sizes.numpy() > 16).all()
     run_study(config, ("pretrain", "finetune"))
@@ -308,6 +312,20 @@ def test_crops_and_windows(volumes, study, tmp_path):
         world = nib.affines.apply_affine(nib.load(study.data / f"images/{case}.nii.gz").affine, points) * LPS
         written = [position for position, _ in positions(cell / f"markups/{case}.mrk.json").values()]
         assert np.abs(written - world).max() < 3e-3
+
+
+def test_a_detector_keeps_the_sigma_that_it_was_trained_with(volumes, tmp_path):
+    """One without the header's sigma_pixels was trained when crops scaled it: 20 of 256 pixels are 1.25 of 16."""
+    _, config = volumes("sigma", dataset={"resample_mm": 9.0}, finetune={"sigma": 20.0, "backbones": ["scratch"]})
+    run_dir = finetune_cell(config, Cell("scratch", 2, 0, 0))
+    assert TrainedDetector(run_dir / "best.safetensors").sigma == 20
+    tensors, header = read_tensors(run_dir / "best.safetensors")
+    del header["sigma_pixels"]
+    save_file(tensors, tmp_path / "old.safetensors", {"header": json.dumps(header)})
+    old = TrainedDetector(tmp_path / "old.safetensors")
+    assert old.sigma == 1.25
+    (tmp_path / "config.json").write_text((run_dir / "config.json").read_text())
+    assert TrainedDetector(tmp_path / "old.safetensors", ("evaluation.window_overlap=0",)).sigma == 1.25
 
 
 def losses(folder):

@@ -274,6 +274,23 @@ def test_ctrl_c_stops_everything(stubs, study, run_main, monkeypatch, stop):
     assert not list(stubs.experiment_dir.rglob(LOCK))
 
 
+def test_ctrl_c_that_a_library_makes_an_error_of_stops_everything(stubs, study, run_main, monkeypatch):
+    """Outside a training loop, as while images are scored."""
+    perform = stub_stages.perform
+
+    def struck(asked):
+        if asked.stage == "finetune":
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("unexpected pos 64 vs 0")
+        perform(asked)
+
+    monkeypatch.setattr("study.runner.perform", struck)
+    status, _, error = run_main("study.launch", "--config", study, "--stages", *STAGES)
+    assert status == 130 and error.startswith("interrupted: ")
+    assert not list(stubs.experiment_dir.rglob("failed.json")) and not begun()["report"]
+
+
 # --- nothing to do ---
 
 

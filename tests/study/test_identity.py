@@ -276,3 +276,10 @@ def test_image_changes_in_words():
         "1 image (f) added to training", "2 images (a, b) gone from training",
         "1 image (c) with other pixels in training", "1 image (d) with other labels in training"]
     assert image_changes(before, before) == [] and len(image_changes(before, now, may_grow=True)) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"start": null}'])
+def test_damaged_record_is_one_line(home, launch, content):
+    (cell(home) / "inputs.json").write_text(content)
+    status, _, error = launch()
+    assert status == 2 and "inputs.json is damaged" in error and error.count("\n") == 1

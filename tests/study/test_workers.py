@@ -256,7 +256,7 @@ def test_terminal_reaches_the_launcher_alone(study, start):
     (signal.SIGTERM, signal.SIGINT, False), (signal.SIGINT, signal.SIGTERM, False)])
 def test_two_kinds_of_signals_ask_for_one_stop(first, second, at_once):
     """A job that is cancelled gets SIGTERM in every process, and the launcher's SIGINT as well: it still saves."""
-    with StopSignal() as stop, pytest.raises(KeyboardInterrupt) if at_once else nullcontext():
+    with pytest.raises(KeyboardInterrupt) if at_once else nullcontext(), StopSignal() as stop:
         signal.raise_signal(first)
         assert stop.received
         signal.raise_signal(second)

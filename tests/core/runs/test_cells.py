@@ -1,6 +1,7 @@
 """The plan of a study: its cells, their folders, what is done, and what the launcher prints."""
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from core.runs.cells import cells
 from core.runs.identity import check_cell, check_unchanged
 from core.runs.places import Cell, cell_dir, is_pretrained, is_scored, variant
 from core.runs.record import write_run_config
+from landmarks_finetuning.report.iterations import family
 from study.plan import print_plan
 from study.prepare import prepare
 from study.runs import study_runs
@@ -56,6 +58,11 @@ def test_folder_of_a_cell(tmp_path):
     assert cell_dir(config, Cell(MEAN_SHAPE, 1, 0, 0)).parent.parent.name == "mean_shape"
 
 
+def readable(name):
+    """A variant's name without the digest of a file's place."""
+    return re.sub("-[0-9a-f]{6}$", "-?", name)
+
+
 @pytest.mark.parametrize("settings, ddpm, scratch", [
     ({}, "default", "default"),
     ({"loss": "cross_entropy_channels", "target": "disk", "sigma": 5.0, "shape_prior": None},) + (
@@ -63,7 +70,7 @@ def test_folder_of_a_cell(tmp_path):
     ({"shape_prior": 0.1},) + ("prior-0.1",) * 2,
     ({"timestep": 10, "pretraining_iteration": 2}, "t-10_iter-2", "default"),
     ({"timestep": 0}, "t-0", "default"),
-    ({"checkpoint": "runs/chest/ddpm/ema_iter000004.safetensors"}, "from-ema_iter000004", "default"),
+    ({"checkpoint": "runs/chest/ddpm/ema_iter000004.safetensors"}, "from-ema_iter000004-?", "default"),
     ({"learning_rate": {"ddpm": 1e-5, "scratch": 1e-3}}, "lr-1e-05", "default"),
     ({"encoder": "vgg19", "encoder_weights": {"imagenet": "a/b.pth"}, "learning_rate": {"random": 1.0}}, "default",
      "default"),
@@ -72,19 +79,42 @@ def test_folder_of_a_cell(tmp_path):
 ])  # fmt: skip
 def test_variant(tmp_path, settings, ddpm, scratch):
     config = make(tmp_path, **{"iterations": 400, "batch_size": 8, **settings})
-    assert (variant(config, "ddpm"), variant(config, "scratch")) == (ddpm, scratch)
+    assert (readable(variant(config, "ddpm")), variant(config, "scratch")) == (ddpm, scratch)
     assert variant(config, MEAN_SHAPE) == "default"
 
 
 @pytest.mark.parametrize("settings, imagenet, random", [
     ({"timestep": 10, "checkpoint": "x.pt", "learning_rate": {"ddpm": 1.0}}, "default", "default"),
-    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "files/vgg.pth"}}, "encoder-vgg19_weights-vgg",
+    ({"encoder": "vgg19", "encoder_weights": {"imagenet": "files/vgg.pth"}}, "encoder-vgg19_weights-vgg-?",
      "encoder-vgg19"),
     ({"learning_rate": {"imagenet": 3e-4}}, "lr-0.0003", "default"),
 ])  # fmt: skip
 def test_variant_of_encoders(tmp_path, settings, imagenet, random):
     config = make(tmp_path, **{"iterations": 400, "batch_size": 8, **settings})
-    assert (variant(config, "imagenet"), variant(config, "random")) == (imagenet, random)
+    assert (readable(variant(config, "imagenet")), variant(config, "random")) == (imagenet, random)
+
+
+def test_files_of_one_stem_are_told_apart(tmp_path, monkeypatch):
+    """By folder or suffix; one file by two paths has one name, and the files of one folder are one family."""
+    def name(checkpoint):
+        return variant(make(tmp_path, checkpoint=checkpoint), "ddpm")
+
+    monkeypatch.chdir(tmp_path)
+    paths = ["a/ddpm/ema_iter000004.safetensors", "b/ddpm/ema_iter000004.safetensors", "a/ddpm/ema_iter000004.pt"]
+    assert len({name(path) for path in paths}) == 3
+    assert name(paths[0]) == name(str(tmp_path / "b/.." / paths[0])) and "from-ema_iter000004-" in name(paths[0])
+    assert family(name(paths[0])) == family(name("a/ddpm/ema_iter000008.safetensors")) != family(name(paths[1]))
+
+
+def test_folder_of_a_run_of_an_earlier_version(tmp_path):
+    """It was called by the stem alone, and stays the folder of that file; of another one of the same stem it is not."""
+    mine, other = (make(tmp_path, checkpoint=f"runs/{study}/ddpm/ema.pt") for study in ("chest", "hand"))
+    earlier = tmp_path / "runs/tiny/landmarks/ddpm" / re.sub("(from-ema)-[0-9a-f]+", r"\1", variant(mine, "ddpm"))
+    assert "from-ema" in earlier.name != variant(mine, "ddpm")
+    write_run_config(earlier / "shots001_draw0_seed0", mine.plain(), {})
+    assert variant(mine, "ddpm") == earlier.name != variant(other, "ddpm")
+    write_run_config(earlier / "shots001_draw1_seed0", other.plain(), {})  # both were put into one
+    assert earlier.name not in (variant(mine, "ddpm"), variant(other, "ddpm"))
 
 
 def test_what_is_done(tmp_path):

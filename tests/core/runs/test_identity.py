@@ -2,8 +2,9 @@
 
 import pytest
 
+from core.config.starts import MEAN_SHAPE
 from core.runs.identity import check_cell, check_pretraining, check_ssl, scoring_settings
-from core.runs.places import MEAN_SHAPE, Cell, cell_dir, ssl_dir
+from core.runs.places import Cell, cell_dir, ssl_dir
 from core.runs.record import write_run_config
 from tests.conftest import error_of
 from tests.core.runs.test_cells import make

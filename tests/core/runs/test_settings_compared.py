@@ -8,7 +8,7 @@ from core.config.load import load_config, parse_config
 from core.errors import UserError
 from core.runs.cells import settings_compared, single_setting
 from core.runs.identity import check_cell
-from core.runs.places import Cell, cell_dir
+from core.runs.places import Cell, cell_dir, file_slug
 from core.runs.record import write_run_config
 from study.runs import study_runs
 from study.timing import time_left
@@ -128,13 +128,14 @@ def other(tmp_path):
 def test_ddpm_from_another_study(tmp_path, other):
     """Beside the study's own start; the last checkpoint there, or the one asked for, or all of them."""
     cell, own = "shots005_draw0_seed0", ["mean_shape/default", "ddpm/default", "scratch/default"]
+    away = {iteration: file_slug(str(other / f"ddpm/ema_iter{iteration:06d}.safetensors")) for iteration in (3, 6)}
     config = usual(tmp_path, transfer_from=str(other))
-    assert folders(config) == [f"{place}/{cell}" for place in (*own, "ddpm/from-ema_iter000006")]
+    assert folders(config) == [f"{place}/{cell}" for place in (*own, f"ddpm/from-{away[6]}")]
     run = study_runs(config, ("finetune",))[-1]
     assert run.config.finetune.checkpoint == str(other / "ddpm/ema_iter000006.safetensors") and run.needs is None
     every = folders(usual(tmp_path, transfer_from=str(other), pretraining_iteration="best", backbones=["ddpm"]))
     assert every == [f"{place}/{cell}" for place in (
-        "mean_shape/default", "ddpm/iter-2", "ddpm/iter-4", "ddpm/from-ema_iter000003", "ddpm/from-ema_iter000006")]
+        "mean_shape/default", "ddpm/iter-2", "ddpm/iter-4", f"ddpm/from-{away[3]}", f"ddpm/from-{away[6]}")]
 
 
 def test_another_study_that_cannot_be_used(tmp_path, other):
