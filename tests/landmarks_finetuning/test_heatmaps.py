@@ -260,15 +260,15 @@ def test_the_window_about_the_peak_is_sigma_wide_and_reaches_the_neighbours_at_l
 
 
 @sizes
-@pytest.mark.parametrize("level", [0.0, 500.0, -500.0])
-def test_the_window_of_most_mass_reaches_the_neighbours_at_least_and_knows_no_level(size, level):
-    """Two neighbours that hold three quarters and one: their mean is a quarter of the way."""
+@pytest.mark.parametrize(("level", "sigma", "apart"), [(0.0, 0.1, 1), (500.0, 0.1, 1), (-500.0, 1.0, 2), (0.0, 1.3, 3)])
+def test_the_window_of_most_mass_is_two_sigma_wide_and_knows_no_level(size, level, sigma, apart):
+    """Two pixels that hold three quarters and one: their mean is a quarter of the way."""
     outputs = torch.full((1, 2, *size), -150.0)
     outputs[(0, 0, *(6,) * len(size))] = 100.0
-    outputs[(0, 0, 7, *(6,) * (len(size) - 1))] = 100.0 - math.log(3)
+    outputs[(0, 0, 6 + apart, *(6,) * (len(size) - 1))] = 100.0 - math.log(3)
     outputs[0, 1] = outputs[0, 0] + 400.0
-    points, _ = decode(outputs + level, "window_mass", PIXELS, 0.1)
-    np.testing.assert_allclose(points[0].numpy(), [[6.25, *[6.0] * (len(size) - 1)]] * 2, atol=1e-4)
+    points, _ = decode(outputs + level, "window_mass", PIXELS, sigma)
+    np.testing.assert_allclose(points[0].numpy(), [[6 + apart / 4, *[6.0] * (len(size) - 1)]] * 2, atol=1e-4)
 
 
 @sizes
@@ -280,6 +280,19 @@ def test_each_map_is_thresholded_at_half_its_own_maximum(size):
         outputs[(0, number, 7, *(6,) * (len(size) - 1))] = height - math.log(1.5)
     points, _ = decode(outputs, "component_centroid", PIXELS, 1.0)
     assert points[0].tolist() == [[6.5, *[6.0] * (len(size) - 1)]] * 2
+    if len(size) == 2:
+        disks = draw_target(torch.tensor([[[11.0, 7.0], [8.0, 13.0]]]), size, "disk", 3.0) * torch.tensor([9.0, 2])[
+            :, None, None]
+        assert contour_centroid(disks)[0].numpy() == pytest.approx(np.array([[11.0, 7.0], [8.0, 13.0]]))
+
+
+@sizes
+def test_a_gaussian_whose_half_height_falls_outside_is_not_drawn(size):
+    """0.6 of the height reaches the first pixel, and 0.4 does not."""
+    for height in (0.6, 0.4):
+        outside = -3.0 * math.sqrt(-2 * math.log(height))
+        drawn = draw_target(torch.tensor([[[outside, *[7.0] * (len(size) - 1)]]]), size, "gaussian", 3.0)
+        assert drawn.max().item() == pytest.approx(height if height > 0.5 else 0, rel=1e-5)
 
 
 @pytest.mark.parametrize("decoder", ["argmax", "local_expectation", "component_centroid", "contour_centroid"])
