@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from core.config.config import Config
+from core.errors import UserError
 from core.runs.cells import needs_pretraining
 from core.runs.inputs import INPUTS
 from core.runs.places import is_pretrained
@@ -36,6 +37,8 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
 
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
+    if source is not None:
+        print_device(config.experiment.device)
     if "pretrain" in stages and needs_pretraining(config.finetune):
         found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
@@ -54,6 +57,16 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
     rates = [f"{kind} {rate:.3g} s" for kind, rate in measured.items() if rate is not None]
     print(f"a step takes, by the runs of this study: {', '.join(rates) or 'no run measured yet'}")
     print(f"training time to come: {time_left(runs)}")
+
+
+def print_device(name: str) -> None:
+    """A note where this machine lacks the device: a study may be planned on another machine than it runs on."""
+    from core.training.device import resolve_device
+
+    try:
+        resolve_device(name)
+    except UserError as error:
+        print(f"note  {error}; on this machine every run that trains would fail")
 
 
 def print_other_inputs(runs: list[Run]) -> None:

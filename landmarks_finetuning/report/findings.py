@@ -159,7 +159,9 @@ def sentences(table: pd.DataFrame, unit: str) -> list[dict[str, str]]:
 
 def _sentence(row: Any, unit: str) -> str:
     method, rival = display_name(row.method), _inline_name(row.rival)
-    size = f"{abs(row.difference):.2f} {unit} ({abs(row.difference) / row.rival_mre:.0%})"
+    size = f"{abs(row.difference):.2f} {unit}"
+    if row.rival_mre > 0:  # the guess errs nowhere where all images have their landmarks at one place
+        size += f" ({abs(row.difference) / row.rival_mre:.0%})"
     opening = f"{method} misses by {row.method_mre:.2f} {unit} on average, {rival} by {row.rival_mre:.2f} {unit}"
     direction = "better" if row.difference > 0 else "worse"
     draw = " for this draw of the labels" if row.draws == 1 else ""

@@ -12,6 +12,8 @@ def best_first(table: pd.DataFrame) -> dict[str, str]:
 
     A backbone without that number comes after those that have it, by the largest number that it has.
     """
+    if table.empty:
+        return {}
     variants = main_variants(table)
     main = table[[variants[b] == v for b, v in zip(table["backbone"], table["variant"], strict=True)]]
     means = main.groupby(["backbone", "shots"])["mre"].mean().reset_index()
