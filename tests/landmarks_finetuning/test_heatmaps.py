@@ -262,13 +262,14 @@ def test_the_window_about_the_peak_is_sigma_wide_and_reaches_the_neighbours_at_l
 @sizes
 @pytest.mark.parametrize(("level", "sigma", "apart"), [(0.0, 0.1, 1), (500.0, 0.1, 1), (-500.0, 1.0, 2), (0.0, 1.3, 3)])
 def test_the_window_of_most_mass_is_two_sigma_wide_and_knows_no_level(size, level, sigma, apart):
-    """Two pixels that hold three quarters and one: their mean is a quarter of the way."""
+    """Two equal pixels against a lone one that holds more than each of them and less than both."""
     outputs = torch.full((1, 2, *size), -150.0)
-    outputs[(0, 0, *(6,) * len(size))] = 100.0
-    outputs[(0, 0, 6 + apart, *(6,) * (len(size) - 1))] = 100.0 - math.log(3)
+    outputs[(0, 0, *(2,) * len(size))] = 100.0
+    for first in (6, 6 + apart):
+        outputs[(0, 0, first, *(6,) * (len(size) - 1))] = 100.0 - math.log(1.5)
     outputs[0, 1] = outputs[0, 0] + 400.0
     points, _ = decode(outputs + level, "window_mass", PIXELS, sigma)
-    np.testing.assert_allclose(points[0].numpy(), [[6 + apart / 4, *[6.0] * (len(size) - 1)]] * 2, atol=1e-4)
+    np.testing.assert_allclose(points[0].numpy(), [[6 + apart / 2, *[6.0] * (len(size) - 1)]] * 2, atol=1e-4)
 
 
 @sizes

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from core.errors import UserError
 from landmarks_finetuning.metrics import physical_errors, summarise
-from landmarks_finetuning.paper_scorer import paper_errors, round_original
+from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval, studentised_interval
 
@@ -132,6 +133,33 @@ def test_paper_errors_refuse_what_they_are_not_defined_for():
     with pytest.raises(UserError, match="single pixel"):  # where exp(-1 / (2 sigma^2)) is a half
         paper_errors("chest", points, points, sizes, 64, (2 * np.log(2)) ** -0.5)
     assert paper_errors("chest", points, points, sizes, 64, 0.86) == 0
+
+
+EXTENTS = np.array([[240.0, 193.5], [240.0, 193.5]])
+
+
+@pytest.mark.parametrize(("rule", "size", "resample_mm", "extents_mm", "why"), [
+    ("cephalo", (64, 64), None, EXTENTS, None),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.009, 0.991]], None),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.011, 1]], r"every image to be 240 x 193\.5 mm \(height x width\)"),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 0.989], [1, 1]], "these are not$"),
+    ("cephalo", (64, 64), None, EXTENTS[:, ::-1], "these are not$"),
+    ("cephalo", (64, 64), None, None, "these are not$"),
+    ("chest", (64, 64), None, EXTENTS * 2, None),
+    ("hand", (64, 64), None, None, None),
+    ("chest", (64, 48), None, None, r"square network input of two axes, dataset\.image_size is 64 x 48$"),
+    ("chest", (64, 64, 64), None, None, "image_size is 64 x 64 x 64$"),
+    ("chest", (64, 64), 1.0, None, r"dataset\.resample_mm resamples them instead$"),
+    ("chest", (44, 44), None, None, None),  # sigma 0.859, just above 0.849
+    ("chest", (43, 43), None, None, r"single pixel, without an area, at dataset\.image_size 43$"),  # 0.840
+])
+def test_why_the_paper_s_scorer_is_undefined(rule, size, resample_mm, extents_mm, why):
+    reason = why_undefined(rule, size, resample_mm, extents_mm)
+    assert reason is None if why is None else re.search(why, reason)
+
+
+def test_the_disk_of_the_paper_s_scorer():
+    assert (paper_sigma(256), paper_sigma(64)) == (5.0, 1.25)
 
 
 def test_round_original_scales_without_half_pixel_shift_and_rounds_half_to_even():
