@@ -264,7 +264,7 @@ def test_the_window_about_the_peak_is_sigma_wide_and_reaches_the_neighbours_at_l
 def test_the_window_of_most_mass_is_two_sigma_wide_and_knows_no_level(size, level, sigma, apart):
     """Two equal pixels against a lone one that holds more than each of them and less than both."""
     outputs = torch.full((1, 2, *size), -150.0)
-    outputs[(0, 0, *(2,) * len(size))] = 100.0
+    outputs[(0, 0, *(length - 3 for length in size))] = 100.0
     for first in (6, 6 + apart):
         outputs[(0, 0, first, *(6,) * (len(size) - 1))] = 100.0 - math.log(1.5)
     outputs[0, 1] = outputs[0, 0] + 400.0

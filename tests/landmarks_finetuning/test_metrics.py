@@ -141,7 +141,7 @@ EXTENTS = np.array([[240.0, 193.5], [240.0, 193.5]])
 @pytest.mark.parametrize(("rule", "size", "resample_mm", "extents_mm", "why"), [
     ("cephalo", (64, 64), None, EXTENTS, None),
     ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.009, 0.991]], None),
-    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.011, 1]], r"every image to be 240 x 193\.5 mm \(height x width\)"),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.011, 1]], r"240 x 193\.5 mm \(height x width\)"),
     ("cephalo", (64, 64), None, EXTENTS * [[1, 0.989], [1, 1]], "these are not$"),
     ("cephalo", (64, 64), None, EXTENTS[:, ::-1], "these are not$"),
     ("cephalo", (64, 64), None, None, "these are not$"),
