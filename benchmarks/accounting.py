@@ -41,6 +41,6 @@ def account(base: int, size: list[int], batch: int, linear_attention: bool, prec
         bytes_.peak = bytes_.live
         step(precision)
         weights = 4 * parameters(network)
-    found = {"weights": weights, "gradients": weights, "average": weights, "adamw": 2 * weights, "peak": bytes_.peak,
+    sizes = {"weights": weights, "gradients": weights, "average": weights, "adamw": 2 * weights, "peak": bytes_.peak,
              "rest": bytes_.peak - 5 * weights}
-    return {name: value / 2**20 for name, value in found.items()}
+    return {name: value / 2**20 for name, value in sizes.items()}

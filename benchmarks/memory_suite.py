@@ -69,12 +69,13 @@ def show(result: dict[str, Any]) -> str:
     """The rows as a table, MiB."""
     lines = []
     for row in result["rows"]:
-        told = row["accounted"]
+        accounted = row["accounted"]
         step = [f"{row['mib']:.0f}", f"{row['seconds']:.2f} s"] if "mib" in row else [row.get("failed", ""), ""]
         lines.append(["x".join(map(str, row["size"])), row["base"], row["batch"], row["precision"],
                       "yes" if row["checkpointing"] else "no", *step,
-                      *([told["failed"]] if "failed" in told else
-                        [f"{told[key]:.0f}" for key in ("peak", "weights", "gradients", "average", "adamw", "rest")])])
+                      *([accounted["failed"]] if "failed" in accounted else
+                        [f"{accounted[key]:.0f}"
+                         for key in ("peak", "weights", "gradients", "average", "adamw", "rest")])])
     return table(["input", "base", "batch", "precision", "checkpointed", "measured MiB", "step", "accounted MiB",
                   "weights", "gradients", "average", "AdamW", "the rest of the peak"], lines)
 

@@ -72,9 +72,9 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
             points, confidence = timed("decode heatmaps", partial(
                 locate, outputs, maps, config.finetune, detector.sigma))
-        found = Predictions(images, detector.landmark_names, points, confidence)
+        predictions = Predictions(images, detector.landmark_names, points, confidence)
         with (folder / "parts.csv").open("ab") as table:
-            timed("write", partial(append_predictions, table, found))
+            timed("write", partial(append_predictions, table, predictions))
     return seconds
 
 

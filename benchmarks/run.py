@@ -30,9 +30,9 @@ def run_suite(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and keep one suite."""
     suite, device = SUITES[name], resolve_device(options.device)
     result = {"suite": name, "machine": machine(device), **suite.measure(options, device)}
-    told = result["machine"]
-    where = (f"{told['cpu']} ({', '.join(told['cpu_flags'])}), {told['cores']} cores, {told['threads']} threads, "
-             f"GPU {told['gpu']}, on {told['device']}, torch {told['packages']['torch']}, {told['date']}")
+    host = result["machine"]
+    where = (f"{host['cpu']} ({', '.join(host['cpu_flags'])}), {host['cores']} cores, {host['threads']} threads, "
+             f"GPU {host['gpu']}, on {host['device']}, torch {host['packages']['torch']}, {host['date']}")
     print(f"{where}\n{suite.show(result)}", flush=True)
     write_json(options.out / f"{name}.json", result)
     unit, values = suite.bars(result)

@@ -161,8 +161,8 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
         inputs = {"pretraining": data_digests(records, source.landmark_names, config.dataset)}
         check_inputs(run_dir, inputs, may_grow=logged(run_dir / "metrics.jsonl")[1] >= config.ddpm.iterations)
         images = load_images(records, config.dataset, "images" if ranks.leads else None)
-        held = source.splits["validation"]
-        validation = load_images(held, config.dataset) if held else None
+        validation_records = source.splits["validation"]
+        validation = load_images(validation_records, config.dataset) if validation_records else None
     torch.manual_seed(config.experiment.seed)
     channels = images.images.shape[1]
     model = UNet(config.unet, channels, channels, config.dataset.image_size)

@@ -186,7 +186,7 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
     sure = confidence(seen, points, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
     if shape is not None and settings.shape_prior is not None and not raw:
-        fitted = np.stack([fit_shape(shape, *found) for found in zip(points.numpy(), sure.numpy(), strict=True)])
+        fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
         weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
         points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
         sure = confidence(seen, points, loss, sigma)

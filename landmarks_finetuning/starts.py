@@ -50,10 +50,10 @@ START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are rando
 
 def check_same_network(path: Path, weights: Weights, unet: UNet, channels: int) -> None:
     """UserError naming the key in which the checkpoint's network differs from the config's."""
-    held, wanted = weights.unet.model_dump(), unet.model_dump()
+    stored, wanted = weights.unet.model_dump(), unet.model_dump()
     for key in wanted:
-        if held[key] != wanted[key]:
-            raise UserError(f"{path} holds a network with {key} {held[key]}, the config asks unet.{key} {wanted[key]}; "
-                            f"set unet.{key} to {held[key]}, or choose another checkpoint")
+        if stored[key] != wanted[key]:
+            raise UserError(f"{path} holds a network with {key} {stored[key]}, the config asks unet.{key} {wanted[key]}"
+                            f"; set unet.{key} to {stored[key]}, or choose another checkpoint")
     if weights.channels != channels:
         raise UserError(f"{path} was trained on {weights.channels} channels, the images have {channels}")

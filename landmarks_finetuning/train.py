@@ -79,13 +79,13 @@ class HeatmapRegression:
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Loss and physical mean radial error on the validation images, decoded as in scoring."""
-        held = self.validation
-        if held is None:
+        validation = self.validation
+        if validation is None:
             return {}
         losses, errors = [], []
-        truth, spacings = held.original_points(), held.spacings()
+        truth, spacings = validation.original_points(), validation.spacings()
         for chosen, outputs, maps in run_batched(
-                model, held, self.config.evaluation, self.device, self.config.experiment.precision):
+                model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
             points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)

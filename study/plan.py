@@ -40,9 +40,9 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
     if source is not None:
         print_device(config.experiment.device)
     if "pretrain" in stages and needs_pretraining(config.finetune):
-        found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
+        checkpoints = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
-              f"{', '.join(found) or 'none'}")
+              f"{', '.join(checkpoints) or 'none'}")
     print_other_inputs(runs)
     for run in runs:
         if run.stage == "ssl":
@@ -84,10 +84,10 @@ def print_other_inputs(runs: list[Run]) -> None:
 
 def print_cells(runs: list[Run]) -> None:
     """How many fine-tuning runs there are and which of them are left."""
-    left = [run for run in runs if not run.done]
-    print(f"finetune  {len(runs)} runs, {len(runs) - len(left)} done, {len(left)} left "
-          f"({sum(steps_left(run) for run in left)} steps at most)")
-    for run in left:
+    remaining = [run for run in runs if not run.done]
+    print(f"finetune  {len(runs)} runs, {len(runs) - len(remaining)} done, {len(remaining)} left "
+          f"({sum(steps_left(run) for run in remaining)} steps at most)")
+    for run in remaining:
         print(f"    {run.arguments[0].backbone:<11}{run.folder}")
 
 

@@ -99,8 +99,8 @@ def published_network(path: Path, content: Any) -> Weights:
     """The network in `content`, a published pickle read from `path`; UserError when it is another one."""
     tensors = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors.keys() >= PUBLISHED_NAMES:
-        held = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {held}, "
+        description = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {description}, "
                         f'expected "model_state_dict" with {", ".join(sorted(PUBLISHED_NAMES))}')
     try:
         base, inputs = tensors["init_conv.weight"].shape[:2]
