@@ -127,7 +127,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     if rule is not None:
         extents_mm = None if spacing is None else held.original_sizes * spacing
         left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
-        if left_out is None:
+        if left_out is None and scorer_points is not None:
             published = paper_errors(rule, scorer_points, truth, held.original_sizes, size[0], paper_sigma(size[0]))
     patients = [patient_group(record.id, record.patient) for record in held.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)

@@ -41,6 +41,12 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
               f"{', '.join(found) or 'none'}")
     print_other_inputs(runs)
+    if any(run.steps and not run.done for run in runs):
+        from core.training.device import device_problem
+
+        problem = device_problem(config.experiment.device)
+        if problem is not None:
+            print(f"not on this machine: {problem}")
     for run in runs:
         if run.stage == "ssl":
             print(f"ssl  {run.arguments[0]}: {'done' if run.done else f'{run.steps} steps'}")

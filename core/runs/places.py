@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,10 @@ def _is_of_the_same_files(config: Config, backbone: str, name: str) -> bool:
 
 
 def _file_named(values: dict[str, Any], key: str) -> tuple[str, Path | None]:
-    value = reduce(lambda section, name: (section or {}).get(name), key.split("."), values)
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.get(section) or {}
+    value = values.get(name)
     return key, None if value is None else Path(value).resolve()
 
 

@@ -1,8 +1,10 @@
 """Scoring of a whole run: the mean shape on images of unlike size, the paper's scorer, pictures, patients."""
 
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -127,3 +129,40 @@ def test_the_papers_scorer_is_left_out_with_a_reason(config_file, run_main, tmp_
     else:
         assert metrics["paper"] is None and reason in metrics["paper_left_out"]
         assert said + metrics["paper_left_out"] in out and said + metrics["paper_left_out"] in page
+
+
+# ---- what a report has to bear
+
+
+def test_a_study_of_which_the_guess_alone_is_scored_ends_with_its_failures(config_file, run_main, monkeypatch):
+    """No GPU is here: the plan says so, every trained run fails for it, and the guess has its report."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    path = config_file(experiment={"device": "cuda"}, finetune={"backbones": ["scratch"]})
+    missing = 'experiment.device "cuda": no CUDA GPU is visible'
+    status, out, _ = run_main("study.launch", "--config", path, "--stages", "finetune", "report", "--dry-run")
+    assert status == 0 and missing in out
+    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
+    assert status == 1 and "error: 1 of 2 runs failed" in error and error.count(missing) == 2
+    assert "There is no second method" in (path.parent / "runs/tiny/report/index.html").read_text()
+
+
+def test_the_failures_of_a_study_are_said_where_no_report_can_be_built(config_file, run_main, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    path = config_file(experiment={"device": "cuda"}, finetune={"backbones": ["scratch"]})
+    monkeypatch.setattr("study.run.report_page", lambda config: error_matrix(path.parent / "nowhere"))
+    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
+    assert status == 1 and "error: 1 of 2 runs failed" in error
+    assert "there is no report: " in error and "predictions.csv is missing" in error
+
+
+def test_a_report_beside_a_guess_without_an_error(mean_shape):
+    """Landmarks that lie at one place in all images: what is 0 mm can be missed by any share."""
+    run_dir, _ = mean_shape(lambda size: [middle(size)])
+    other = run_dir.parents[2] / "scratch/default" / run_dir.name
+    shutil.copytree(run_dir, other)
+    for file in ("metrics.json", "config.json"):
+        (other / file).write_text((other / file).read_text().replace('"mean_shape"', '"scratch"'))
+    table = pd.read_csv(other / "predictions.csv")
+    table.assign(error=table["error"] + 2).to_csv(other / "predictions.csv", index=False)
+    page = build_report([run_dir.parents[3]])
+    assert "mean shape by 0.00 mm. It is 2.00 mm (ratio not defined) worse" in page.read_text()
