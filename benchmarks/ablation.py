@@ -27,17 +27,17 @@ def score_decoders(run_dir: Path, split: str) -> dict[str, dict[str, float]]:
     """MRE, median and SDR of one trained detector for every decoder, on `split`."""
     detector = TrainedDetector(run_dir / "best.safetensors")
     source = load_source(detector.config.dataset)
-    held = load_images(source.require(split), detector.config.dataset)
-    unfit = set() if held.images.ndim == 4 else {"contour_centroid"}
+    images = load_images(source.require(split), detector.config.dataset)
+    unfit = set() if images.images.ndim == 4 else {"contour_centroid"}
     unfit |= set() if detector.config.finetune.loss == "cross_entropy_pixels" else {"window_mass"}
     decoders = [name for name in DECODERS if name not in unfit]
     points: dict[str, list[np.ndarray]] = {name: [] for name in decoders}
-    for _, outputs, maps in detector.heatmaps(held):
+    for _, outputs, maps in detector.heatmaps(images):
         for name in decoders:
-            points[name].append(locate(outputs, maps, detector.config, name)[0])
+            points[name].append(locate(outputs, maps, detector.config.finetune, detector.sigma, name)[0])
     scores = {}
-    for name, found in points.items():
-        errors = physical_errors(np.concatenate(found), held.original_points(), held.spacings())
+    for name, predicted in points.items():
+        errors = physical_errors(np.concatenate(predicted), images.original_points(), images.spacings())
         summary = summarise(errors, source.sdr_thresholds)
         scores[name] = {key: summary[key] for key in ("mre", "median", "p95", "sdr")}
     return scores

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.measuring import LiveBytes, parameters
 from benchmarks.networks import TrainingStep, ours
 from core.networks.convolutions import CHANNELS_LAST
+from core.networks.fused_norm import switched
 
 
 def lie_channels_last(network: nn.Module) -> None:
@@ -25,13 +26,13 @@ def lie_channels_last(network: nn.Module) -> None:
 
 
 def account(base: int, size: list[int], batch: int, linear_attention: bool, precision: str,
-            checkpointing: bool) -> dict[str, float]:
-    """MiB of the peak of the second optimiser step of our network, and what it consists of.
+            checkpointing: bool, gpu: bool) -> dict[str, float]:
+    """MiB of the peak of the second optimiser step of our network, and what it consists of, on a GPU or a CPU.
 
     `rest` is what the peak holds beyond weights, their gradients, moving average and AdamW's two averages: mostly
     activations; where the peak is not at the end of the backward pass, gradients not yet made leave room in it.
     """
-    with FakeTensorMode(), LiveBytes() as bytes_:
+    with FakeTensorMode(), switched("fake", gpu), LiveBytes() as bytes_:
         network = ours(base, tuple(size), linear_attention)
         network.activation_checkpointing = checkpointing
         lie_channels_last(network)
@@ -40,6 +41,6 @@ def account(base: int, size: list[int], batch: int, linear_attention: bool, prec
         bytes_.peak = bytes_.live
         step(precision)
         weights = 4 * parameters(network)
-    found = {"weights": weights, "gradients": weights, "average": weights, "adamw": 2 * weights, "peak": bytes_.peak,
+    sizes = {"weights": weights, "gradients": weights, "average": weights, "adamw": 2 * weights, "peak": bytes_.peak,
              "rest": bytes_.peak - 5 * weights}
-    return {name: value / 2**20 for name, value in found.items()}
+    return {name: value / 2**20 for name, value in sizes.items()}

@@ -46,11 +46,11 @@ def coverage(patients: int, sets: int, seed: int) -> dict[str, float]:
     """Percent of the simulated data sets whose interval holds the truth: {"MRE": 94.9, "SDR 2": ...}."""
     errors = simulate(patients, sets, seed)
     counts = np.full(errors.shape[:2], float(errors.shape[2]))
-    found = {"MRE": _held(studentised_interval(errors.sum(axis=2), counts, seed=0), true_mean())}
+    coverages = {"MRE": _held(studentised_interval(errors.sum(axis=2), counts, seed=0), true_mean())}
     for threshold in THRESHOLDS:
         hits = within(errors, threshold).sum(axis=2)
-        found[f"SDR {threshold:g}"] = _held(rate_interval(hits, counts), true_rate(threshold))
-    return found
+        coverages[f"SDR {threshold:g}"] = _held(rate_interval(hits, counts), true_rate(threshold))
+    return coverages
 
 
 def percentile_coverage(patients: int, sets: int, seed: int, samples: int = 2000) -> dict[str, float]:

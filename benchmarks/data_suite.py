@@ -67,10 +67,10 @@ def radiographs(folder: Path | None, count: int, made: Path) -> list[Path]:
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--images {folder} is not a folder")
-        found = find_images(folder, recursive=True)[:count]
-        if not found:
+        paths = find_images(folder, recursive=True)[:count]
+        if not paths:
             raise UserError(f"--images {folder} holds no image")
-        return found
+        return paths
     write_phantom_radiographs(made / "phantom", min(count, 8), FULL_SIZE, 0)
     originals = [read_image(path)[0] for path in find_images(made / "phantom", recursive=True)]
     files = [made / "full" / f"{index:04d}.jpg" for index in range(count)]

@@ -47,9 +47,9 @@ def copy_report(report: Path, target: Path, private: tuple[str, ...]) -> int:
         raise UserError(f"{report} has {total} bytes of page and tables, more than the {LIMIT_BYTES} to be committed")
     for name, content in contents.items():
         text = EMBEDDED.sub("", content.decode("utf8"))
-        found = [word for word in private if re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", text)]
-        if found:
-            raise UserError(f"{report / name} names {found[0]!r}, a place or name of this machine")
+        private_words = [word for word in private if re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", text)]
+        if private_words:
+            raise UserError(f"{report / name} names {private_words[0]!r}, a place or name of this machine")
     shutil.rmtree(target, ignore_errors=True)
     for name, content in contents.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)

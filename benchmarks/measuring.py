@@ -63,16 +63,16 @@ def peak_functions(device: torch.device, dims: int) -> dict[str, tuple[Callable[
     edge = round(positions ** (1 / dims))
     image = torch.rand((batch, channels, *(edge,) * dims), device=device)
     layout = memory_format(image.ndim, device)
-    found: dict[str, tuple[Callable[[], None], int]] = {}
+    peaks: dict[str, tuple[Callable[[], None], int]] = {}
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         matrix = torch.rand((side, side), device=device, dtype=dtype)
         layer = CONV[dims](channels, channels, 3, padding=1, bias=False).to(device, dtype).to(memory_format=layout)
         x = image.to(dtype, memory_format=layout)
-        found[f"matrix product, {precision}"] = (_without_grad(torch.mm, matrix, matrix), 2 * side**3)
-        found[f"convolution, {precision}"] = (
+        peaks[f"matrix product, {precision}"] = (_without_grad(torch.mm, matrix, matrix), 2 * side**3)
+        peaks[f"convolution, {precision}"] = (
             _without_grad(layer, x), 2 * batch * edge**dims * channels**2 * 3**dims)
-    return found
+    return peaks
 
 
 def _without_grad(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[[], None]:

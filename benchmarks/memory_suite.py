@@ -49,6 +49,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     sides, bases = options.sides or [options.side], options.bases or [options.base]
     if any(side % 8 for side in sides):
         raise UserError(f"--sides {sides}: must be multiples of 8")
+    on_gpu = options.account_gpu or device.type == "cuda"
     precision, rows = resolve_precision("auto", device), []
     for side in sides:
         for base in [*bases, *options.account]:
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
                 setting = {"base": base, "size": [side] * options.dims, "batch": options.batch,
                            "linear_attention": options.linear_attention, "precision": precision,
                            "checkpointing": checkpointing}
-                row = {**setting, "accounted": measure_apart("accounting.account", setting)}
+                row = {**setting, "accounted": measure_apart("accounting.account", {**setting, "gpu": on_gpu})}
                 if base in bases:
                     row |= measure_apart("memory_suite.measured", {**setting, "device": str(device)})
                 rows.append(row)
@@ -68,12 +69,13 @@ def show(result: dict[str, Any]) -> str:
     """The rows as a table, MiB."""
     lines = []
     for row in result["rows"]:
-        told = row["accounted"]
+        accounted = row["accounted"]
         step = [f"{row['mib']:.0f}", f"{row['seconds']:.2f} s"] if "mib" in row else [row.get("failed", ""), ""]
         lines.append(["x".join(map(str, row["size"])), row["base"], row["batch"], row["precision"],
                       "yes" if row["checkpointing"] else "no", *step,
-                      *([told["failed"]] if "failed" in told else
-                        [f"{told[key]:.0f}" for key in ("peak", "weights", "gradients", "average", "adamw", "rest")])])
+                      *([accounted["failed"]] if "failed" in accounted else
+                        [f"{accounted[key]:.0f}"
+                         for key in ("peak", "weights", "gradients", "average", "adamw", "rest")])])
     return table(["input", "base", "batch", "precision", "checkpointed", "measured MiB", "step", "accounted MiB",
                   "weights", "gradients", "average", "AdamW", "the rest of the peak"], lines)
 
@@ -89,5 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite."""
     parser.add_argument("--sides", type=int, nargs="+", help="memory: several in place of --side")
     parser.add_argument("--bases", type=int, nargs="+", help="memory: several in place of --base")
+    parser.add_argument("--account-gpu", action="store_true", help="memory: account as on a GPU, also without one")
     parser.add_argument("--account", type=int, nargs="+", default=[], metavar="BASE",
                         help="memory: base channels that are only accounted, not measured")

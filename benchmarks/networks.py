@@ -1,4 +1,7 @@
-"""The networks that are compared: ours and three libraries', with as many parameters, and one training step of each."""
+"""The networks that are compared: ours and three libraries', with as many parameters, and one training step of each.
+
+A library is imported where its network is made: what is not installed is missed by those alone who ask for it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from denoising_diffusion_pytorch import Unet as LucidrainsUNet
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.training_utils import EMAModel
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from benchmarks.measuring import count_flops, parameters
@@ -18,6 +16,7 @@ from core.config.ddpm import DDPM
 from core.config.unet import UNet as UNetConfig
 from core.networks.unet import UNet
 from core.training.batches import step_generator
+from core.training.cuda_graphs import Batches, Replayed
 from core.training.device import autocast, memory_format
 from core.training.loop import averaged_tensors
 from ddpm_pretraining.diffusion import Diffusion
@@ -33,11 +32,15 @@ def ours(base: int, size: tuple[int, ...], linear_attention: bool) -> UNet:
 
 def lucidrains(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """Unet of denoising-diffusion-pytorch with its default settings: our base channels are its `dim`."""
-    return LucidrainsUNet(dim=base, channels=1, dim_mults=MULTIPLIERS)
+    from denoising_diffusion_pytorch import Unet
+
+    return Unet(dim=base, channels=1, dim_mults=MULTIPLIERS)
 
 
 def diffusers(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """UNet2DModel of diffusers, attention on its last level, as wide as gives our number of parameters."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
     blocks = len(MULTIPLIERS) - 1
 
     def build(width: int) -> nn.Module:
@@ -51,6 +54,7 @@ def diffusers(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Mo
 
 def monai(base: int, size: tuple[int, ...], linear_attention: bool) -> nn.Module:
     """DiffusionModelUNet of MONAI, attention on its last level, as wide as gives our number of parameters."""
+    from monai.networks.nets import DiffusionModelUNet
 
     def build(width: int) -> nn.Module:
         return DiffusionModelUNet(len(size), 1, 1, num_res_blocks=2, channels=[width * m for m in MULTIPLIERS],
@@ -86,7 +90,7 @@ def equal_width(build: Callable[[int], nn.Module], wanted: int, step: int = 8) -
 def call(network: nn.Module, noisy: Tensor, timesteps: Tensor) -> Tensor:
     """The predicted noise."""
     out = network(noisy, timesteps)
-    return out.sample if isinstance(network, UNet2DModel) else out
+    return out if isinstance(out, Tensor) else out.sample
 
 
 def placed(network: nn.Module, images: Tensor) -> nn.Module:
@@ -99,32 +103,47 @@ class TrainingStep:
     """One DDPM optimiser step of a network: noise, forward, L2 loss, backward, AdamW, moving average.
 
     All take the same images, noise, fused AdamW and averaging, but diffusers brings its own scheduler and average.
+    On a GPU ours are replayed as CUDA graphs, as `core.training.loop` does, unless `replaying` is false.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor) -> None:
+    def __init__(self, network: nn.Module, images: Tensor, replaying: bool = True) -> None:
         device = images.device
-        self.network, self.images = network, images
+        self.network, self.images, self.replaying = network, images, replaying and isinstance(network, UNet)
+        self.gradients: dict[str, Replayed] = {}
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         self.diffusion, self.generator = Diffusion(DDPM(), device), step_generator(0, 0, 0, device)
         self.add_noise = self.diffusion.add_noise
-        if isinstance(network, UNet2DModel):
+        if type(network).__name__ == "UNet2DModel":
+            from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+            from diffusers.training_utils import EMAModel
+
             self.add_noise = DDPMScheduler(DDPM().num_train_timesteps).add_noise
             self.average = partial(EMAModel(network.parameters(), decay=DECAY).step, network.parameters())
         else:
             averages = [tensor.detach().clone() for tensor in averaged_tensors(network)]
             self.average = partial(torch._foreach_lerp_, averages, averaged_tensors(network), 1 - DECAY)
 
-    def loss(self, precision: str) -> Tensor:
-        """The loss on the images with fresh noise."""
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Fresh noise and timesteps."""
         timesteps = self.diffusion.draw_timesteps(len(self.images), self.generator)
-        noise = torch.randn(self.images.shape, generator=self.generator, device=self.images.device)
+        return torch.randn(self.images.shape, generator=self.generator, device=self.images.device), timesteps
+
+    def loss(self, precision: str, batches: Batches) -> Tensor:
+        """The loss on the images with the drawn noise, once its gradients are there."""
+        noise, timesteps = batches[0]
         with autocast(self.images.device, precision):
             predicted = call(self.network, self.add_noise(self.images, noise, timesteps), timesteps)
-            return nn.functional.mse_loss(predicted.float(), noise)
+            loss = nn.functional.mse_loss(predicted.float(), noise)
+        loss.backward()
+        return loss.detach()
 
     def __call__(self, precision: str) -> None:
         """One step."""
-        self.loss(precision).backward()
+        loss = partial(self.loss, precision)
+        if self.replaying:
+            self.gradients.setdefault(precision, Replayed(loss, list(self.network.parameters())))([self.draw()])
+        else:
+            loss([self.draw()])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

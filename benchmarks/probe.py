@@ -82,9 +82,9 @@ def probe(encoder: nn.Module, unlabelled: ImageSet, train: ImageSet, test: Image
     """Mean radial error of the probe in network pixels, and the effective rank of the test images' embeddings."""
     settle_normalisation(encoder, unlabelled.images)
     features, _ = pooled_maps(encoder, train.images)
-    held, embeddings = pooled_maps(encoder, test.images)
-    found = ridge_predict(features, train.truth.flatten(1).numpy(), held)
-    errors = np.linalg.norm(found.reshape(test.truth.shape) - test.truth.numpy(), axis=2)
+    features_of_test, embeddings = pooled_maps(encoder, test.images)
+    predicted = ridge_predict(features, train.truth.flatten(1).numpy(), features_of_test)
+    errors = np.linalg.norm(predicted.reshape(test.truth.shape) - test.truth.numpy(), axis=2)
     return {"error_px": float(errors.mean()), "effective_rank": effective_rank(embeddings)}
 
 
@@ -121,10 +121,10 @@ def print_table(rows: list[dict]) -> None:
         error = np.mean([row["error_px"] for row in of])
         gains = [row["error_px"] - untrained[row["seed"]] for row in of]
         ranks, teacher = ([row[key] for row in of if key in row] for key in ("effective_rank", "teacher_entropy"))
-        told = [row["teacher_information"] for row in of if "teacher_information" in row]
+        information = [row["teacher_information"] for row in of if "teacher_information" in row]
         print(f"| {method} | {error:.2f} | {' '.join(f'{gain:+.2f}' for gain in gains)} | "
               f"{f'{np.mean(ranks):.1f}' if ranks else ''} | "
-              f"{f'{np.mean(teacher):.3f}, {np.mean(told):.3f}' if teacher else ''} |")
+              f"{f'{np.mean(teacher):.3f}, {np.mean(information):.3f}' if teacher else ''} |")
 
 
 def main() -> None:

@@ -15,41 +15,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import matplotlib
-
 from benchmarks import data_suite, memory_suite, predict_suite, train_suite
+from benchmarks.drawing import draw
 from benchmarks.measuring import machine
 from core.errors import CommandParser, run_command
 from core.files import write_json
 from core.training.device import resolve_device
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
 SUITES: dict[str, ModuleType] = {"train": train_suite, "data": data_suite, "predict": predict_suite,
                                  "memory": memory_suite}
-
-
-def draw(path: Path, title: str, unit: str, values: dict[str, float]) -> None:
-    """Horizontal bars."""
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(values)), layout="constrained")
-    shown = axes.barh(list(values), list(values.values()),
-                      color=["tab:blue" if name.startswith("ours") else "tab:grey" for name in values])
-    axes.bar_label(shown, fmt="%.3g", padding=3)
-    axes.invert_yaxis()
-    axes.set(xlabel=unit, title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run_suite(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and keep one suite."""
     suite, device = SUITES[name], resolve_device(options.device)
     result = {"suite": name, "machine": machine(device), **suite.measure(options, device)}
-    told = result["machine"]
-    where = (f"{told['cpu']} ({', '.join(told['cpu_flags'])}), {told['cores']} cores, {told['threads']} threads, "
-             f"GPU {told['gpu']}, on {told['device']}, torch {told['packages']['torch']}, {told['date']}")
+    host = result["machine"]
+    where = (f"{host['cpu']} ({', '.join(host['cpu_flags'])}), {host['cores']} cores, {host['threads']} threads, "
+             f"GPU {host['gpu']}, on {host['device']}, torch {host['packages']['torch']}, {host['date']}")
     print(f"{where}\n{suite.show(result)}", flush=True)
     write_json(options.out / f"{name}.json", result)
     unit, values = suite.bars(result)

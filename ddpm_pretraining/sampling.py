@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.training.cuda_graphs import Replayed
 from ddpm_pretraining.diffusion import Diffusion
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,8 @@ def sample(diffusion: Diffusion, model: nn.Module, shape: tuple[int, ...], gener
            sampler: str, progress: str | None = None) -> list[Tensor]:
     """The clean-image estimates (B, C, *size) of every sampling step, the last one being the samples."""
     noisy = torch.randn(shape, generator=generator, device=generator.device)
-    steps = SAMPLERS[sampler](diffusion, lambda x, t: model(x, t).float(), noisy, generator)
+    predict = Replayed(lambda batches: model(*batches[0]).float())
+    steps = SAMPLERS[sampler](diffusion, lambda x, t: predict([(x, t)]), noisy, generator)
     return list(tqdm(steps, desc=progress, disable=progress is None, leave=False))
 
 

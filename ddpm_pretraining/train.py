@@ -26,7 +26,7 @@ from core.runs.claims import claim
 from core.runs.identity import check_pretraining
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.record import write_run_config
-from core.training.batches import BatchPlan, step_generator
+from core.training.batches import BatchPlan, gather, step_generator
 from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Job, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
@@ -53,13 +53,18 @@ class Denoising:
 
     def part_loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator, part: slice) -> Tensor:
         """Mean loss of a part of a micro-batch, whose randomness is drawn for the whole of it."""
-        chosen = torch.from_numpy(indices)
-        images = self.training.images[chosen].to(self.device)
-        images, _ = augment(images, None, self.config.ddpm.augmentation, generator,
-                            self.training.crops(chosen.to(self.device)))
+        return self.loss_of(model, *(drawn[part] for drawn in self.draw(indices, generator)))
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Augmented images, noise and timesteps of a micro-batch."""
+        images, chosen = gather(self.training.images, indices, self.device)
+        images, _ = augment(images, None, self.config.ddpm.augmentation, generator, self.training.crops(chosen))
         timesteps = self.diffusion.draw_timesteps(len(images), generator)
-        noise = torch.randn(images.shape, generator=generator, device=self.device)
-        return self.diffusion.losses(model, images[part], noise[part], timesteps[part]).mean()
+        return images, torch.randn(images.shape, generator=generator, device=self.device), timesteps
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Mean noise-prediction loss of drawn images, noise and timesteps."""
+        return self.diffusion.losses(model, *drawn).mean()
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -137,6 +142,7 @@ def loop_settings(config: Config) -> LoopSettings:
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
         ema_decay=ddpm.ema_decay, log_every=ddpm.log_every, save_every=ddpm.save_every,
         validate_every=ddpm.validate_every, warmup_iterations=ddpm.warmup_iterations, compile=experiment.compile,
+        cuda_graphs=experiment.cuda_graphs,
         milestones=frozenset(pictures | set(ddpm.checkpoint_iterations)))
 
 
@@ -155,8 +161,8 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
         inputs = {"pretraining": data_digests(records, source.landmark_names, config.dataset)}
         check_inputs(run_dir, inputs, may_grow=logged(run_dir / "metrics.jsonl")[1] >= config.ddpm.iterations)
         images = load_images(records, config.dataset, "images" if ranks.leads else None)
-        held = source.splits["validation"]
-        validation = load_images(held, config.dataset) if held else None
+        validation_records = source.splits["validation"]
+        validation = load_images(validation_records, config.dataset) if validation_records else None
     torch.manual_seed(config.experiment.seed)
     channels = images.images.shape[1]
     model = UNet(config.unet, channels, channels, config.dataset.image_size)

@@ -25,7 +25,7 @@ from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, image
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import read_metrics
-from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.inference import TrainedDetector, as_trained
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.pictures.cases import draw_predictions
@@ -37,14 +37,17 @@ from landmarks_finetuning.statistics import bootstrap_interval
 NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
-def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (),
-             out: Path | None = None) -> tuple[Path, dict]:
+def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
+             config: Config | None = None) -> tuple[Path, dict]:
     """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
-    evaluations/, or `out`. Landmarks are matched with the data set's by name.
+    evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
+    which may say other places than the run's own.
     """
     detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    if config is not None:
+        detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
@@ -96,18 +99,18 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     source = load_source(config.dataset)
     chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw)
     training = load_images(chosen, config.dataset)
-    held = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
-    points = held.from_centred(mean_shape_prediction(training.centred_points()))
+    test_images = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
+    points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
     side = config.dataset.image_size
     square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
-    scorer_points = round_original(points, held.original_sizes, side[0]) if square else None
+    scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
     run_dir = cell_dir(config, cell)
     identity = {"backbone": MEAN_SHAPE, "variant": "default", "shots": cell.shots, "draw": cell.draw, "seed": cell.seed,
                 "training_images": [record.id for record in chosen], "validation_labels": 0, "decoder": None,
                 "seconds": None}
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
-    guess = Predictions(held, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
+    guess = Predictions(test_images, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 
@@ -118,35 +121,36 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     Where the data set has a published rule that is not defined for these images, its figures are left out and
     "paper_left_out" says why.
     """
-    held, points, scorer_points = predictions.images, predictions.points, predictions.scorer_points
-    truth, spacing = held.original_points(), held.spacings()
+    test_images, points, scorer_points = predictions.images, predictions.points, predictions.scorer_points
+    truth, spacing = test_images.original_points(), test_images.spacings()
     errors = physical_errors(points, truth, spacing)
     thresholds = config.evaluation.sdr_thresholds or source.sdr_thresholds
     size = config.dataset.image_size
     rule, published, left_out = source.paper_rule, None, None
     if rule is not None:
-        extents_mm = None if spacing is None else held.original_sizes * spacing
+        extents_mm = None if spacing is None else test_images.original_sizes * spacing
         left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
         if left_out is None and scorer_points is not None:
-            published = paper_errors(rule, scorer_points, truth, held.original_sizes, size[0], paper_sigma(size[0]))
-    patients = [patient_group(record.id, record.patient) for record in held.records]
+            sizes = test_images.original_sizes
+            published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))
+    patients = [patient_group(record.id, record.patient) for record in test_images.records]
     interval = bootstrap_interval(errors, patients, config.experiment.seed)
-    pairs = [record.annotators for record in held.records if record.annotators is not None]
-    human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(held.records) else None
+    pairs = [record.annotators for record in test_images.records if record.annotators is not None]
+    human = annotator_distances(np.stack(pairs), spacing) if len(pairs) == len(test_images.records) else None
     leaked = leaked_ids(find_leaks(source, config.dataset), config.evaluation.split)
     metrics = {
         **identity, "dataset": config.dataset.name, "layout": source.layout, "paper_rule": rule,
         "phantom": config.dataset.phantom is not None, "split": config.evaluation.split, "unit": source.unit,
-        "images": len(held.records), "landmark_names": list(source.landmark_names), "image_size": list(size),
+        "images": len(test_images.records), "landmark_names": list(source.landmark_names), "image_size": list(size),
         "physical": {**summarise(errors, thresholds),
                      "interval": None if np.isnan(interval).any() else interval},
         "paper": None if published is None else summarise(published, thresholds), "paper_left_out": left_out,
         "stored_pixels": _in_stored_pixels(points, truth), "leaked": config.evaluation.leaked,
-        "without_leaks": _without(leaked, held.records, errors, thresholds) if leaked else None,
+        "without_leaks": _without(leaked, test_images.records, errors, thresholds) if leaked else None,
         "human": None if human is None else {**summarise(human, thresholds), "within": share_within(errors, human)},
     }
     images: GroupedImages = {
-        config.evaluation.split: data_digests(held.records, source.landmark_names, config.dataset, scoring=True)}
+        config.evaluation.split: data_digests(test_images.records, source.landmark_names, config.dataset, scoring=True)}
     metrics["scored_on"] = images_digest(images)
     write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(folder / "markups", predictions)

@@ -69,7 +69,7 @@ def _gaussian(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
 
 def _nearest_pixel(points: Tensor, size: tuple[int, ...]) -> Tensor:
     """True at the one pixel whose area holds the point; all False outside [-0.5, length - 0.5] or for NaN."""
-    nearest = torch.tensor(True, device=points.device)
+    nearest = torch.ones((), dtype=torch.bool, device=points.device)
     for axis, length in enumerate(size):
         position = points[..., axis, None]
         inside = (position >= -0.5) & (position <= length - 0.5)
@@ -101,10 +101,10 @@ def log_maps(outputs: Tensor, loss: str) -> LogMaps:
 
     Raises UserError for an unknown loss and for outputs that are not finite.
     """
-    found = _choose(LOG_MAPS, loss, "finetune.loss")(outputs)
+    maps = _choose(LOG_MAPS, loss, "finetune.loss")(outputs)
     if not torch.isfinite(outputs.flatten(2).sum(dim=2)).all():  # a fiftieth of the time that looking at each takes
         raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
-    return found
+    return maps
 
 
 def probability_maps(outputs: Tensor, loss: str) -> Tensor:
@@ -241,8 +241,8 @@ def _largest_contour_centroid(mask: np.ndarray) -> tuple[float, float]:
 
 
 def _for_each_heatmap(locate: Callable[[np.ndarray], Sequence[float] | np.ndarray], masks: Tensor) -> Tensor:
-    found = [[locate(mask) for mask in image] for image in masks.cpu().numpy()]
-    return torch.from_numpy(np.array(found, dtype=np.float64))
+    points = [[locate(mask) for mask in image] for image in masks.cpu().numpy()]
+    return torch.from_numpy(np.array(points, dtype=np.float64))
 
 
 def _peak(outputs: Tensor, scores: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
+from core.config.dataset import Dataset
+from core.config.evaluation import Evaluation
+from core.config.finetune import LossSettings
 from core.config.load import load_config, parse_recorded_config
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
@@ -60,9 +63,15 @@ class TrainedDetector:
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
 
+    @property
+    def sigma(self) -> float:
+        """Of its heatmaps, in network pixels."""
+        return sigma_pixels(self.config.finetune.sigma, self.config.dataset)
+
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
-        return run_batched(self.model, images, self.config, self.device, chosen)
+        config = self.config
+        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -80,16 +89,16 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 
 @torch.no_grad()
-def run_batched(model: nn.Module, images: ImageSet, config: Config, device: torch.device,
+def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
                 chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
     """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
 
-    Images of the network's size go through in batches of evaluation.batch_size. Larger ones go one by one, in windows
-    that overlap by evaluation.window_overlap; outputs are averaged, weighted by the distance from a window's border.
+    Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
+    that overlap by settings.window_overlap; outputs are averaged, weighted by the distance from a window's border.
     """
-    size, batch = images.network_size, config.evaluation.batch_size
+    size, batch = images.network_size, settings.batch_size
     indices = list(range(len(images.records))) if chosen is None else list(chosen)
-    precision = resolve_precision(config.experiment.precision, device)
+    precision = resolve_precision(precision, device)
 
     def outputs_of(inputs: Tensor) -> Tensor:
         with autocast(device, precision):
@@ -104,7 +113,7 @@ def run_batched(model: nn.Module, images: ImageSet, config: Config, device: torc
         part, maps = images.seen(index), images.maps[[index]]
         maps[:, :, -1] -= [place.start for place in part]
         image = images.images[(slice(index, index + 1), slice(None), *part)]
-        outputs = _over_windows(outputs_of, image, size, config.evaluation.window_overlap, batch)
+        outputs = _over_windows(outputs_of, image, size, settings.window_overlap, batch)
         yield Heatmaps([index], outputs, maps)
 
 
@@ -154,33 +163,31 @@ def as_trained(config: Config, header: dict[str, Any]) -> Config:
     return config.model_copy(update={"finetune": config.finetune.model_copy(update={"sigma": sigma})})
 
 
-def sigma_pixels(config: Config) -> float:
+def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     """finetune.sigma in pixels of this study's input.
 
     Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
     pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
     """
-    if config.dataset.resample_mm is not None:
-        return config.finetune.sigma
-    return config.finetune.sigma * float(np.mean(config.dataset.image_size)) / 256
+    return sigma if dataset.resample_mm is not None else sigma * float(np.mean(dataset.image_size)) / 256
 
 
-def locate(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
+def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
            shape: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
 
-    `maps` (B, D, D + 1) lead from stored to network pixels. With `shape` (N, D), the labelled shapes' mean, points are
-    decoded again under finetune.shape_prior; confidences are those of the network's own maps there.
+    `maps` (B, D, D + 1) lead from stored to network pixels; `sigma` is the heatmaps' in network pixels. With `shape`
+    (N, D), the labelled shapes' mean, points are decoded again under settings.shape_prior; confidences are those of the
+    network's own maps there. `decoder` replaces settings.decoder.
     """
-    finetune, sigma = config.finetune, sigma_pixels(config)
-    decoder, loss = decoder or finetune.decoder, finetune.loss
+    decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)
     points = find_points(outputs, seen, decoder, loss, sigma)
     sure = confidence(seen, points, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    if shape is not None and finetune.shape_prior is not None and not raw:
-        fitted = np.stack([fit_shape(shape, *found) for found in zip(points.numpy(), sure.numpy(), strict=True)])
-        weighted = add_shape_prior(outputs, fitted, finetune.shape_prior * shape_size(shape))
+    if shape is not None and settings.shape_prior is not None and not raw:
+        fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
+        weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
         points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
         sure = confidence(seen, points, loss, sigma)
     return apply_maps(points.numpy(), inverse(maps)), sure.numpy()

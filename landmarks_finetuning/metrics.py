@@ -22,12 +22,11 @@ def physical_errors(pred: np.ndarray, truth: np.ndarray, spacing: np.ndarray | N
     The unit is mm, or pixels without a spacing. NaN where the truth is. Raises UserError where an annotated
     landmark has no finite prediction: it would otherwise drop out of the mean.
     """
-    pred, truth = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     return radial_errors(_scaled(pred - truth, spacing), pred, truth)
 
 
 def _scaled(difference: np.ndarray, spacing: np.ndarray | None) -> np.ndarray:
-    return difference if spacing is None else difference * np.asarray(spacing, dtype=np.float64)[:, None, :]
+    return difference if spacing is None else difference * spacing[:, None, :]
 
 
 def radial_errors(difference: np.ndarray, pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -68,11 +67,10 @@ def summarise(errors: np.ndarray, thresholds: Sequence[float]) -> dict:
     written as "2", "2.5"; count. Ready for JSON: a landmark never scored has None.
     Raises UserError when nothing can be scored.
     """
-    errors = np.asarray(errors, dtype=np.float64)
     if np.isnan(errors).all():
         raise UserError("nothing can be scored: no landmark of these images is annotated")
     columns = [_statistics(column, thresholds) for column in errors.T]
-    per_landmark: dict[str, Any] = {key: [column[key] for column in columns] for key in columns[0] if key != "sdr"}
+    per_landmark: dict[str, Any] = {key: [column[key] for column in columns] for key in columns[0]}
     per_landmark["sdr"] = {f"{t:g}": [column["sdr"][f"{t:g}"] for column in columns] for t in thresholds}
     return {**_statistics(errors, thresholds), "macro_mre": macro_mean(per_landmark["mre"]),
             "per_landmark": per_landmark}

@@ -19,21 +19,21 @@ from landmarks_finetuning.predictions import append_rows, find_landmarks, table_
 
 def collect_images(paths: list[Path]) -> list[Record]:
     """Every image or volume named or below a named folder; UserError when there is none, or two share a name."""
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist")
         inside = path.is_dir() and not is_series(path)
         for image in find_images(path, recursive=True) if inside else [path]:
             name = image.relative_to(path).as_posix() if inside else image.name
-            if name in found:
-                raise UserError(f"{image} and {found[name]} would both be called {name}; predict them separately")
-            found[name] = image
-    if not found:
+            if name in images:
+                raise UserError(f"{image} and {images[name]} would both be called {name}; predict them separately")
+            images[name] = image
+    if not images:
         raise UserError(f"no image in {', '.join(map(str, paths))}; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
-    geometries = {name: read_geometry(image) for name, image in found.items()}
+    geometries = {name: read_geometry(image) for name, image in images.items()}
     return [Record(name, image, None, geometries[name].spacing_mm, geometry=geometries[name])
-            for name, image in found.items()]
+            for name, image in images.items()]
 
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,

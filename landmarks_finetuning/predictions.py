@@ -39,8 +39,8 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
     points, confidence, scorer_points = [], [], []
     flat = images.images.ndim == 4
     for _, outputs, maps in detector.heatmaps(images):
-        found, sure = locate(outputs, maps, detector.config, decoder, detector.shape)
-        points.append(found)
+        predicted, sure = locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape)
+        points.append(predicted)
         confidence.append(sure)
         if flat:
             scorer_points.append(contour_centroid(outputs).numpy())
@@ -86,9 +86,9 @@ def write_slicer_files(folder: Path, predictions: Predictions) -> None:
     for record, points, sure in zip(predictions.images.records, predictions.points, predictions.confidence,
                                     strict=True):
         if record.geometry is not None and record.geometry.affine is not None:
-            told = ["" if np.isnan(value) else f"confidence {value:.3f}" for value in sure]
+            descriptions = ["" if np.isnan(value) else f"confidence {value:.3f}" for value in sure]
             write_markups(folder / f"{record.id}.mrk.json", predictions.names,
-                          index_to_world(points, record.geometry.affine), told)
+                          index_to_world(points, record.geometry.affine), descriptions)
 
 
 

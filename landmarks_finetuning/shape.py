@@ -37,7 +37,6 @@ def fit_shape(shape: np.ndarray, points: np.ndarray, confidence: np.ndarray) -> 
     (graduated non-convexity, Blake & Zisserman 1987), so that a third of the points may lie anywhere.
     """
     size, weights = shape_size(shape), np.asarray(confidence, dtype=np.float64)
-    fitted = np.full_like(shape, np.nan)
     for scale in SCALES:
         fitted = _similarity(shape, points, weights + 1e-9)
         off = np.linalg.norm(fitted - points, axis=1) / size

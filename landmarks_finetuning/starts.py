@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.config.starts import SSL_METHODS
+from core.config.unet import UNet
 from core.errors import UserError
 from core.networks.imagenet import HUB_FILES, download_weights
 from core.networks.weights import Weights
@@ -47,12 +48,12 @@ START_WEIGHTS: dict[str, Callable[[Config], Path]] = {  # other starts are rando
     "imagenet": imagenet_weights, **{method: partial(ssl_weights, method=method) for method in SSL_METHODS}}
 
 
-def check_same_network(path: Path, weights: Weights, config: Config, channels: int) -> None:
+def check_same_network(path: Path, weights: Weights, unet: UNet, channels: int) -> None:
     """UserError naming the key in which the checkpoint's network differs from the config's."""
-    held, wanted = weights.unet.model_dump(), config.unet.model_dump()
+    stored, wanted = weights.unet.model_dump(), unet.model_dump()
     for key in wanted:
-        if held[key] != wanted[key]:
-            raise UserError(f"{path} holds a network with {key} {held[key]}, the config asks unet.{key} {wanted[key]}; "
-                            f"set unet.{key} to {held[key]}, or choose another checkpoint")
+        if stored[key] != wanted[key]:
+            raise UserError(f"{path} holds a network with {key} {stored[key]}, the config asks unet.{key} {wanted[key]}"
+                            f"; set unet.{key} to {stored[key]}, or choose another checkpoint")
     if weights.channels != channels:
         raise UserError(f"{path} was trained on {weights.channels} channels, the images have {channels}")

@@ -27,10 +27,9 @@ def patient_sums(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.
 
     Raises UserError when nothing can be scored.
     """
-    values = np.asarray(values, dtype=np.float64)
-    patients, index = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(index, weights=np.nansum(values, axis=1), minlength=len(patients))
-    counts = np.bincount(index, weights=(~np.isnan(values)).sum(axis=1), minlength=len(patients))
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(index, weights=np.nansum(values, axis=1))
+    counts = np.bincount(index, weights=(~np.isnan(values)).sum(axis=1))
     if not counts.any():
         raise UserError("nothing can be scored: no landmark of these images is annotated")
     return sums[counts > 0], counts[counts > 0]

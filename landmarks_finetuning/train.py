@@ -27,7 +27,7 @@ from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs, write_inputs
 from core.runs.places import Cell, cell_dir, is_scored, start_path
 from core.runs.record import write_run_config
-from core.training.batches import BatchPlan
+from core.training.batches import BatchPlan, gather
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
 from landmarks_finetuning.detectors.registry import build_detector
@@ -49,20 +49,28 @@ class HeatmapRegression:
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = np.array(header["shape"], dtype=np.float64)
+        self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
         finetune = self.config.finetune
-        target = draw_target(points, outputs.shape[2:], finetune.target, sigma_pixels(self.config))
+        target = draw_target(points, outputs.shape[2:], finetune.target, self.sigma)
         absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
         return LOSSES[finetune.loss](outputs.float(), target, absent)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
-        chosen = torch.from_numpy(indices)
-        there = chosen.to(self.device)
-        images, points = self.training.images[chosen].to(self.device), self.training.truth[there]
-        images, points = augment(images, points, self.config.finetune.augmentation, generator,
-                                 self.training.crops(there))
+        return self.loss_of(model, *self.draw(indices, generator))
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Augmented images and landmarks of a micro-batch."""
+        images, chosen = gather(self.training.images, indices, self.device)
+        images, points = augment(images, self.training.truth[chosen], self.config.finetune.augmentation, generator,
+                                 self.training.crops(chosen))
+        return images, points
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Heatmap loss of drawn images and landmarks."""
+        images, points = drawn
         return self._loss(model(images), points, not self.training.fits)
 
     def names(self, indices: np.ndarray) -> list[str]:
@@ -71,15 +79,16 @@ class HeatmapRegression:
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Loss and physical mean radial error on the validation images, decoded as in scoring."""
-        held = self.validation
-        if held is None:
+        validation = self.validation
+        if validation is None:
             return {}
         losses, errors = [], []
-        truth, spacings = held.original_points(), held.spacings()
-        for chosen, outputs, maps in run_batched(model, held, self.config, self.device):
+        truth, spacings = validation.original_points(), validation.spacings()
+        for chosen, outputs, maps in run_batched(
+                model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points, _ = locate(outputs, maps, self.config, shape=self.shape)
+            points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
@@ -112,7 +121,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
         validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
-        compile=experiment.compile,
+        compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
@@ -159,7 +168,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     header = {"kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
               "seed": cell.seed, "dataset": config.dataset.name,
               "landmark_names": list(source.landmark_names),
-              "sigma_pixels": sigma_pixels(config),
+              "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}

@@ -32,8 +32,8 @@ def alarm(figures: dict[str, float]) -> str | None:
     signs = {"embedding_spread": ("all images get nearly one embedding", LEAST_SPREAD),
              "teacher_entropy": ("the teacher answers with one prototype", LEAST_ENTROPY),
              "teacher_information": ("the teacher answers alike to all images", LEAST_INFORMATION)}
-    found = [f"{key} {figures[key]:.2g}: {meaning}" for key, (meaning, least) in signs.items()
+    signs_of_collapse = [f"{key} {figures[key]:.2g}: {meaning}" for key, (meaning, least) in signs.items()
              if key in figures and not figures[key] >= least]
     advice = ("lower ssl.dino.teacher_temperature below the student's, or the learning rate"
               if "teacher_entropy" in figures else "lower ssl.learning_rate, or give larger batches")
-    return f"the encoder is collapsing ({'; '.join(found)}); {advice}" if found else None
+    return f"the encoder is collapsing ({'; '.join(signs_of_collapse)}); {advice}" if signs_of_collapse else None

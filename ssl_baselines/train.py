@@ -77,13 +77,13 @@ class SelfSupervision:
 
     training: Training[Projected]  # from `follow` on, which comes before the first step
 
-    def __init__(self, config: Config, name: str, training: ImageSet, held: ImageSet | None) -> None:
+    def __init__(self, config: Config, name: str, training: ImageSet, validation: ImageSet | None) -> None:
         self.config, self.name = config, name
         self.method: Method = METHODS[name](config)
         self.device = resolve_device(config.experiment.device)
         self.records = training.records
         self.images = grey_images(training)
-        chosen = self.images if held is None or len(held.records) < LEAST_HELD else grey_images(held)
+        chosen = self.images if validation is None or len(validation.records) < LEAST_HELD else grey_images(validation)
         chosen = chosen[:HELD_IMAGES]
         self.held = make_views(chosen, range(len(chosen)), self.method.views, [VALIDATION_SEED])
         self.stream: Iterator[list[Tensor]] | None = None
@@ -171,8 +171,9 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
 def build_task(config: Config, name: str, source: DataSource) -> SelfSupervision:
     """Images of `source`, views and, as `training`, network and optimiser of method `name`, before the first step."""
     images = load_images(source.pretraining_records(), config.dataset, "images")
-    held = source.splits["validation"]
-    task = SelfSupervision(config, name, images, load_images(held, config.dataset) if held else None)
+    validation_records = source.splits["validation"]
+    validation = load_images(validation_records, config.dataset) if validation_records else None
+    task = SelfSupervision(config, name, images, validation)
     torch.manual_seed(config.experiment.seed)
     network = task.method.network(Pooled(build_encoder(config.finetune.encoder, 1)))
     settings, ssl = loop_settings(config, name, task.method), config.ssl

@@ -64,9 +64,9 @@ def submit(config: Config, stages: tuple[str, ...], cluster: str = "slurm") -> l
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--slurm: this machine has no sbatch; launch on a login node of the cluster, or without it")
     task = StudyTask(config, stages, failures_so_far(config, stages))
-    left = [run for run in prepare(config, stages) if not run.done]
-    first = [run for run in left if run.stage in PRETRAINING]
-    count, after = len(left) - len(first), {}
+    remaining = [run for run in prepare(config, stages) if not run.done]
+    first = [run for run in remaining if run.stage in PRETRAINING]
+    count, after = len(remaining) - len(first), {}
     if first and count:
         stage = tuple(stage for stage in PRETRAINING if stage in stages)
         jobs = submitted(config, [StudyTask(config, stage, task.failed_before)] * len(first), cluster)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from core.config.config import Config
+from core.errors import UserError
 from core.runs.cells import needs_pretraining
 from core.runs.inputs import INPUTS
 from core.runs.places import is_pretrained
@@ -36,17 +37,13 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
 
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
-    if "pretrain" in stages and needs_pretraining(config):
-        found = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
+    if source is not None:
+        print_device(config.experiment.device)
+    if "pretrain" in stages and needs_pretraining(config.finetune):
+        checkpoints = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
         print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
-              f"{', '.join(found) or 'none'}")
+              f"{', '.join(checkpoints) or 'none'}")
     print_other_inputs(runs)
-    if any(run.steps and not run.done for run in runs):
-        from core.training.device import device_problem
-
-        problem = device_problem(config.experiment.device)
-        if problem is not None:
-            print(f"not on this machine: {problem}")
     for run in runs:
         if run.stage == "ssl":
             print(f"ssl  {run.arguments[0]}: {'done' if run.done else f'{run.steps} steps'}")
@@ -60,6 +57,16 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
     rates = [f"{kind} {rate:.3g} s" for kind, rate in measured.items() if rate is not None]
     print(f"a step takes, by the runs of this study: {', '.join(rates) or 'no run measured yet'}")
     print(f"training time to come: {time_left(runs)}")
+
+
+def print_device(name: str) -> None:
+    """A note where this machine lacks the device: a study may be planned on another machine than it runs on."""
+    from core.training.device import resolve_device
+
+    try:
+        resolve_device(name)
+    except UserError as error:
+        print(f"note  {error}; on this machine every run that trains would fail")
 
 
 def print_other_inputs(runs: list[Run]) -> None:
@@ -77,10 +84,10 @@ def print_other_inputs(runs: list[Run]) -> None:
 
 def print_cells(runs: list[Run]) -> None:
     """How many fine-tuning runs there are and which of them are left."""
-    left = [run for run in runs if not run.done]
-    print(f"finetune  {len(runs)} runs, {len(runs) - len(left)} done, {len(left)} left "
-          f"({sum(steps_left(run) for run in left)} steps at most)")
-    for run in left:
+    remaining = [run for run in runs if not run.done]
+    print(f"finetune  {len(runs)} runs, {len(runs) - len(remaining)} done, {len(remaining)} left "
+          f"({sum(steps_left(run) for run in remaining)} steps at most)")
+    for run in remaining:
         print(f"    {run.arguments[0].backbone:<11}{run.folder}")
 
 

@@ -38,12 +38,12 @@ def check_shots(config: Config, source: DataSource) -> None:
 
 def check_done(config: Config, stages: tuple[str, ...]) -> None:
     """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
-    if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config):
+    if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config.finetune):
         check_pretraining(config)
-    for method in ssl_methods(config) if {"ssl", "finetune"} & set(stages) else ():
+    for method in ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ():
         check_ssl(config, method)
     for study in studies(config, stages):
-        for cell in cells(study):
+        for cell in cells(study.finetune):
             check_cell(study, cell)
 
 
@@ -56,7 +56,7 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
     from landmarks_finetuning.starts import START_WEIGHTS
 
     for backbone in START_WEIGHTS:
-        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
+        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config.finetune))
         if waiting and backbone not in to_come:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
@@ -145,6 +145,6 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     check_pretraining_inputs(runs)
     if source is not None:
         for study in studies(config, stages):
-            check_start_weights(study, ssl_methods(config) if "ssl" in stages else ())
+            check_start_weights(study, ssl_methods(config.finetune) if "ssl" in stages else ())
     print_plan(config, stages, source, runs)
     return runs

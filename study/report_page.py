@@ -24,8 +24,8 @@ def ingredients(experiment_dir: Path) -> str:
     for folder, suffixes in places:
         for path in sorted(folder.rglob("*")):
             if path.suffix in suffixes and report not in path.parents and path.is_file():
-                found = path.stat()
-                digest.update(f"{path.relative_to(folder)} {found.st_size} {found.st_mtime_ns}\n".encode())
+                status = path.stat()
+                digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from core.config.config import Config
-from core.errors import RunsFailed, UserError
+from core.errors import RunsFailed
 from study.prepare import data_stamp, prepare, remember
 from study.report_page import report_page
 from study.runner import failed_at, run_all
@@ -35,15 +36,15 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     if not failed:
         remember(config, digest, runs)
     worth = not failed or any(run.done for run in runs)
-    page, unreported = None, ""
+    listed = "".join(f"\n  {folder}: {why}" for folder, why in failed.items())
+    failures = f"{len(failed)} of {len(runs)} runs failed; the same command tries them again{listed}"
+    reported = False
     try:
         page = report_page(config) if "report" in stages and worth else None
-    except UserError as error:
-        if not failed:
-            raise
-        unreported = f"\n  there is no report: {error}"
+        reported = True
+    finally:
+        if failed and not reported:  # what ends the report does not hide them
+            print(failures, file=sys.stderr, flush=True)
     if failed:
-        listed = "".join(f"\n  {folder}: {why}" for folder, why in failed.items())
-        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again{listed}"
-                         f"{unreported}")
+        raise RunsFailed(failures)
     return page

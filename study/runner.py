@@ -41,7 +41,7 @@ def perform(run: Run) -> None:
             from landmarks_finetuning.evaluate import evaluate
             from landmarks_finetuning.train import finetune_cell
 
-            evaluate(finetune_cell(run.config, *run.arguments))
+            evaluate(finetune_cell(run.config, *run.arguments), config=run.config)
             drop_states(run.folder)
 
 
@@ -58,6 +58,9 @@ def attempt(run: Run) -> str | None:
         missing = [path.name for path in run.results if not path.is_file()]
         if missing:
             raise UserError(f"{run.folder} ended without {', '.join(missing)}")
+        changes = run.stale() or run.outdated()
+        if changes is not None:
+            raise UserError(f"{run.folder}: the data changed while it ran: {changes}")
     except Interrupted:
         raise
     except Exception as error:  # noqa: BLE001
@@ -117,42 +120,43 @@ def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path
     waits for it, or fails with it.
     """
     failed: dict[Path, str] = {}
-    held: dict[Run, str] = {}  # and by whom
+    claimed: dict[Run, str] = {}  # and by whom
     news = 0.0
-    while left := [run for run in runs if not run.done and run.folder not in failed]:
-        held = {}
-        for run in left:
-            if any(run.needs == other.folder and other.folder not in failed and not other.done for other in left):
+    while remaining := [run for run in runs if not run.done and run.folder not in failed]:
+        claimed = {}
+        for run in remaining:
+            if any(run.needs == other.folder and other.folder not in failed and not other.done for other in remaining):
                 continue
             try:
                 why = f"it needs {run.needs}" if run.needs in failed else take(run, failed_before[run.folder])
             except Claimed as other:
-                held[run] = str(other)
+                claimed[run] = str(other)
                 continue
             if why is not None:
                 failed[run.folder] = why
                 print(f"failed: {run.folder}: {why}", file=sys.stderr, flush=True)
             print_progress(runs, failed)
             news = 0.0
-        if held and not any(run.done or run.folder in failed for run in left):
+        if claimed and not any(run.done or run.folder in failed for run in remaining):
             if time.monotonic() >= news:
-                print_waiting(held, len(left))
+                print_waiting(claimed, len(remaining))
                 news = time.monotonic() + NEWS_SECONDS
             time.sleep(POLL_SECONDS)
-    if held:  # until others had done the last ones
+    if claimed:  # until others had done the last ones
         print_progress(runs, failed)
     return failed
 
 
 def print_progress(runs: list[Run], failed: Collection[Path]) -> None:
     """How many runs are done and how long the others take."""
-    left = [run for run in runs if not run.done and run.folder not in failed]
+    remaining = [run for run in runs if not run.done and run.folder not in failed]
     done = sum(run.done for run in runs)
-    print(f"done {done} of {len(runs)} runs; training time to come: {time_left(left)}", flush=True)
+    print(f"done {done} of {len(runs)} runs; training time to come: {time_left(remaining)}", flush=True)
 
 
-def print_waiting(held: dict[Run, str], left: int) -> None:
+def print_waiting(claimed: dict[Run, str], remaining: int) -> None:
     """What is waited for, who does it, and how far it is."""
-    run, owner = next(iter(held.items()))
+    run, owner = next(iter(claimed.items()))
     step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}"
-    print(f"waiting for other processes, {left} runs left: {step if run.steps else 'scoring'}; {owner}", flush=True)
+    doing = step if run.steps else "scoring"
+    print(f"waiting for other processes, {remaining} runs left: {doing}; {owner}", flush=True)

@@ -93,13 +93,13 @@ def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
 def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
     """Every run of `stages`, once, in the order in which they are begun."""
     runs = []
-    if "pretrain" in stages and needs_pretraining(config):
+    if "pretrain" in stages and needs_pretraining(config.finetune):
         runs.append(Run("pretrain", config, (), "pretrain", config.experiment_dir / "ddpm", ddpm_paths(config),
                         config.ddpm.iterations))
-    for method in ssl_methods(config) if "ssl" in stages else ():
+    for method in ssl_methods(config.finetune) if "ssl" in stages else ():
         runs.append(Run("ssl", config, (method,), f"ssl {method}", ssl_dir(config, method),
                         (encoder_path(config, method),), config.ssl.iterations))
-    runs += [cell_run(study, cell) for study in studies(config, stages) for cell in cells(study)]
+    runs += [cell_run(study, cell) for study in studies(config, stages) for cell in cells(study.finetune)]
     unique: dict[Path, Run] = {}
     for run in runs:
         unique.setdefault(run.folder, run)  # studies of encoders share the guesses
@@ -115,9 +115,9 @@ def cell_run(config: Config, cell: Cell) -> Run:
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
     needs = None
-    if cell.backbone == "ddpm" and needs_pretraining(config):
+    if cell.backbone == "ddpm" and needs_pretraining(config.finetune):
         needs = config.experiment_dir / "ddpm"
-    elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config):
+    elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
         needs = ssl_dir(config, cell.backbone)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
     return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone))

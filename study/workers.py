@@ -164,7 +164,7 @@ class Team:
 
     def watch(self) -> None:
         """Say what is done, what failed, which workers died and, every minute, what they are doing, until all ended."""
-        told: dict[Path, str] = {}
+        reported: dict[Path, str] = {}
         before, news = None, time.monotonic() + runner.NEWS_SECONDS
         while self.living:
             connection.wait([process.sentinel for process in self.living], runner.POLL_SECONDS)
@@ -172,14 +172,14 @@ class Team:
                            if holds(process, run)}
             self.bury()
             failed = failures(self.runs, self.failed_before)
-            for folder in failed.keys() - told.keys():
+            for folder in failed.keys() - reported.keys():
                 print(f"failed: {folder}: {failed[folder]}", file=sys.stderr, flush=True)
-            told |= failed
-            left = [run for run in self.runs if not run.done and run.folder not in failed]
+            reported |= failed
+            remaining = [run for run in self.runs if not run.done and run.folder not in failed]
             done = sum(run.done for run in self.runs)
             if before != (before := (done, len(failed))):
                 print(f"done {done} of {len(self.runs)} runs; training time to come, for one process: "
-                      f"{time_left(left)}", flush=True)
+                      f"{time_left(remaining)}", flush=True)
             if time.monotonic() > news:
                 news = time.monotonic() + runner.NEWS_SECONDS
                 self.tell()

@@ -21,5 +21,6 @@ class Experiment(Section):
     sharding: Literal["none", "full"] = setting(
         "none", "diffusion pre-training by several processes: full = each holds a share of the network")
     compile: bool = setting(False, "torch.compile the network's training step")
+    cuda_graphs: bool = setting(True, "on a GPU: replay training steps of one shape as one launch")
     activation_checkpointing: bool = setting(
         False, "diffusion U-Net: recompute activations going back: less memory for about a third more time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 from typing import overload
 
@@ -10,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config.section import Augmentation
+
+
+@lru_cache(maxsize=256)
+def constant(values: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """float64 `values` on the device, copied there once, for a copy waits for a GPU; not to be written to."""
+    return torch.tensor(values, device=device, dtype=torch.float64)
 
 
 def draw_affines(count: int, size: tuple[int, ...], settings: Augmentation, generator: torch.Generator) -> Tensor:
@@ -23,10 +30,10 @@ def draw_affines(count: int, size: tuple[int, ...], settings: Augmentation, gene
         return (torch.rand(*shape, generator=generator, device=device, dtype=torch.float64) * 2 - 1) * limit
 
     planes = list(combinations(range(dims), 2))  # of axes (z, y, x): those of turns about x, y and z
-    limits = torch.tensor(settings.rotation_degrees, device=device, dtype=torch.float64)
+    limits = constant(settings.rotation_degrees, device)
     angles = torch.deg2rad(uniform(limits, count, len(planes)))
     factors = 1 + uniform(settings.scale, count)
-    shifts = uniform(settings.translation, count, dims) * torch.tensor(size, device=device)
+    shifts = uniform(settings.translation, count, dims) * constant(size, device)
     used = torch.rand(count, generator=generator, device=device) < settings.probability
     identity = torch.eye(dims, device=device, dtype=torch.float64)
     matrix = identity.expand(count, dims, dims)
@@ -38,7 +45,7 @@ def draw_affines(count: int, size: tuple[int, ...], settings: Augmentation, gene
         matrix = turn @ matrix
     matrix = torch.where(used[:, None, None], matrix * factors[:, None, None], identity)
     shifts = torch.where(used[:, None], shifts, torch.zeros_like(shifts))
-    centre = (torch.tensor(size, device=device, dtype=torch.float64) - 1) / 2
+    centre = (constant(size, device) - 1) / 2
     offset = centre + shifts - matrix @ centre
     return torch.cat((matrix, offset[..., None]), dim=2)
 
@@ -48,7 +55,7 @@ def draw_crops(firsts: Tensor, sizes: Tensor, crop: tuple[int, ...], generator: 
 
     Along an axis where the image is no larger than the crop, it is centred in the crop.
     """
-    spare = sizes.double() - torch.tensor(crop, device=sizes.device)
+    spare = sizes.double() - constant(crop, sizes.device)
     drawn = torch.rand(spare.shape, generator=generator, device=generator.device, dtype=torch.float64)
     return firsts + torch.where(spare > 0, (drawn * (spare + 1)).floor(), (spare / 2).ceil())
 
@@ -61,9 +68,8 @@ def move_points(points: Tensor, affines: Tensor) -> Tensor:
 def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
     """(B, C, *old) resampled (linear, border replicated) to (B, C, *size) so that what was at p lies at affine(p)."""
     size = size or tuple(images.shape[2:])
-    old_half, half = (torch.tensor(lengths, device=images.device, dtype=torch.float64) / 2
-                      for lengths in (images.shape[2:], size))
-    inverse = torch.linalg.inv(affines[:, :, :-1])
+    old_half, half = (constant(tuple(lengths), images.device) / 2 for lengths in (images.shape[2:], size))
+    inverse, _ = torch.linalg.inv_ex(affines[:, :, :-1])  # inv would wait for a GPU, to raise for a singular one
     offset = -(inverse @ affines[:, :, -1:])[..., 0]
     # grid_sample's frame: u = (i + 0.5) / half - 1 on each axis, axes reversed (x first)
     matrix = inverse * half / old_half[:, None]

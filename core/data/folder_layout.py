@@ -93,14 +93,14 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _patients(given: dict[str, str], images: set[str], description: Path) -> dict[str, str]:
     """`patients` of dataset.json by image id; UserError for an image that is not there."""
-    found = {}
+    patients = {}
     for entry, patient in given.items():
         name = entry if entry in images else image_id(entry)
         if name not in images:
             hint = did_you_mean(name, sorted(images))
             raise UserError(f'{description}, patients: image "{entry}" is not in images/{hint}')
-        found[name] = patient
-    return found
+        patients[name] = patient
+    return patients
 
 
 def _common_dims(images: Sequence[Record], folder: Path) -> int:
@@ -117,9 +117,9 @@ def _common_dims(images: Sequence[Record], folder: Path) -> int:
 def _spacing(geometry: Geometry, given: tuple[float, ...] | None, image: Path) -> tuple[float, ...] | None:
     """The spacing given in words, or the file's own; a volume with an affine takes no other than its own."""
     if given is not None and geometry.affine is not None and geometry.spacing_mm is not None:
-        told = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
-        raise UserError(f"{image} has a spacing of its own ({told} mm): remove spacing_mm from config, dataset.json "
-                        "and landmarks.csv, or correct the file's header")
+        own_spacing = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
+        raise UserError(f"{image} has a spacing of its own ({own_spacing} mm): remove spacing_mm from config, "
+                        "dataset.json and landmarks.csv, or correct the file's header")
     return given or geometry.spacing_mm
 
 
@@ -127,8 +127,8 @@ def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], s
                  dims: int, description: Path) -> Labels:
     table, folder = root / "landmarks.csv", root / "landmarks"
     if table.exists() == folder.exists():
-        found = "both landmarks.csv and landmarks/" if table.exists() else "neither landmarks.csv nor landmarks/"
-        raise UserError(f"folder data set at {root} has {found}; give one of them, see datasets/README.md")
+        sources = "both landmarks.csv and landmarks/" if table.exists() else "neither landmarks.csv nor landmarks/"
+        raise UserError(f"folder data set at {root} has {sources}; give one of them, see datasets/README.md")
     by_id = {record.id: record for record in images}
     system = settings.get("coordinates", "pixel")
     if system != "pixel" and (dims == 2 or folder.exists()):
@@ -167,15 +167,15 @@ def _to_pixels(world: np.ndarray, record: Record, path: Path) -> np.ndarray:
 
 
 def _rows_by_id(rows: Iterable[FolderRow], images: set[str], table: Path) -> dict[str, FolderRow]:
-    found: dict[str, FolderRow] = {}
+    rows_by_id: dict[str, FolderRow] = {}
     for row in rows:
         name = row.image if row.image in images else image_id(row.image)
         if name not in images:
             raise UserError(f'{table}: image "{row.image}" is not in images/{did_you_mean(name, sorted(images))}')
-        if name in found:
+        if name in rows_by_id:
             raise UserError(f'{table}: image "{row.image}" has two rows')
-        found[name] = row
-    return found
+        rows_by_id[name] = row
+    return rows_by_id
 
 
 def _common_unit(records: Sequence[Record]) -> str:

@@ -69,10 +69,10 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     if path.is_file():
         return tuple(Leak(**entry) for entry in json.loads(path.read_text(encoding="utf8")))
     seen = {split: _see(records, config) for split, records in groups.items()}
-    found = [leak for split, others in OTHER_SIDES.items() for other in others
+    leaks = [leak for split, others in OTHER_SIDES.items() for other in others
              for leak in _twins(split, groups[split], *seen[split], other, groups[other], *seen[other])]
-    write_atomically(path, json.dumps([asdict(leak) for leak in found]).encode())
-    return tuple(found)
+    write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
+    return tuple(leaks)
 
 
 def leaked_ids(leaks: Sequence[Leak], split: str) -> list[str]:
@@ -164,7 +164,7 @@ def _twins(split: str, records: Sequence[Record], digests: list[str | None], ima
 
 def _key(groups: dict[str, tuple[Record, ...]], config: DatasetConfig) -> str:
     """Of everything a finding depends on; files by place, size and time, so that nothing needs to be read."""
-    told = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
-    told += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
+    parts = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
+    parts += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
              for record in group]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -50,9 +50,9 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
 
 
 def _describe(record: Record) -> dict:
-    told = {"id": record.id, "landmarks": None if record.landmarks is None else _plain(record.landmarks),
+    entry = {"id": record.id, "landmarks": None if record.landmarks is None else _plain(record.landmarks),
             "spacing": record.spacing, "patient": record.patient}
-    return told if record.annotators is None else {**told, "annotators": [_plain(one) for one in record.annotators]}
+    return entry if record.annotators is None else {**entry, "annotators": [_plain(one) for one in record.annotators]}
 
 
 def _plain(points: np.ndarray) -> list[list[float | None]]:

@@ -58,9 +58,10 @@ def read_pack(config: DatasetConfig) -> DataSource:
 
     UserError when it was packed from another layout, or when an excluded image neither is nor was in it.
     """
-    told = open_pack(Path(config.root)).description
-    if told["layout"] != config.layout:
-        raise UserError(f'{config.root} was packed from layout "{told["layout"]}", dataset.layout is "{config.layout}"')
+    description = open_pack(Path(config.root)).description
+    if description["layout"] != config.layout:
+        raise UserError(f'{config.root} was packed from layout "{description["layout"]}", dataset.layout is '
+                        f'"{config.layout}"')
 
     def record(entry: dict) -> Record:
         landmarks, annotators = (None if entry.get(key) is None else np.array(entry[key], dtype=np.float64)
@@ -68,8 +69,8 @@ def read_pack(config: DatasetConfig) -> DataSource:
         spacing = None if entry["spacing"] is None else tuple(entry["spacing"])
         return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"], annotators=annotators)
 
-    groups = {name: tuple(record(e) for e in entries) for name, entries in told["groups"].items()}
-    whole = DataSource(told["layout"], tuple(told["landmark_names"]), {name: groups[name] for name in SPLITS},
-                       groups["unlabelled"], told["unit"], tuple(told["sdr_thresholds"]), told["paper_rule"],
-                       Path(config.root))
-    return whole.without(name for name in config.exclude if name not in told.get("excluded", ()))
+    groups = {name: tuple(record(e) for e in entries) for name, entries in description["groups"].items()}
+    whole = DataSource(description["layout"], tuple(description["landmark_names"]),
+                       {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
+                       tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root))
+    return whole.without(name for name in config.exclude if name not in description.get("excluded", ()))

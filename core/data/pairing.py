@@ -114,9 +114,9 @@ def check_against_others(
         return
     shapes = np.stack([_upright_mm(case) for case in cases])
     _check_shape_sizes(cases, shapes)
-    findings = [found for number in range(len(cases)) if (found := _direction(number, shapes)) is not None]
+    findings = [finding for number in range(len(cases)) if (finding := _direction(number, shapes)) is not None]
     if findings:
-        worst = max(findings, key=lambda found: found.ratio)
+        worst = max(findings, key=lambda finding: finding.ratio)
         raise UserError(_direction_line(worst, cases[worst.number], names))
 
 
@@ -308,14 +308,14 @@ class _Agreement(NamedTuple):
 def _agreement(poses: np.ndarray) -> _Agreement:
     """Of (K, 3, 3): binomial, m - 1 of the other K - 1 close to one, for any one; the m > K / 2 that surprises most."""
     angles = np.sort(_angles(poses[:, None], poses[None]), axis=1)
-    count, found = len(poses), []
+    count, agreements = len(poses), []
     for members in range(count // 2 + 1, count + 1):
         centre = int(angles[:, members - 1].argmin())
         degrees = max(float(angles[centre, members - 1]), 5.0)
         share, rest = degrees / 180, count - 1
         tail = sum(comb(rest, m) * share**m * (1 - share) ** (rest - m) for m in range(members - 1, count))
-        found.append(_Agreement(min(1.0, count * tail), degrees, poses[centre]))
-    return min(found, key=lambda agreement: agreement.chance)
+        agreements.append(_Agreement(min(1.0, count * tail), degrees, poses[centre]))
+    return min(agreements, key=lambda agreement: agreement.chance)
 
 
 def _angles(rotation: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -340,12 +340,12 @@ def _mends(hand: int) -> list[np.ndarray]:
 MIRRORED = ("left and right are mirrored", "front and back are mirrored", "top and bottom are mirrored")
 
 
-def _direction_line(found: _Finding, case: Case, names: Sequence[str]) -> str:
-    seen, mend = _in_words(found.mend)
+def _direction_line(finding: _Finding, case: Case, names: Sequence[str]) -> str:
+    seen, mend = _in_words(finding.mend)
     unit = "voxels" if case.geometry.spacing_mm is None else "mm"
     return (
-        f"{case.labels}: its landmarks fit the other {found.others} cases {found.ratio:.1f} times better {seen} "
-        f'(landmark "{names[found.point]}" is {found.off_mm:.3g} {unit} off): {mend} {SWITCH_OFF}'
+        f"{case.labels}: its landmarks fit the other {finding.others} cases {finding.ratio:.1f} times better {seen} "
+        f'(landmark "{names[finding.point]}" is {finding.off_mm:.3g} {unit} off): {mend} {SWITCH_OFF}'
     )
 
 

@@ -104,9 +104,9 @@ class DataSource:
         if split not in SPLITS:
             raise UserError(f'split "{split}" does not exist; choose from {", ".join(SPLITS)}')
         if not self.splits[split]:
-            held = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
+            counts = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
             raise UserError(
-                f"{split} split of {self.layout} at {self.root} is empty: its labelled images make {held} "
+                f"{split} split of {self.layout} at {self.root} is empty: its labelled images make {counts} "
                 "(datasets/README.md says how the splits are made)"
             )
         return self.splits[split]

@@ -109,10 +109,10 @@ def _draw_splits(shares: dict[str, float], seed: Any, labelled: Patients, where:
     group_of = {key: patient_group(key, patient) for key, patient in labelled.items()}
     groups = sorted(set(group_of.values()))
     groups = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
-    held = [max(1, round(shares.get(s, 0) * len(groups))) if shares.get(s, 0) else 0 for s in ("test", "validation")]
+    counts = [max(1, round(shares.get(s, 0) * len(groups))) if shares.get(s, 0) else 0 for s in ("test", "validation")]
     split_of = dict.fromkeys(groups, "train")
-    split_of.update(dict.fromkeys(groups[: held[0]], "test"))
-    split_of.update(dict.fromkeys(groups[held[0] : sum(held)], "validation"))
+    split_of.update(dict.fromkeys(groups[: counts[0]], "test"))
+    split_of.update(dict.fromkeys(groups[counts[0] : sum(counts)], "validation"))
     return {split: [key for key in sorted(labelled) if split_of[group_of[key]] == split] for split in SPLITS}
 
 

@@ -103,16 +103,16 @@ def dicom_files(folder: Path) -> Iterator[Path]:
 
 def is_series(folder: Path) -> bool:
     """Whether the first two DICOM files in `folder` with a readable header are of one series."""
-    found = []
+    series = []
     for file in dicom_files(folder):
         try:
             with _damage_told(file):
                 dataset = pydicom.dcmread(file, specific_tags=["SeriesInstanceUID"], stop_before_pixels=True)
-                found.append(str(dataset.get("SeriesInstanceUID", file)))
+                series.append(str(dataset.get("SeriesInstanceUID", file)))
         except UserError:  # its damage is told when the series is read
             continue
-        if len(found) == 2:
-            return found[0] == found[1]
+        if len(series) == 2:
+            return series[0] == series[1]
     return False
 
 
@@ -134,7 +134,7 @@ def _slice(path: Path, spacing_keys: tuple[str, ...] = ("PixelSpacing",)) -> Sli
         dataset = pydicom.dcmread(path, stop_before_pixels=True)
         _check_kind(path, dataset)
         spacings = (_numbers(path, dataset, key, 2) for key in spacing_keys)
-        spacing = next((found for found in spacings if found is not None), None)
+        spacing = next((value for value in spacings if value is not None), None)
         if spacing is not None and not (spacing > 0).all():
             raise UserError(f"image {path} has a pixel spacing of {spacing.tolist()} mm; it must be above 0")
         return Slice(
@@ -247,8 +247,8 @@ def _check_one_series(folder: Path, slices: list[Slice]) -> None:
     for header in slices:
         series.setdefault(header.series, []).append(header)
     if len(series) > 1:
-        listed = ", ".join(f"{uid} ({found[0].description}, {len(found)} file{'s' * (len(found) > 1)})"
-                           for uid, found in series.items())  # fmt: skip
+        listed = ", ".join(f"{uid} ({files[0].description}, {len(files)} file{'s' * (len(files) > 1)})"
+                           for uid, files in series.items())  # fmt: skip
         raise UserError(f"image {folder} holds {len(series)} series: {listed}; give each a folder of its own")
     if len(slices) < 2:
         raise UserError(f"image {folder} holds {len(slices)} DICOM slice, a volume needs two or more; "

@@ -66,8 +66,8 @@ def read_geometry(path: str | Path) -> Geometry:
 def image_suffix(path: str | Path) -> str | None:
     """The image suffix that the name of `path` ends in, as written there (".png", ".JPG"), or None: a series folder."""
     name = Path(path).name
-    found = [suffix for suffix in FORMATS if name.lower().endswith(suffix) and len(name) > len(suffix)]
-    return name[-len(max(found, key=len)) :] if found else None
+    suffixes = [suffix for suffix in FORMATS if name.lower().endswith(suffix) and len(name) > len(suffix)]
+    return name[-len(max(suffixes, key=len)) :] if suffixes else None
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[Path]:

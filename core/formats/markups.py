@@ -65,10 +65,10 @@ def read_labels(path: Path) -> list[str]:
 
 def find_markup(folder: Path, image_id: str) -> Path | None:
     """folder/<image_id>.mrk.json or .fcsv, None where there is neither; UserError: both."""
-    found = [path for path in (folder / f"{image_id}{suffix}" for suffix in MARKUP_SUFFIXES) if path.is_file()]
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1].name} are landmarks of the same image; remove one of them")
-    return found[0] if found else None
+    paths = [path for path in (folder / f"{image_id}{suffix}" for suffix in MARKUP_SUFFIXES) if path.is_file()]
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1].name} are landmarks of the same image; remove one of them")
+    return paths[0] if paths else None
 
 
 def write_markups(

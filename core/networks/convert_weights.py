@@ -77,8 +77,8 @@ def recognise(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, An
     """Tensors to keep and the header of their file, for a U-Net or an encoder; UserError for any other content."""
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        held = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise UserError(f'{path} is no published file: it holds {held}, expected "model_state_dict" or an encoder\'s '
+        names = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f'{path} is no published file: it holds {names}, expected "model_state_dict" or an encoder\'s '
                         "tensors")
     origin = {"source": path.name, "dataset": _folder_among(path, DATASETS), "method": _folder_among(path, METHODS)}
     if state.keys() >= PUBLISHED_NAMES:
@@ -102,14 +102,14 @@ def _check_complete(path: Path, network: Weights) -> None:
         raise UserError(f"{path} holds another network than the published DDPM: {difference}")
 
 
-def first_difference(held: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """In words, the first name or shape in which `held` is not as `expected`; None when all agree."""
+def first_difference(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """In words, the first name or shape in which `stored` is not as `expected`; None when all agree."""
     for name, tensor in expected.items():
-        if name not in held:
+        if name not in stored:
             return f"{name} is missing"
-        if held[name].shape != tensor.shape:
-            return f"{name} has shape {tuple(held[name].shape)}, expected {tuple(tensor.shape)}"
-    return next((f"{name} is not part of it" for name in held if name not in expected), None)
+        if stored[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
+    return next((f"{name} is not part of it" for name in stored if name not in expected), None)
 
 
 def _recognise_encoder(path: Path, content: dict[str, Any], state: dict[str, Tensor],
@@ -122,8 +122,8 @@ def _recognise_encoder(path: Path, content: dict[str, Any], state: dict[str, Ten
         known = ", ".join(name for names in ENCODERS.values() for name in names)
         raise UserError(f"{path} holds neither the published DDPM nor an encoder known here ({known}): "
                         f"{len(state)} tensors, the first {next(iter(state))}")
-    told = re.search(r"(?:iter|step)(\d+)", path.stem)
-    iteration = content.get("iteration") if prefix else int(told[1]) if told else None
+    numbered = re.search(r"(?:iter|step)(\d+)", path.stem)
+    iteration = content.get("iteration") if prefix else int(numbered[1]) if numbered else None
     return tensors, full_header({}, {"kind": "encoder", "network": "encoder", "encoder": architecture,
                                      "channels": next(tensors[name].shape[1] for name in ENCODERS if name in tensors),
                                      "iteration": iteration, **origin})

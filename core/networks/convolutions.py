@@ -71,8 +71,18 @@ class Standardize(torch.autograd.Function):
         return torch.addcmul(constant, weight, slope).addcmul_(gradient, inverse), None, None
 
 
+def standardization_eps(dtype: torch.dtype) -> float:
+    """What is added to a filter's variance: 1e-3 in half precision, else 1e-5."""
+    return 1e-5 if dtype in (torch.float32, torch.float64) else 1e-3
+
+
 class StandardizedConv(nn.Module):
-    """3^D convolution whose weights are standardised over each filter (Qiao et al. 2019): biased variance."""
+    """3^D convolution whose weights are standardised over each filter (Qiao et al. 2019): biased variance.
+
+    `ready`: the standardised weights, where a network has made those of all its convolutions at once.
+    """
+
+    ready: Tensor | None = None
 
     def __init__(self, dims: int, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -80,12 +90,14 @@ class StandardizedConv(nn.Module):
         self.weight, self.bias = reference.weight, reference.bias
         self.convolve = CONV_FUNCTION[dims]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, *size) -> (B, channels_out, *size); eps is 1e-3 in half precision, else 1e-5."""
-        eps = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-3
-        weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
-        weight = Standardize.apply(weight, eps, x.dtype)
-        return self.convolve(x, weight, None if self.bias is None else self.bias.to(x.dtype), padding=1)
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
+        """(B, channels_in, *size) -> (B, channels_out, *size); without its bias where the caller adds that."""
+        weight = self.ready
+        if weight is None:
+            weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
+            weight = Standardize.apply(weight, standardization_eps(x.dtype), x.dtype)
+        bias = self.bias.to(x.dtype) if biased and self.bias is not None else None
+        return self.convolve(x, weight, bias, padding=1)
 
 
 class Downsample(nn.Sequential):

@@ -83,36 +83,36 @@ def build_encoder_unet(name: str, channels: int, landmarks: int, weights: Path |
 
 def load_encoder(model: EncoderUNet, path: Path) -> None:
     """Fill the encoder from `path`; UserError in one line that lists missing and unexpected names and other shapes."""
-    held, wanted = read_encoder(path, model.name), model.encoder.state_dict()
+    stored, wanted = read_encoder(path, model.name), model.encoder.state_dict()
     first = next(name for name, tensor in wanted.items() if tensor.ndim == 4)
-    if first in held and held[first].ndim == 4 and held[first].shape[1] == 3 and model.channels == 1:
-        held[first] = held[first].sum(dim=1, keepdim=True)
+    if first in stored and stored[first].ndim == 4 and stored[first].shape[1] == 3 and model.channels == 1:
+        stored[first] = stored[first].sum(dim=1, keepdim=True)
     counters = {name: tensor for name, tensor in wanted.items() if name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in held and name not in counters]  # older files have no counters
-    unexpected = [name for name in held if name not in wanted]
-    shapes = [f"{name} {list(held[name].shape)} instead of {list(tensor.shape)}" for name, tensor in wanted.items()
-              if name in held and held[name].shape != tensor.shape]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    missing = [name for name in wanted if name not in stored and name not in counters]  # older files have no counters
+    unexpected = [name for name in stored if name not in wanted]
+    shapes = [f"{name} {list(stored[name].shape)} instead of {list(tensor.shape)}" for name, tensor in wanted.items()
+              if name in stored and stored[name].shape != tensor.shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     wrong = [f"{len(names)} {kind} ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''})"
-             for kind, names in found.items() if names]
+             for kind, names in problems.items() if names]
     if wrong:
         raise UserError(f"{path} does not fit finetune.encoder {model.name}: of {len(wanted) - len(counters)} tensors "
                         f"{'; '.join(wrong)}")
-    model.encoder.load_state_dict({**counters, **held})
+    model.encoder.load_state_dict({**counters, **stored})
 
 
 def read_encoder(path: Path, name: str) -> dict[str, Tensor]:
     """An encoder's tensors by torchvision's names: a pickled state dict, or our .safetensors of encoder `name`."""
     if path.suffix == ".safetensors":
         tensors, header = read_tensors(path)
-        held = f"encoder {header['encoder']}" if header["kind"] == "encoder" else f"a {header['kind']}"
-        if held != f"encoder {name}":
-            raise UserError(f"{path} holds {held}, finetune.encoder is {name}")
+        description = f"encoder {header['encoder']}" if header["kind"] == "encoder" else f"a {header['kind']}"
+        if description != f"encoder {name}":
+            raise UserError(f"{path} holds {description}, finetune.encoder is {name}")
         return tensors
     content = read_pickle(path)
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        held = f"a dict of {sorted(map(str, content))[:6]}" if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {held}, expected the state dict of a torchvision {name}: names to tensors")
+        kind = f"a dict of {sorted(map(str, content))[:6]}" if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} holds {kind}, expected the state dict of a torchvision {name}: names to tensors")
     return {OLD_DENSENET_NAME.sub(r"\1\2", str(key)): tensor for key, tensor in content.items()
             if not str(key).startswith(CLASSIFIER)}
 

@@ -104,10 +104,10 @@ def fetch(path: str, out: Path) -> Path:
 
 def _check_sha256(part: Path, file: PublishedFile) -> None:
     with part.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if file.sha256 not in (None, found):
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if file.sha256 not in (None, digest):
         part.unlink()
-        raise UserError(f"{file.path} was damaged on the way (its sha256 is {found}, not {file.sha256}): removed, "
+        raise UserError(f"{file.path} was damaged on the way (its sha256 is {digest}, not {file.sha256}): removed, "
                         "fetch it again")
 
 

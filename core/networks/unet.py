@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core.config.unet import UNet as UNetConfig
 from core.networks.convolutions import CHANNELS_LAST, CONV, Downsample, StandardizedConv, Upsample, weight_and_bias
+from core.networks.fused_attention import ReadQueries, SeeKeys, fusable_attention
+from core.networks.fused_norm import fusable, normalize, on_gpu
+from core.networks.fused_weights import fusable_weights, standardized_together
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -27,15 +29,28 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm whose output has its input's type: autocast on CUDA would make it float32, twice the memory.
+    """nn.GroupNorm, and what follows it, whose output has its input's type: autocast on CUDA would make it float32.
 
-    Statistics are computed in float32 all the same.
+    Statistics are computed in float32 all the same. On a GPU one function of `fused_norm`; the form below it is
+    the reference, and what a CPU runs.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C, *size)."""
+    def forward(self, x: Tensor, *, added: Tensor | None = None, scale_shift: Tensor | None = None,
+                residual: Tensor | None = None, activate: bool = False) -> Tensor:
+        """silu(norm(x + added) * (1 + scale) + shift) + residual, (B, C, *size); see `fused_norm.normalize`."""
+        if fusable(x):
+            return normalize(x, self.weight, self.bias, self.num_groups, self.eps, added=added,
+                             scale_shift=scale_shift, residual=residual, activate=activate)
+        place = (-1, *(1,) * (x.ndim - 2))
+        if added is not None:
+            x = x + added.to(x.dtype).view(place)
         with no_autocast(x):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            x = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale_shift is not None:
+            scale, shift = scale_shift.view(len(x), *place).chunk(2, dim=1)
+            x = torch.addcmul(shift, x, scale + 1)
+        x = F.silu(x) if activate else x
+        return x if residual is None else x + residual
 
 
 class Block(nn.Module):
@@ -46,13 +61,11 @@ class Block(nn.Module):
         self.proj = StandardizedConv(dims, channels_in, channels_out)
         self.norm = GroupNorm(groups, channels_out)
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, C, *size) -> (B, C', *size)."""
-        x = self.norm(self.proj(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift
-            x = torch.addcmul(shift, x, scale + 1)
-        return F.silu(x)
+    def forward(self, x: Tensor, scale_shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C', *size); scale_shift (B, 2 C'). The norm adds the bias where that costs no pass."""
+        by_norm = fusable(x)
+        return self.norm(self.proj(x, biased=not by_norm), added=self.proj.bias if by_norm else None,
+                         scale_shift=scale_shift, residual=residual, activate=True)
 
 
 class ResidualBlock(nn.Module):
@@ -60,20 +73,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dims: int, channels_in: int, channels_out: int, time_channels: int, groups: int) -> None:
         super().__init__()
-        self.dims = dims
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, channels_out * 2))
         self.block1 = Block(dims, channels_in, channels_out, groups)
         self.block2 = Block(dims, channels_out, channels_out, groups)
         same = channels_in == channels_out
-        self.res_conv = nn.Identity() if same else CONV[dims](channels_in, channels_out, 1)
+        self.res_conv: nn.Module = nn.Identity() if same else CONV[dims](channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
         """`time` (B, time_channels), or None to skip the whole scale-and-shift branch."""
-        scale_shift = None
-        if time is not None:
-            projected = self.mlp(time)
-            scale_shift = projected.view(*projected.shape, *(1,) * self.dims).chunk(2, dim=1)
-        return self.block2(self.block1(x, scale_shift)) + self.res_conv(x)
+        scale_shift = None if time is None else self.mlp(time)
+        skip = x if isinstance(self.res_conv, nn.Identity) else pointwise(self.res_conv, x)
+        return self.block2(self.block1(x, scale_shift), residual=skip)
 
 
 class Attention(nn.Module):
@@ -94,29 +104,13 @@ class Attention(nn.Module):
         """(B, C, *size) -> query, key, value, each (B, positions, heads * head_channels)."""
         return F.linear(x.flatten(2).transpose(1, 2), self.to_qkv.weight.flatten(1)).chunk(3, dim=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C, *size)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C, *size), and `residual` added."""
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.project(x))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         weight, bias = weight_and_bias(self.to_out)
-        return to_image(F.linear(out, weight.flatten(1), bias), x)
-
-
-class TransposedProduct(torch.autograd.Function):
-    """(B, P, M), (B, P, N) -> (B, M, N), first^T second, whose gradients lie in memory as the inputs do."""
-
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        """The product."""
-        ctx.save_for_backward(first, second)
-        return first.transpose(1, 2) @ second
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a product."""
-        first, second = ctx.saved_tensors
-        return second @ gradient.transpose(1, 2), first @ gradient
+        out = to_image(F.linear(out, weight.flatten(1), bias), x)
+        return out if residual is None else residual + out
 
 
 class LinearAttention(Attention):
@@ -131,23 +125,45 @@ class LinearAttention(Attention):
         own_head = torch.block_diag(*[torch.full((head_channels, head_channels), self.scale)] * heads)
         self.register_buffer("own_head", own_head, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C, *size).
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C, *size), and `residual` added.
 
         Products associate: neither the values nor what each position reads of them are ever formed. Keys meet the
         input itself, the small (features, C) result meets both weights, `own_head` keeping each head to its own.
         """
         rows = x.flatten(2).transpose(1, 2)
         to_query, to_key, to_value = self.to_qkv.weight.flatten(1).chunk(3)
-        query, key = F.linear(rows, to_query), F.linear(rows, to_key)
-        with no_autocast(x):  # as in GroupNorm
-            query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
-            key = key.softmax(dim=1)
-        seen = TransposedProduct.apply(key, rows.to(key.dtype))
+        features, width = len(to_key), len(to_key) // self.heads
+        fused = fusable_attention(x, features, width)
+        seen = SeeKeys.apply(rows, to_key) if fused else self.see(rows, to_key)
         project, norm = self.to_out.children()
         weight, bias = weight_and_bias(project)
         read = (F.linear(seen, to_value) * self.own_head) @ weight.flatten(1).t()
-        return norm(to_image(torch.baddbmm(bias, query, read), x))
+        if fused:
+            out = ReadQueries.apply(rows, to_query, read, width)
+        else:
+            query = F.linear(rows, to_query)
+            with no_autocast(x):  # as in GroupNorm
+                query = query.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)
+            out = query @ read if fusable(x) else torch.baddbmm(bias, query, read)
+        return norm(to_image(out, x), added=bias if fusable(x) else None, residual=residual)
+
+    def see(self, rows: Tensor, to_key: Tensor) -> Tensor:
+        """(B, positions, C), (F, C) -> (B, F, C): rows weighted by each key's softmax over positions.
+
+        Keys lie (B, F, positions): CUDA's softmax walks along an axis that is not the last with one thread.
+        """
+        keys = torch.bmm(to_key.expand(len(rows), -1, -1), rows.transpose(1, 2))
+        with no_autocast(rows):
+            return torch.bmm(keys.softmax(dim=2), rows.to(keys.dtype))
+
+
+def pointwise(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution; of maps in channels-last memory on a GPU a matrix product, which adds its bias in passing."""
+    if not fusable(x):
+        return convolution(x)
+    weight, bias = weight_and_bias(convolution)
+    return to_image(F.linear(x.flatten(2).transpose(1, 2), weight.flatten(1), bias), x)
 
 
 def to_image(rows: Tensor, like: Tensor) -> Tensor:
@@ -163,13 +179,13 @@ class PreNorm(nn.Module):
         self.fn = fn
         self.norm = GroupNorm(1, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, C, *size)."""
-        return self.fn(self.norm(x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, *size) -> (B, C, *size), and `residual` added."""
+        return self.fn(self.norm(x), residual)
 
 
 class Residual(nn.Module):
-    """x + fn(x)."""
+    """x + fn(x), which `fn` adds."""
 
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
@@ -177,7 +193,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) -> (B, C, *size)."""
-        return x + self.fn(x)
+        return self.fn(x, residual=x)
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -244,14 +260,17 @@ class UNet(nn.Module):
         self.mid_block2 = block(middle, middle)
         self.final_res_block = block(base * 2, base)
         self.final_conv = conv(base, out_channels, 1)
+        self.standardized = [module for module in self.modules() if isinstance(module, StandardizedConv)]
 
     def embed_input(self, x: Tensor) -> Tensor:
         """First 1x1 convolution; the published network's zero input channels add nothing, so they are skipped.
 
-        The layout of the weights is taken up here: one channel lies alike in either, and one map in the other layout
-        would be copied in every block that meets it.
+        On a GPU its result lies channels last. Elsewhere the layout of the weights is taken up here: one channel lies
+        alike in either, and one map in the other layout would be copied in every block that meets it.
         """
         weight, wide = self.init_conv.weight[:, -self.channels:], self.final_res_block.block1.proj.weight
+        if on_gpu(x) and x.ndim > 3:
+            return to_image(F.linear(x.flatten(2).transpose(1, 2), weight.flatten(1), self.init_conv.bias), x)
         layout = CHANNELS_LAST[x.ndim - 2] if wide.stride(1) == 1 else torch.contiguous_format
         return self.init_conv._conv_forward(x, weight, self.init_conv.bias).contiguous(memory_format=layout)
 
@@ -264,8 +283,14 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """(B, channels, *size) -> (B, out_channels, *size)."""
         time = None if timesteps is None else self.time_mlp(timesteps)
-        x = first = self.embed_input(x)
-        kept = []
+        first = self.embed_input(x)
+        together = fusable(first) and not self.activation_checkpointing and fusable_weights(self.standardized)
+        with standardized_together(self.standardized, first.dtype) if together else nullcontext():
+            return self.transform(first, time)
+
+    def transform(self, first: Tensor, time: Tensor | None) -> Tensor:
+        """(B, base, *size) -> (B, out_channels, *size): all levels down and up."""
+        x, kept = first, []
         for *blocks, attend, down in map(nn.Module.children, self.downs):
             for block in blocks[:-1]:
                 x = self.run(block, x, time)
@@ -279,4 +304,4 @@ class UNet(nn.Module):
                 x = self.run(block, torch.cat((x, kept.pop()), dim=1), time)
             x = up(self.run(attend, x))
         x = self.run(self.final_res_block, torch.cat((x, first), dim=1), time)
-        return self.final_conv(x)
+        return pointwise(self.final_conv, x)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from core.background import snapshot, written
 from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
 from core.files import code_version, write_atomically
@@ -48,8 +49,12 @@ def save_weights(path: Path, model: nn.Module, config: dict[str, Any], header: d
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], header: dict[str, Any]) -> None:
     """Write a safetensors file whose header holds the full config, what `header` says and the code version."""
+    written(_write_tensors, path, snapshot(dict(tensors)), full_header(config, header))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(full_header(config, header))}))
+    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(header)}))
 
 
 def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
@@ -94,8 +99,8 @@ def published_network(path: Path, content: Any) -> Weights:
     """The network in `content`, a published pickle read from `path`; UserError when it is another one."""
     tensors = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors.keys() >= PUBLISHED_NAMES:
-        held = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {held}, "
+        description = sorted(map(str, content))[:6] if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f"{path} is not a published DDPM checkpoint: it holds {description}, "
                         f'expected "model_state_dict" with {", ".join(sorted(PUBLISHED_NAMES))}')
     try:
         base, inputs = tensors["init_conv.weight"].shape[:2]

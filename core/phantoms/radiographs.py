@@ -314,11 +314,11 @@ def _already_there(root: Path, recipe: dict[str, object]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / "phantom.json").read_text())
+        other = json.loads((root / "phantom.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{root}: exists and is not a phantom data set; choose another folder or remove it") from None
-    if found != recipe:
-        raise UserError(f"{root}: holds phantom {json.dumps(found)}, not {json.dumps(recipe)}; choose another folder")
+    if other != recipe:
+        raise UserError(f"{root}: holds phantom {json.dumps(other)}, not {json.dumps(recipe)}; choose another folder")
     return True
 
 

@@ -295,11 +295,11 @@ def _check_free(root: Path, recipe: dict[str, Any]) -> None:
     if not root.exists() or (root.is_dir() and all(path.name.startswith(".") for path in root.iterdir())):
         return
     try:
-        found = json.loads((root / "phantom.json").read_text(encoding="utf-8"))
+        other = json.loads((root / "phantom.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{root}: exists and is not a phantom data set; choose another folder or remove it") from None
-    if found != recipe:
-        raise UserError(f"{root}: holds phantom {json.dumps(found)}, not {json.dumps(recipe)}; choose another folder")
+    if other != recipe:
+        raise UserError(f"{root}: holds phantom {json.dumps(other)}, not {json.dumps(recipe)}; choose another folder")
 
 
 def _write_case(root: Path, index: int, size: tuple[int, ...], seed: int) -> None:

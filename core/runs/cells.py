@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
-from core.config.finetune import LossSettings
+from core.config.finetune import Finetune, LossSettings
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
 from core.runs.places import Cell, variant
@@ -15,10 +15,10 @@ from core.runs.places import Cell, variant
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
 
 
-def ssl_methods(config: Config) -> list[str]:
+def ssl_methods(finetune: Finetune) -> list[str]:
     """The self-supervised backbones that start from this study's own pre-training."""
-    return [method for method in SSL_METHODS if method in config.finetune.backbones
-            and getattr(config.finetune.encoder_weights, method) is None]
+    return [method for method in SSL_METHODS if method in finetune.backbones
+            and getattr(finetune.encoder_weights, method) is None]
 
 
 def encoder_studies(config: Config) -> list[Config]:
@@ -33,7 +33,7 @@ def settings_compared(config: Config) -> list[Config]:
     and ddpm comes from every EMA checkpoint; then ddpm from the checkpoints of finetune.transfer_from. Raises UserError
     where these are not there.
     """
-    finetune, found = config.finetune, []
+    finetune, compared = config.finetune, []
     kept = config.ddpm.checkpoint_iterations if finetune.pretraining_iteration == "best" else ()
     away = transfer_paths(config) if "ddpm" in finetune.backbones else ()
     for entry in finetune.losses or (finetune,):
@@ -47,8 +47,8 @@ def settings_compared(config: Config) -> list[Config]:
             starts += [{"backbones": ("ddpm",), "pretraining_iteration": iteration} for iteration in kept]
             starts += [{"backbones": ("ddpm",), "pretraining_iteration": None, "checkpoint": str(path)}
                        for path in away]
-        found += [with_finetune(config, **base, **start) for start in starts]
-    return found
+        compared += [with_finetune(config, **base, **start) for start in starts]
+    return compared
 
 
 def with_finetune(config: Config, **values: Any) -> Config:
@@ -70,9 +70,9 @@ def transfer_paths(config: Config) -> list[Path]:
                         "study's stage pretrain first, or name another runs/<experiment>")
     theirs = json.loads((folder / "config.json").read_text(encoding="utf8"))
     for key, value in config.unet.model_dump(mode="json").items():
-        held = theirs["unet"].get(key, value)
-        if held != value:
-            raise UserError(f"finetune.transfer_from {folder.parent}: its network has unet.{key} {json.dumps(held)}, "
+        other = theirs["unet"].get(key, value)
+        if other != value:
+            raise UserError(f"finetune.transfer_from {folder.parent}: its network has unet.{key} {json.dumps(other)}, "
                             f"this study's {json.dumps(value)}; they must be the same")
     kept = theirs["ddpm"]["checkpoint_iterations"]
     iterations = sorted(kept) if wanted == "best" else [wanted or max(kept)]
@@ -90,16 +90,15 @@ def single_setting(config: Config, backbone: str) -> Config:
     UserError where the study compares several settings: which of them is meant?
     """
     alone = with_finetune(config, backbones=(backbone,), transfer_from=None)
-    found = {variant(each, backbone): each for each in settings_compared(alone) if each.finetune.backbones}
-    if len(found) > 1:
-        raise UserError(f"this study runs {backbone} in {len(found)} settings ({', '.join(found)}), and one run has "
-                        "one: add --set finetune.losses=[] and a number for finetune.pretraining_iteration")
-    return with_finetune(next(iter(found.values())), backbones=config.finetune.backbones)
+    settings = {variant(each, backbone): each for each in settings_compared(alone) if each.finetune.backbones}
+    if len(settings) > 1:
+        raise UserError(f"this study runs {backbone} in {len(settings)} settings ({', '.join(settings)}), and one run "
+                        "has one: add --set finetune.losses=[] and a number for finetune.pretraining_iteration")
+    return with_finetune(next(iter(settings.values())), backbones=config.finetune.backbones)
 
 
-def cells(config: Config) -> list[Cell]:
+def cells(finetune: Finetune) -> list[Cell]:
     """Every fine-tuning run of the study, the mean-shape guess first, in the order in which they are run."""
-    finetune = config.finetune
     draws = finetune.draws if finetune.selection == "random" else finetune.draws[:1]
     guesses = [Cell(MEAN_SHAPE, shots, draw, 0) for shots in finetune.shots for draw in draws]
     trained = [Cell(backbone, shots, draw, seed) for shots in finetune.shots for draw in draws
@@ -107,9 +106,9 @@ def cells(config: Config) -> list[Cell]:
     return guesses + trained
 
 
-def needs_pretraining(config: Config) -> bool:
+def needs_pretraining(finetune: Finetune) -> bool:
     """Whether the study's cells start from this study's own DDPM."""
-    return "ddpm" in config.finetune.backbones and config.finetune.checkpoint is None
+    return "ddpm" in finetune.backbones and finetune.checkpoint is None
 
 
 def require_backbone(config: Config, backbone: str) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,23 @@ def write_inputs(run_dir: Path, images: GroupedImages, start: Path | None = None
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A run's inputs.json or scored.json; None where there is none. UserError for a damaged one."""
+    """A run's inputs.json or scored.json, not to be changed; None where there is none. UserError for a damaged one."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        status = path.stat()
     except FileNotFoundError:
         return None
+    return _parsed(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(path: Path, _size: int, _mtime_ns: int) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder to make that run again") from None
+    if not isinstance(record, dict) or "images" not in record:
+        raise UserError(f"{path} is damaged (it lists no images); delete its folder to make that run again")
+    return record
 
 
 def input_changes(run_dir: Path, images: GroupedImages | None, start: Path | None = None,
@@ -94,6 +105,8 @@ def image_changes(before: GroupedImages, now: GroupedImages, may_grow: bool = Fa
     changes = []
     for use in dict.fromkeys((*before, *now)):
         old, new = before.get(use, {}), now.get(use, {})
+        if old == new:
+            continue
         both = sorted(old.keys() & new.keys())
         pixels = [name for name in both if None not in (old[name][0], new[name][0]) and old[name][0] != new[name][0]]
         labels = [name for name in both if old[name][1] != new[name][1]]

@@ -77,10 +77,9 @@ def _is_of_the_same_files(config: Config, backbone: str, name: str) -> bool:
 
 
 def _file_named(values: dict[str, Any], key: str) -> tuple[str, Path | None]:
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.get(section) or {}
-    value = values.get(name)
+    value: Any = values
+    for name in key.split("."):
+        value = None if value is None else value.get(name)
     return key, None if value is None else Path(value).resolve()
 
 

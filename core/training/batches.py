@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+def gather(images: Tensor, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(images[indices], indices), both on `device`, which may be the images' own; nothing waits for a GPU."""
+    chosen = torch.from_numpy(indices)
+    if device.type == "cpu":
+        return images[chosen], chosen
+    there = chosen.pin_memory().to(device, non_blocking=True)
+    return (images[there] if images.is_cuda else images[chosen].pin_memory().to(device, non_blocking=True)), there
 
 
 @dataclass(frozen=True)

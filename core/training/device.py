@@ -23,15 +23,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def device_problem(name: str) -> str | None:
-    """Why nothing can be trained on this device here, None where it can be."""
-    try:
-        resolve_device(name)
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def resolve_precision(name: str, device: torch.device) -> str:
     """"auto" -> bf16 where the hardware has it natively, else float32."""
     if name != "auto":

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.background import finish_writing, writing_in_background
 from core.config.section import Clip
 from core.errors import Interrupted, UserError
 from core.training.batches import BatchPlan, step_generator
+from core.training.cuda_graphs import Batches, Replayed
 from core.training.device import autocast, memory_format
 from core.training.distributed import ALONE, Ranks
 from core.training.run_log import NoLog, RunLog
@@ -49,6 +51,17 @@ class Task(Protocol):
         """Called when the validation loss is the lowest so far."""
 
 
+@runtime_checkable
+class SplitTask(Task, Protocol):
+    """A task that draws what is random apart from the loss of it, so that a GPU's steps can be replayed as graphs."""
+
+    def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A micro-batch on the device, augmented, with all that the loss needs."""
+
+    def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
+        """Scalar loss of what was drawn; waits for nothing and draws nothing."""
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """Everything the loop needs beside model and task; iterations are optimiser steps."""
@@ -73,6 +86,7 @@ class LoopSettings:
     plateau_patience: int = 13
     early_stop_patience: int | None = None
     compile: bool = False
+    cuda_graphs: bool = True
     ema_schedule: str = "constant"
     milestones: frozenset[int] = frozenset()
 
@@ -101,6 +115,8 @@ class Training(Generic[Network]):
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=settings.plateau_factor, patience=settings.plateau_patience)
         self.step, self.best, self.since_best = 0, math.inf, 0
+        replaying = settings.device.type == "cuda" and settings.cuda_graphs and not settings.compile
+        self.gradients = Replayed(self.add_up, self.parameters) if replaying else self.add_up
         self.pending: list[Tensor] = []  # losses of the steps since the last check, on the device
 
     def prepare(self, model: Network) -> tuple[Network, Network, nn.Module]:
@@ -175,15 +191,33 @@ class Training(Generic[Network]):
 
     def accumulate(self, groups: Sequence[np.ndarray]) -> Tensor:
         """Add up the gradients of a step's micro-batches; returns their mean loss, on the device."""
-        settings = self.settings
-        share = 1.0 if settings.accumulation_reduction == "sum" else 1.0 / len(groups)
+        settings, task = self.settings, self.task
+        generators = [step_generator(settings.seed, self.step, micro, settings.device) for micro in range(len(groups))]
+        if isinstance(task, SplitTask):
+            drawn = [task.draw(indices, generator) for indices, generator in zip(groups, generators, strict=True)]
+            return self.gradients(drawn).clone()
         total = torch.zeros((), device=settings.device)
-        for micro, indices in enumerate(groups):
-            generator = step_generator(settings.seed, self.step, micro, settings.device)
+        for indices, generator in zip(groups, generators, strict=True):
             with autocast(settings.device, settings.precision):
-                loss = self.task.loss(self.forward, indices, generator)
-            (loss * share).backward()
+                loss = task.loss(self.forward, indices, generator)
+            (loss * self.share(groups)).backward()
             total += loss.detach() / len(groups)
+        return total
+
+    def share(self, groups: Sequence[Any]) -> float:
+        """The weight of a micro-batch's loss."""
+        return 1.0 if self.settings.accumulation_reduction == "sum" else 1.0 / len(groups)
+
+    def add_up(self, batches: Batches) -> Tensor:
+        """`accumulate` for drawn micro-batches."""
+        settings, task = self.settings, self.task
+        assert isinstance(task, SplitTask)
+        total = torch.zeros((), device=settings.device)
+        for drawn in batches:
+            with autocast(settings.device, settings.precision):
+                loss = task.loss_of(self.forward, *drawn)
+            (loss * self.share(batches)).backward()
+            total += loss.detach() / len(batches)
         return total
 
     def recent_losses(self) -> Tensor:
@@ -277,7 +311,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
         run_dir.mkdir(parents=True, exist_ok=True)
     open_log = RunLog if ranks.leads else NoLog
     with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
-          StopSignal(once=ranks.count > 1) as stop):
+          StopSignal(once=ranks.count > 1) as stop, writing_in_background(settings.device.type == "cuda")):
         while not training.finished:
             log.advance(training.optimiser_step())
             stopping = ranks.any(bool(stop.received))  # read once: a signal that comes later waits for the next step
@@ -294,5 +328,6 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             if saving or training.finished:
                 training.save(run_dir)
             if stopping and not training.finished:
+                finish_writing()
                 raise Interrupted(f"saved at step {training.step} of {settings.iterations}; "
                                   f"continue with: {resume_command} --resume")

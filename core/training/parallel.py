@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ from core.training.batches import BatchPlan, step_generator
 from core.training.device import autocast
 from core.training.distributed import Job
 from core.training.loop import LoopSettings, Network, Task, Training
+
+# Buffers are the same in every process. The keyword of torch from 2.14 on; older releases have the second alone.
+KEEP_BUFFERS: dict[str, Any] = {next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                                     if name in signature(DistributedDataParallel).parameters): False}
 
 
 class DealtTask(Task, Protocol):
@@ -77,8 +82,7 @@ class Replicated(Training[Network]):
         model, average, _ = super().prepare(model)
         devices = [torch.cuda.current_device()] if self.settings.device.type == "cuda" else None
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels: one memory
-        self.replicas = DistributedDataParallel(model, devices, forward_sync_buffers=False,
-                                                gradient_as_bucket_view=True)
+        self.replicas = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **KEEP_BUFFERS)
         return model, average, self.replicas
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from core.background import snapshot, written
 from core.errors import UserError
 from core.files import atomic_file
 from core.formats.pickles import read_pickle
@@ -15,6 +16,10 @@ from core.formats.pickles import read_pickle
 
 def save_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Save everything stateful as last.pt; what last.pt was becomes previous.pt. No moment is without a whole file."""
+    written(_write_state, run_dir, snapshot(state))
+
+
+def _write_state(run_dir: Path, state: dict[str, Any]) -> None:
     last = run_dir / "last.pt"
     with atomic_file(last) as file:
         torch.save(state, file)

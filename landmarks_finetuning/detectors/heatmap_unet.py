@@ -42,7 +42,7 @@ def start_unet(config: Config, backbone: str, channels: int, landmarks: int) -> 
     if backbone == "ddpm":
         path = pretrained_path(config)
         weights = load_weights(path)
-        check_same_network(path, weights, config, channels)
+        check_same_network(path, weights, config.unet, channels)
         kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("final_conv.")}
         model.load_state_dict({**model.state_dict(), **kept})
         model.timestep = config.finetune.timestep

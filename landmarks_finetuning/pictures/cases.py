@@ -14,7 +14,7 @@ from core.data.dataset import ImageSet
 from core.formats.geometry import apply_maps, inverse, upright, upright_map
 from core.formats.images import read_image
 from landmarks_finetuning.heatmaps import draw_target, probability_maps
-from landmarks_finetuning.inference import TrainedDetector, sigma_pixels
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 from landmarks_finetuning.predictions import Predictions
 
@@ -75,7 +75,7 @@ def _heatmaps(detector: TrainedDetector, images: ImageSet, index: int) -> tuple[
     if landmarks is None:
         return probabilities, None
     points = torch.from_numpy(apply_maps(landmarks, maps[0]))[None]
-    targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, sigma_pixels(config))
+    targets = draw_target(points, tuple(outputs.shape[2:]), config.finetune.target, detector.sigma)
     return probabilities, targets[0][own].numpy()
 
 

@@ -127,6 +127,8 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
         "unfinished": records(experiment.unfinished),
+        "apart": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
+                  for run in experiment.apart],
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
@@ -147,7 +149,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _samples(folder: Path, pictures: Pictures) -> list[dict[str, str]]:
     """The newest sample grid and the newest denoising strip."""
-    found = []
+    samples = []
     for prefix, caption in (("samples", "Images drawn from noise by the pre-trained network"),
                             ("strip", "From noise to image: steps of one denoising, left to right")):
         files = sorted(folder.glob(f"{prefix}_iter*.png"))
@@ -155,8 +157,8 @@ def _samples(folder: Path, pictures: Pictures) -> list[dict[str, str]]:
             iteration = int(files[-1].stem.rsplit("iter", 1)[1])
             source = pictures.embed(files[-1], 1100)
             if source:
-                found.append({"source": source, "caption": f"{caption} (iteration {iteration})", "kind": prefix})
-    return found
+                samples.append({"source": source, "caption": f"{caption} (iteration {iteration})", "kind": prefix})
+    return samples
 
 
 def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Output) -> dict[str, Any]:
@@ -217,12 +219,12 @@ def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]])
 
 
 def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:
-    """The distance between the two annotators under the names of the summary's columns, None where not known."""
-    known = runs.dropna(subset=["human_mre"]) if "human_mre" in runs else runs.iloc[:0]
-    if known.empty:
+    """The distance between the two annotators under the names of the summary's columns, None where there are none."""
+    annotated = runs.dropna(subset=["human_mre"]) if "human_mre" in runs else runs.iloc[:0]
+    if annotated.empty:
         return None
     columns = [column for column in runs.columns if column.startswith("human_")]
-    return {"name": HUMAN, **{column.removeprefix("human_"): known[column].iloc[0] for column in columns}}
+    return {"name": HUMAN, **{column.removeprefix("human_"): annotated[column].iloc[0] for column in columns}}
 
 
 def _heatmaps(runs: pd.DataFrame, slug: str, output: Output) -> list[dict[str, Any]]:

@@ -6,10 +6,13 @@ set's unit (mm or px). Only numbers are made here, no pictures and no sentences.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from core.data.records import patient_group
 from core.errors import UserError
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
+from landmarks_finetuning.report.alike import Apart, set_apart
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.report.provenance import starting_point
 from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
@@ -45,6 +49,7 @@ class Experiment:
     unfinished: pd.DataFrame  # one row per run without metrics.json
     config: dict[str, Any]
     pretraining: list[dict[str, Any]] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)  # scored runs of other data, which no figure has
 
     @property
     def name(self) -> str:
@@ -63,13 +68,15 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"{path} holds no runs: expected landmarks/<backbone>/<variant>/shots010_draw0_seed0 or "
                         "ddpm/metrics.jsonl in it; name a folder such as runs/<experiment>")
     scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
-    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored])
+    apart = set_apart(scored)
+    others = {run.folder for run in apart}
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored if folder not in others])
     unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
     config = next((_read_json(file) for file in configs if file.is_file()), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
-    return Experiment(path, runs, unfinished, config, pretraining)
+    return Experiment(path, runs, unfinished, config, pretraining, apart)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -137,8 +144,8 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
     of_paper = [column for column in runs.columns if column.startswith("paper_") and column != "paper_rule"]
-    known = [column for column in ("human_within", "without_leaks_mre") if column in runs]
-    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *known]
+    optional = [column for column in ("human_within", "without_leaks_mre") if column in runs]
+    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *optional]
     rows = []
     for key, group in grouped(runs, CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()
@@ -154,19 +161,19 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _intervals(group: pd.DataFrame) -> dict[str, float]:
     """95 % intervals over patients, all draws pooled, of each mean and rate of one method at one number of shots."""
-    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for prefix, column in (("", "error"), ("paper_", "paper_error")):
         if f"{prefix}mre" not in group or group[f"{prefix}mre"].isna().any():
             continue
         low, high = bootstrap_interval(*_pooled(group, column), seed=0)
-        found |= {f"low_{prefix}mre" if prefix else "interval_low": low,
-                  f"high_{prefix}mre" if prefix else "interval_high": high}
+        limits |= {f"low_{prefix}mre" if prefix else "interval_low": low,
+                   f"high_{prefix}mre" if prefix else "interval_high": high}
         for rate in sdr_columns(group, prefix):
             limit = float(rate.rsplit("_", 1)[1])
             sums = patient_sums(*_pooled(group, column, lambda errors, limit=limit: within(errors, limit)))
             rate_low, rate_high = rate_interval(*(values[:, None] for values in sums))
-            found |= {f"low_{rate}": rate_low[0], f"high_{rate}": rate_high[0]}
-    return found
+            limits |= {f"low_{rate}": rate_low[0], f"high_{rate}": rate_high[0]}
+    return limits
 
 
 def _pooled(group: pd.DataFrame, *options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -175,14 +182,28 @@ def _pooled(group: pd.DataFrame, *options: Any) -> tuple[np.ndarray, np.ndarray]
 
 
 def read_predictions(folder: Path) -> pd.DataFrame:
-    """predictions.csv with text as text and numbers as numbers (NaN where empty). UserError where it is missing."""
+    """predictions.csv with text as text and numbers as numbers (NaN where empty).
+
+    Raises UserError where it is missing, or not whole: a row for each of the images and landmarks of metrics.json.
+    """
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing though metrics.json is there; evaluate that run again")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in NUMBERS:
-        if column in table:
+    try:
+        text = path.read_text(encoding="utf8")
+        table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
+        rows = set(zip(table["image"], table["landmark"], strict=True))
+        complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
+        for column in table.columns.intersection(list(NUMBERS)):
             table[column] = pd.to_numeric(table[column])
+    except (ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} is not a table of predictions ({error}); evaluate that run again") from error
+    metrics = _read_json(folder / "metrics.json")
+    images, landmarks = metrics["images"], metrics["landmark_names"]
+    expected = set(product(table["image"].unique(), landmarks))
+    if not complete or rows != expected or not len(table) == len(expected) == images * len(landmarks):
+        raise UserError(f"{path} is cut or damaged: it has {len(table)} rows, not one for each of {len(landmarks)} "
+                        f"landmarks in each of {images} images, as metrics.json says; evaluate that run again")
     return table
 
 
@@ -225,7 +246,7 @@ def errors_by_draw(group: pd.DataFrame, column: str = "error",
             raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
                             "evaluate both again with the same data")
         matrices.setdefault(run.draw, []).append(matrix.reindex_like(first))
-    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in found], axis=0) for draw, found in matrices.items()}
+    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in seeds], axis=0) for draw, seeds in matrices.items()}
     return by_draw, patients.reindex(first.index).to_numpy()
 
 
@@ -253,9 +274,9 @@ def main_variants(runs: pd.DataFrame) -> dict[str, str]:
     usual = min(counts.index, key=lambda setting: (-counts[setting], setting), default="")  # "" is the default's
     chosen = {}
     for backbone, group in grouped(runs.assign(away=away, other=settings != usual), "backbone"):
-        known = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
+        variants = group.groupby("variant").agg(away=("away", "min"), other=("other", "min"), runs=("variant", "size"))
         ranks = {row.Index: (row.away, row.other, -row.runs, row.Index != "default", row.Index)
-                 for row in named_rows(known)}
+                 for row in named_rows(variants)}
         chosen[backbone] = min(ranks, key=lambda variant: ranks[variant])
     return chosen
 

@@ -32,7 +32,7 @@ def training_flops(unet: UNetConfig, out_channels: int, size: tuple[int, ...], t
     return counter.get_total_flops()
 
 
-def images_seen(lines: list[dict[str, Any]], last_step: float = np.inf) -> float:
+def training_images(lines: list[dict[str, Any]], last_step: float = np.inf) -> float:
     """Images that the training steps up to `last_step` saw, by the rates in a metrics.jsonl."""
     return sum(line["images_per_second"] * line["seconds"] for line in lines
                if "images_per_second" in line and line["step"] <= last_step)
@@ -55,8 +55,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _flops(config: dict[str, Any], lines: list[dict[str, Any]], last_step: float, outputs: int, timed: bool) -> float:
-    seen, size = images_seen(lines, last_step), config.get("dataset", {}).get("image_size")
-    if not seen or not size or "unet" not in config:
+    images, size = training_images(lines, last_step), config.get("dataset", {}).get("image_size")
+    if not images or not size or "unet" not in config:
         return np.nan
     unet = UNetConfig.model_validate_json(json.dumps(config["unet"]), strict=True)
-    return seen * training_flops(unet, outputs, tuple(size), timed)
+    return images * training_flops(unet, outputs, tuple(size), timed)

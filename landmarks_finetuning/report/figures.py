@@ -208,14 +208,14 @@ def _percent_within(sorted_distances: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 def shared_legend(figure: Figure, axes: np.ndarray) -> None:
     """One legend above all axes, each label once, in as many columns as the figure is wide."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
-        found.update(zip(labels, handles, strict=True))
-    if found:
-        column = max(LEGEND_COLUMN, 0.6 + 0.072 * max(map(len, found)))
-        columns = max(1, min(4, len(found), int(figure.get_figwidth() / column)))
-        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
+        entries.update(zip(labels, handles, strict=True))
+    if entries:
+        column = max(LEGEND_COLUMN, 0.6 + 0.072 * max(map(len, entries)))
+        columns = max(1, min(4, len(entries), int(figure.get_figwidth() / column)))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, fontsize=9)
 
 
 @styled
@@ -226,13 +226,13 @@ def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | 
     if not len(training):
         return None
     figure, axes = new_figure(9.2, 3.4, 1, 2 if validation else 1)
-    left = axes[0, 0]
-    left.plot(*training.T, color=COLOURS["ddpm"], alpha=0.3, linewidth=0.9, label="training, each record")
-    left.plot(training[:, 0], _smoothed(training[:, 1]), color=COLOURS["ddpm"], linewidth=1.8,
+    losses = axes[0, 0]
+    losses.plot(*training.T, color=COLOURS["ddpm"], alpha=0.3, linewidth=0.9, label="training, each record")
+    losses.plot(training[:, 0], _smoothed(training[:, 1]), color=COLOURS["ddpm"], linewidth=1.8,
               label="training, smoothed")
     if validation:
         steps = [line["step"] for line in validation]
-        left.plot(steps, [line["validation_loss"] for line in validation], color=COLOURS["scratch"], marker="o",
+        losses.plot(steps, [line["validation_loss"] for line in validation], color=COLOURS["scratch"], marker="o",
                   markersize=3.5, linewidth=1.6, label="validation")
         for quartile, shade in enumerate(QUARTILE_COLOURS):
             first, last = (num_train_timesteps * (quartile + k) // 4 - k for k in (0, 1))
@@ -240,10 +240,10 @@ def pretraining_curves(lines: list[dict], num_train_timesteps: int) -> Figure | 
             axes[0, 1].plot(steps, values, color=shade, marker="o", markersize=3.5, linewidth=1.6,
                             label=f"timesteps {first}–{last}")
         axes[0, 1].set_title("Validation loss by noise level", loc="left")
-    left.set_title("Noise-prediction loss", loc="left")
+    losses.set_title("Noise-prediction loss", loc="left")
     for axis in axes.flat:
         _loss_axis(axis)
-    left.legend(fontsize=8.5)
+    losses.legend(fontsize=8.5)
     if validation:
         axes[0, 1].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -15,10 +15,10 @@ def page_filters(pages: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple
     sections = [section for page in pages for section in page["sections"]]
     rows = [row for section in sections for row in section["rows"]]
     starts, labels = {row["backbone"] for row in rows}, sorted({row["shots"] for row in rows})
-    found = [("data", "Data set", [(name, name) for name in sorted({section["dataset"] for section in sections})]),
+    filters = [("data", "Data set", [(name, name) for name in sorted({section["dataset"] for section in sections})]),
              ("start", "Start", sorted(((key, display_name(key)) for key in starts), key=lambda pair: pair[1])),
              ("labels", "Labels", [(str(count), str(count)) for count in labels])]
-    return [(name, title, values) for name, title, values in found if len(values) > 1]
+    return [(name, title, values) for name, title, values in filters if len(values) > 1]
 
 
 def row_keys(row: dict[str, Any], published: dict[str, list[str]]) -> dict[str, Any]:
@@ -36,5 +36,5 @@ def row_keys(row: dict[str, Any], published: dict[str, list[str]]) -> dict[str, 
 
 def published_names(summary: pd.DataFrame) -> dict[str, list[str]]:
     """{published data set: our names of it} of a summary's runs (see `collect.aggregate`)."""
-    known = summary.dropna(subset=["paper_rule"])
-    return {rule: sorted(rows["dataset"].unique()) for rule, rows in grouped(known, "paper_rule")}
+    published = summary.dropna(subset=["paper_rule"])
+    return {rule: sorted(rows["dataset"].unique()) for rule, rows in grouped(published, "paper_rule")}

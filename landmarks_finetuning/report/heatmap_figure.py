@@ -23,17 +23,17 @@ ENLARGED = 2  # the picture, so that the marks hide less of it
 GAP = 8  # between the pictures of a row, in pixels
 
 
-def draw_heat(picture: np.ndarray, heat: np.ndarray, found: np.ndarray | None, truth: np.ndarray) -> Image.Image:
+def draw_heat(picture: np.ndarray, heat: np.ndarray, predictions: np.ndarray | None, truth: np.ndarray) -> Image.Image:
     """`picture` (h, w), ENLARGED times, with `heat` (k, l), both uint8 and of one field, over it and the points' marks.
 
-    `found` (crosses; None: none) and `truth` (rings) are (N, 2) pixels of `picture`.
+    `predictions` (crosses; None: none) and `truth` (rings) are (N, 2) pixels of `picture`.
     """
     shape = (picture.shape[0] * ENLARGED, picture.shape[1] * ENLARGED)
     canvas = shaded(picture[None], shape, window=(0, 255))
     strength = Image.fromarray(heat).resize(shape[::-1], Image.Resampling.BILINEAR)  # keeps edges on edges
     alpha = np.asarray(strength, dtype=np.float64)[..., None] / 255 * OPACITY
     canvas += alpha * (np.array(HEAT) - canvas)
-    points = np.full_like(truth, np.nan) if found is None else found
+    points = np.full_like(truth, np.nan) if predictions is None else predictions
     for point, target in zip(*(map_points(p, picture.shape, shape) for p in (points, truth)), strict=True):
         draw_marks(canvas, point, target, scale=MARK_SCALE)
     return as_image(canvas)
@@ -46,19 +46,19 @@ def heatmap_rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     numbers of labels that most methods have files for, the one nearest to the paper's; the first draw's first seed.
     Empty where no run has a file.
     """
-    kept = runs[runs["path"].map(lambda path: (path / FILE).is_file())]
-    found = [select(kept, backbone, variant, shots).sort_values(["draw", "seed"]).iloc[0]
-             for shots in _labels(kept) for backbone, variant in best_first(runs).items()
-             if not select(kept, backbone, variant, shots).empty]
-    cases = [read_heatmaps(run["path"] / FILE) for run in found]
+    stored = runs[runs["path"].map(lambda path: (path / FILE).is_file())]
+    drawn = [select(stored, backbone, variant, shots).sort_values(["draw", "seed"]).iloc[0]
+             for shots in _labels(stored) for backbone, variant in best_first(runs).items()
+             if not select(stored, backbone, variant, shots).empty]
+    cases = [read_heatmaps(run["path"] / FILE) for run in drawn]
     images = [image for image in (cases[0] if cases else ()) if all(image in case for case in cases)]
     if not images:
         return []
-    first, shots = [cases[0][image] for image in images], int(found[0]["shots"])
+    first, shots = [cases[0][image] for image in images], int(drawn[0]["shots"])
     rows = [{"backbone": None, "variant": None, "name": "Truth", "shots": shots, "draw": None,
              "errors": [(image, None) for image in images],
              "picture": _side_by_side([draw_heat(c.picture, c.target, None, c.truth) for c in first])}]
-    for run, case in zip(found, cases, strict=True):
+    for run, case in zip(drawn, cases, strict=True):
         errors = error_matrix(run["path"])[0].mean(axis=1)
         shown = [case[image] for image in images]
         rows.append({"backbone": run["backbone"], "variant": run["variant"], "name": display_name(run["backbone"]),
@@ -68,19 +68,19 @@ def heatmap_rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _labels(kept: pd.DataFrame) -> list[int]:
-    """The number of labels to show, none where nothing is kept."""
-    counts = kept.groupby("shots")["backbone"].nunique()
+def _labels(stored: pd.DataFrame) -> list[int]:
+    """The number of labels to show, none where nothing is stored."""
+    counts = stored.groupby("shots")["backbone"].nunique()
     most = counts.index[counts == counts.max()]
     return [int(min(most, key=lambda shots: (abs(shots - PAPER_LABELS), shots)))] if len(most) else []
 
 
 def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    row, left = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER), 0
+    row, column = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER), 0
     for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width + GAP
+        row.paste(picture, (column, 0))
+        column += picture.width + GAP
     return row
 
 

@@ -35,17 +35,17 @@ def iteration_means(runs: pd.DataFrame) -> pd.DataFrame:
     number of labels, the iteration with the lowest validation error, of equals the earliest, of those with most runs:
     one whose runs are not all there is not compared.
     """
-    known = runs[runs["pretraining_iteration"].notna() & runs["validation_mre"].notna()]
-    known = known.assign(iteration=known["pretraining_iteration"].astype(int),
-                         validation_mre=known["validation_mre"].astype(float))
-    studied = known[known["backbone"] == STUDIED]
+    validated = runs[runs["pretraining_iteration"].notna() & runs["validation_mre"].notna()]
+    validated = validated.assign(iteration=validated["pretraining_iteration"].astype(int),
+                                 validation_mre=validated["validation_mre"].astype(float))
+    studied = validated[validated["backbone"] == STUDIED]
     studied = studied.assign(variant=studied["variant"].map(family))
     studied = studied.drop_duplicates(["variant", "pretraining_dataset", "shots", "draw", "seed", "iteration"])
     parts = []
     for (variant, start), group in grouped(studied, ["variant", "pretraining_dataset"]):
         if group["iteration"].nunique() > 1:
-            rivals = known[(known["backbone"] == "scratch")
-                           & (known["variant"].map(loss_setting) == loss_setting(variant))]
+            rivals = validated[(validated["backbone"] == "scratch")
+                           & (validated["variant"].map(loss_setting) == loss_setting(variant))]
             scratch = rivals[rivals["variant"] == main_variants(rivals).get("scratch")]
             means = _means(pd.concat([scratch, group]))
             away = start != group["dataset"].iloc[0]
@@ -75,9 +75,9 @@ def with_chosen(runs: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
     for best in named_rows(chosen):
         member = ((rows["backbone"] == STUDIED) & (rows["family"] == best.variant) & (rows["shots"] == best.shots)
                   & (rows["pretraining_dataset"] == best.pretraining_dataset))
-        kept = rows[member & (rows["pretraining_iteration"] == best.iteration)].drop_duplicates(["draw", "seed"]).index
-        rows = rows[~member | rows.index.isin(kept)]
-        rows.loc[rows.index.isin(kept), "variant"] = best.variant
+        shown = rows[member & (rows["pretraining_iteration"] == best.iteration)].drop_duplicates(["draw", "seed"]).index
+        rows = rows[~member | rows.index.isin(shown)]
+        rows.loc[rows.index.isin(shown), "variant"] = best.variant
     return rows.drop(columns="family").reset_index(drop=True)
 
 

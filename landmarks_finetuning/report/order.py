@@ -12,6 +12,8 @@ def best_first(table: pd.DataFrame) -> dict[str, str]:
 
     A backbone without that number comes after those that have it, by the largest number that it has.
     """
+    if table.empty:
+        return {}
     variants = main_variants(table)
     means = of_variants(table, variants).groupby(["backbone", "shots"])["mre"].mean().reset_index()
     ordered = means.sort_values(["shots", "mre"], ascending=[False, True]).drop_duplicates("backbone")

@@ -25,7 +25,7 @@ IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
 class Pictures:
     """Embeds pictures as JPEG data addresses until the page's budget is spent; counts what was left out."""
 
-    left: int = IMAGE_BUDGET_BYTES
+    remaining_bytes: int = IMAGE_BUDGET_BYTES
     left_out: int = 0
 
     def embed(self, path: Path, width: int, quality: int = 82) -> str | None:
@@ -44,10 +44,10 @@ class Pictures:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality, optimize=True)
         text = base64.b64encode(buffer.getvalue()).decode()
-        if len(text) > self.left:
+        if len(text) > self.remaining_bytes:
             self.left_out += 1
             return None
-        self.left -= len(text)
+        self.remaining_bytes -= len(text)
         return f"data:image/jpeg;base64,{text}"
 
 
@@ -78,13 +78,13 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
     return groups
 
 
-def _missing(folder: Path, experiment: Path, found: int, left_out: int) -> str:
+def _missing(folder: Path, experiment: Path, files: int, left_out: int) -> str:
     place = (folder / "overlays").relative_to(experiment).as_posix()
-    if not found:
+    if not files:
         return f"This run has no overlays: nothing is in {place}. Evaluating it again draws them."
     if not left_out:
         return ""
-    return f"{left_out} of {found} pictures were left out to keep this page small; they are in {place}."
+    return f"{left_out} of {files} pictures were left out to keep this page small; they are in {place}."
 
 
 def find_cases(row: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, str]:

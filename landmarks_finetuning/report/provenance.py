@@ -23,9 +23,9 @@ def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
     model's only. validation_mre is the one logged at the step that was kept, that of the lowest validation loss.
     """
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
-    kept = min(lines, key=lambda line: line["validation_loss"], default={})
+    best = min(lines, key=lambda line: line["validation_loss"], default={})
     start = {"pretraining_dataset": None, "pretraining_iteration": 0 if backbone == "scratch" else None,
-             "validation_mre": kept.get("validation_mre")}
+             "validation_mre": best.get("validation_mre")}
     path = folder / "config.json"
     if backbone != "ddpm" or not path.is_file():
         return start

@@ -24,8 +24,8 @@ PANELS = {  # of metrics.jsonl's keys: {key: line style} and the panel's title
 
 def read_ssl(experiment: Path) -> dict[str, list[dict[str, Any]]]:
     """{method, or method_preset: the lines of its metrics.jsonl} of runs/<experiment>/ssl/*; without empty ones."""
-    found = {path.parent.name: read_metrics(path) for path in sorted(experiment.glob("ssl/*/metrics.jsonl"))}
-    return {name: lines for name, lines in found.items() if lines}
+    logs = {path.parent.name: read_metrics(path) for path in sorted(experiment.glob("ssl/*/metrics.jsonl"))}
+    return {name: lines for name, lines in logs.items() if lines}
 
 
 @styled

@@ -110,8 +110,8 @@ def _cells(rows: pd.DataFrame, table: int | None, paper_methods: dict[str, str])
 
 
 def _published(table: int | None, data_set: str | None) -> pd.DataFrame:
-    known = pd.read_csv(PAPER_RESULTS)
-    return known[(known["table"] == table) & (known["dataset"] == data_set)]
+    results = pd.read_csv(PAPER_RESULTS)
+    return results[(results["table"] == table) & (results["dataset"] == data_set)]
 
 
 def _beside(row: dict[str, Any], paper_methods: dict[str, str], published: pd.DataFrame) -> pd.DataFrame:
@@ -119,10 +119,10 @@ def _beside(row: dict[str, Any], paper_methods: dict[str, str], published: pd.Da
     name = paper_methods.get(row["backbone"]) if pd.notna(row["published"]) else None
     if name == GAUSSIAN and "target-pixel" in row["variant"]:
         name = CONTOUR
-    found = published[(published["method"] == name) & (published["labeled_images"] == row["shots"])]
+    cells = published[(published["method"] == name) & (published["labeled_images"] == row["shots"])]
     start = row["pretraining_dataset"]
     at_home = pd.isna(start) or start in (row["dataset"], row["published"])
-    return found if at_home else found[found["pretraining_dataset"] == start]
+    return cells if at_home else cells[cells["pretraining_dataset"] == start]
 
 
 def _our_cells(row: dict[str, Any], theirs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -150,9 +150,9 @@ def wide_rows(cells: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
     metrics = sorted(cells["metric"].unique(), key=lambda m: (m != "MRE", float(m.partition("@")[2] or 0)))
     rows = []
     for key, group in grouped(cells, KEYS, sort=False, dropna=False):
-        found = group.set_index("metric")[["ours", "low", "high", "paper", "difference"]].to_dict("index")
+        by_metric = group.set_index("metric")[["ours", "low", "high", "paper", "difference"]].to_dict("index")
         named = {name: None if pd.isna(value) else value for name, value in zip(KEYS, key, strict=True)}
-        rows.append({**named, "cells": [found.get(metric) for metric in metrics]})
+        rows.append({**named, "cells": [by_metric.get(metric) for metric in metrics]})
     return metrics, rows
 
 

@@ -460,7 +460,7 @@ def test_windows_of_larger_images_give_what_one_window_would(size):
     images = image_set(torch.rand(3, 1, *canvas, generator=seeded()), filled, network)
     with torch.no_grad():
         expected = one(images.images)
-    seen = list(run_batched(one, images, config, cpu))
+    seen = list(run_batched(one, images, config.evaluation, cpu, "float32"))
     assert [chosen for chosen, _, _ in seen] == [[0], [1], [2]]
     for index, (_, outputs, maps) in enumerate(seen):
         shape = np.maximum(filled[index], network)
@@ -470,10 +470,10 @@ def test_windows_of_larger_images_give_what_one_window_would(size):
         torch.testing.assert_close(outputs[0], expected[(index, slice(None), *part)], rtol=0, atol=1e-6)
         first = images.firsts[index].numpy()
         assert (starts <= first).all() and (starts + shape >= first + images.sizes[index].numpy()).all()
-    [(chosen, outputs, _)] = run_batched(one, images, config, cpu, [2])
+    [(chosen, outputs, _)] = run_batched(one, images, config.evaluation, cpu, "float32", [2])
     assert chosen == [2] and torch.equal(outputs, seen[2][1])
     fitting = image_set(images.images, [size] * 3, canvas)
-    seen = list(run_batched(one, fitting, config, cpu, [2, 0, 1]))
+    seen = list(run_batched(one, fitting, config.evaluation, cpu, "float32", [2, 0, 1]))
     assert fitting.fits and [chosen for chosen, _, _ in seen] == [[2, 0], [1]]
     joined = torch.cat([outputs for _, outputs, _ in seen])
     torch.testing.assert_close(joined, expected[[2, 0, 1]])

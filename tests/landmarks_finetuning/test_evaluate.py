@@ -10,12 +10,16 @@ from PIL import Image
 
 from core.config.load import parse_config
 from core.config.starts import MEAN_SHAPE
+from core.data.dataset import load_images
+from core.data.source import load_source
 from core.runs.places import Cell
-from landmarks_finetuning.evaluate import evaluate_mean_shape
+from landmarks_finetuning.evaluate import evaluate_mean_shape, score
 from landmarks_finetuning.pictures.cases import pictured_image
+from landmarks_finetuning.predictions import Predictions
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import error_matrix, read_experiment
 from landmarks_finetuning.report.pictures import Pictures, worst_cases
+from landmarks_finetuning.statistics import bootstrap_interval
 from tests.conftest import TINY, merged
 
 SIZES = {"a": (30, 24), "b": (44, 80), "c": (61, 36), "d": (90, 51), "e": (33, 29), "f": (47, 40)}  # height, width
@@ -103,6 +107,33 @@ def test_images_whose_names_look_alike_have_their_own_pictures(mean_shape):
     assert build_report([experiment.path]).is_file()
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["patients", "images alone"])
+def test_the_interval_is_over_patients(tmp_path, named):
+    """Six patients with two images each, whose errors (along x, in mm) are equal: six values and not twelve."""
+    errors = dict(zip([f"{patient}{visit}" for patient in "abcdef" for visit in (1, 2)],
+                      np.repeat([1.0, 1.5, 2.0, 3.0, 5.0, 8.0], 2).tolist(), strict=True))
+    (tmp_path / "images").mkdir()
+    for name in ("train", *errors):
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "landmarks.csv").write_text("".join(["image,p_x,p_y\n", *(f"{n},9,5\n" for n in ("train", *errors))]))
+    (tmp_path / "dataset.json").write_text(json.dumps({
+        "landmarks": ["p"], "spacing_mm": 1.0, "splits": {"train": ["train"], "validation": [], "test": list(errors)},
+        "patients": {name: name[0] for name in errors} if named else {}}))
+    config = parse_config({"experiment": {"seed": 5}, "evaluation": {"overlays": 0},
+                           "dataset": {"layout": "folder", "root": str(tmp_path), "image_size": [16, 16],
+                                       "cache_dir": str(tmp_path / "cache")}}, "test")
+    source = load_source(config.dataset)
+    test_images = load_images(source.require("test"), config.dataset)
+    points = test_images.original_points()
+    points[:, 0, 1] += [errors[record.id] for record in test_images.records]
+    predictions = Predictions(test_images, source.landmark_names, points, np.ones((12, 1)))
+    metrics = score(tmp_path / "run", config, source, predictions, {"backbone": "scratch", "decoder": "argmax"})
+    values = np.array(list(errors.values()))[::2 if named else 1, None]
+    expected = bootstrap_interval(values, range(len(values)), seed=5)
+    assert metrics["physical"]["interval"] == pytest.approx(expected, rel=1e-9)
+    assert metrics["physical"]["mre"] == pytest.approx(np.mean(list(errors.values())))
+
+
 # ---- the paper's scorer
 
 
@@ -132,27 +163,6 @@ def test_the_papers_scorer_is_left_out_with_a_reason(config_file, run_main, tmp_
 
 
 # ---- what a report has to bear
-
-
-def test_a_study_of_which_the_guess_alone_is_scored_ends_with_its_failures(config_file, run_main, monkeypatch):
-    """No GPU is here: the plan says so, every trained run fails for it, and the guess has its report."""
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    path = config_file(experiment={"device": "cuda"}, finetune={"backbones": ["scratch"]})
-    missing = 'experiment.device "cuda": no CUDA GPU is visible'
-    status, out, _ = run_main("study.launch", "--config", path, "--stages", "finetune", "report", "--dry-run")
-    assert status == 0 and missing in out
-    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
-    assert status == 1 and "error: 1 of 2 runs failed" in error and error.count(missing) == 2
-    assert "There is no second method" in (path.parent / "runs/tiny/report/index.html").read_text()
-
-
-def test_the_failures_of_a_study_are_said_where_no_report_can_be_built(config_file, run_main, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    path = config_file(experiment={"device": "cuda"}, finetune={"backbones": ["scratch"]})
-    monkeypatch.setattr("study.run.report_page", lambda config: error_matrix(path.parent / "nowhere"))
-    status, _, error = run_main("study.launch", "--config", path, "--stages", "finetune", "report")
-    assert status == 1 and "error: 1 of 2 runs failed" in error
-    assert "there is no report: " in error and "predictions.csv is missing" in error
 
 
 def test_a_report_beside_a_guess_without_an_error(mean_shape):

@@ -10,7 +10,16 @@ from scipy import ndimage
 
 from core.config.load import CONFIG_DIR, load_config, parse_config
 from core.errors import UserError
-from landmarks_finetuning.heatmaps import DECODERS, TARGETS, contour_centroid, decode, draw_target
+from landmarks_finetuning.heatmaps import (
+    DECODERS,
+    TARGETS,
+    confidence,
+    contour_centroid,
+    decode,
+    draw_target,
+    log_maps,
+    probability_maps,
+)
 from landmarks_finetuning.inference import sigma_pixels
 
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"
@@ -116,14 +125,14 @@ def test_round_trip_through_a_gaussian(decoder, loss, size):
             decode(torch.zeros(1, 2, *size), decoder, loss, 2.0)
         return
     points = points_inside(size)
-    decoded, confidence = decode(10 * draw_target(points, size, "gaussian", 2.0), decoder, loss, 2.0)
+    decoded, sure = decode(10 * draw_target(points, size, "gaussian", 2.0), decoder, loss, 2.0)
     tolerance = {"argmax": 0.5, "component_centroid": 0.5, "local_expectation": 0.05,
                  "window_mass": 0.05}[decoder]
     if loss == CHANNELS:  # neighbours bend the softmax over landmarks
         tolerance = 2.0
     assert decoded.dtype == torch.float64 and decoded.shape == points.shape
     assert (decoded - points).abs().max() <= tolerance
-    assert confidence.shape == points.shape[:2] and confidence.min() >= 0 and confidence.max() <= 1
+    assert sure.shape == points.shape[:2] and sure.min() >= 0 and sure.max() <= 1
 
 
 @sizes
@@ -163,11 +172,11 @@ def test_component_centroid_thresholds_at_half_of_the_probability_not_of_the_out
 def test_plateau_maps_decode_to_their_middle_with_the_confidence_of_chance(size):
     outputs = torch.full((1, 2, *size), -3.0)
     middle = [(length - 1) / 2 for length in size]
-    decoded, confidence = decode(outputs, "component_centroid", PIXELS, 1.0)
+    decoded, sure = decode(outputs, "component_centroid", PIXELS, 1.0)
     np.testing.assert_allclose(decoded[0].numpy(), [middle] * 2)
-    np.testing.assert_allclose(confidence.numpy(), 5 ** len(size) / math.prod(size), rtol=1e-5)
-    _, confidence = decode(outputs, "component_centroid", CHANNELS, 1.0)
-    np.testing.assert_allclose(confidence.numpy(), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(sure.numpy(), 5 ** len(size) / math.prod(size), rtol=1e-5)
+    _, sure = decode(outputs, "component_centroid", CHANNELS, 1.0)
+    np.testing.assert_allclose(sure.numpy(), 0.5, rtol=1e-6)
 
 
 @sizes
@@ -206,7 +215,7 @@ def test_confidence_is_the_mass_or_the_mean_probability_within_two_sigma(size):
     for n, corner in enumerate([0, 5]):
         outputs[(0, n, *(corner,) * len(size))] = 8.0
     for loss in (PIXELS, CHANNELS):
-        points, confidence = decode(outputs, "argmax", loss, 1.0)
+        points, sure = decode(outputs, "argmax", loss, 1.0)
         raw = np.exp(outputs[0].double().numpy())
         spatial = tuple(range(1, raw.ndim))
         probability = raw / raw.sum(axis=spatial if loss == PIXELS else 0, keepdims=True)
@@ -214,7 +223,49 @@ def test_confidence_is_the_mass_or_the_mean_probability_within_two_sigma(size):
             window = tuple(slice(max(0, int(c) - 2), int(c) + 3) for c in points[0, n])
             values = probability[n][window]
             expected = values.sum() if loss == PIXELS else values.mean()
-            assert confidence[0, n].item() == pytest.approx(expected, rel=1e-5)
+            assert sure[0, n].item() == pytest.approx(expected, rel=1e-5)
+
+
+@sizes
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.2])
+def test_confidence_of_points_on_the_border_counts_the_pixels_inside(size, sigma):
+    """Equal outputs: the share of all pixels that lie in the window, whose half width is 2 sigma, rounded, at least 1.
+
+    A point half a pixel outside belongs to the pixel on the border.
+    """
+    radius = max(1, round(2 * sigma))
+    places = [-0.5, 0.0, 3.0, 0.49]
+    points = torch.tensor([[[place] * len(size) for place in places] + [[length - 0.5 for length in size]]])
+    maps = log_maps(torch.zeros(1, 5, *size), PIXELS)
+    expected = []
+    for point in points[0].numpy():
+        centre = np.clip(np.rint(point), 0, np.array(size) - 1)
+        pixels = itertools.product(*map(range, size))
+        expected.append(sum(np.abs(np.array(pixel) - centre).max() <= radius for pixel in pixels) / math.prod(size))
+    np.testing.assert_allclose(confidence(maps, points.double(), PIXELS, sigma)[0], expected, rtol=1e-5)
+    of_five = confidence(log_maps(torch.zeros(1, 5, *size), CHANNELS), points.double(), CHANNELS, sigma)
+    np.testing.assert_allclose(of_five[0], [0.2] * 5, rtol=1e-6)
+
+
+@sizes
+@pytest.mark.parametrize(("sigma", "expected"), [(0.2, 1), (0.4, 1), (1.4, 1), (1.6, 2), (2.4, 2)])
+def test_the_window_about_the_peak_is_sigma_wide_and_reaches_the_neighbours_at_least(size, sigma, expected):
+    """A second peak, with a quarter of the probability, has no say outside the window and its quarter within."""
+    for distance, pull in ((expected, expected / 4), (expected + 1, 0.0)):
+        outputs = torch.full((1, 1, *size), -60.0)
+        outputs[(0, 0, *(6,) * len(size))] = 20.0
+        outputs[(0, 0, 6 + distance, *(6,) * (len(size) - 1))] = 20.0 - math.log(3)
+        point = decode(outputs, "local_expectation", PIXELS, sigma)[0][0, 0]
+        assert point.tolist() == pytest.approx([6 + pull, *[6.0] * (len(size) - 1)], abs=1e-5)
+
+
+@sizes
+def test_probability_maps_are_the_softmax_over_pixels_or_landmarks(size):
+    outputs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(8)) * 5
+    pixels = outputs.double().flatten(2).softmax(dim=2).view(outputs.shape)
+    torch.testing.assert_close(probability_maps(outputs, PIXELS).double(), pixels, rtol=1e-4, atol=1e-8)
+    landmarks = outputs.double().softmax(dim=1)
+    torch.testing.assert_close(probability_maps(outputs, CHANNELS).double(), landmarks, rtol=1e-4, atol=1e-8)
 
 
 @sizes
@@ -279,11 +330,11 @@ def test_contour_centroid_refuses_volumes():
 
 def test_unknown_names_are_refused_with_the_choices():
     outputs = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(UserError, match='finetune.decoder.*argmx.*choose one of.*did you mean "argmax"'):
+    with pytest.raises(UserError, match='^finetune.decoder: unknown value "argmx"; .* mean "argmax"'):
         decode(outputs, "argmx", PIXELS, 1.0)
-    with pytest.raises(UserError, match="finetune.loss"):
+    with pytest.raises(UserError, match='^finetune.loss: unknown value "mse"'):
         decode(outputs, "argmax", "mse", 1.0)
-    with pytest.raises(UserError, match="finetune.target"):
+    with pytest.raises(UserError, match='^finetune.target: unknown value "circle"'):
         draw_target(torch.zeros(1, 1, 2), (8, 8), "circle", 1.0)
     with pytest.raises(ValueError, match="3 coordinates"):
         draw_target(torch.zeros(1, 1, 3), (8, 8), "disk", 1.0)
@@ -303,7 +354,7 @@ def test_a_diverged_network_is_reported_not_decoded(decoder):
 def test_sigma_is_one_of_the_image_unless_images_are_resampled():
     """Whole images: stated for 256 pixels. Resampled: pixels of resample_mm, whatever the crop's size."""
     def pixels(**dataset):
-        return sigma_pixels(parse_config({"dataset": dataset, "finetune": {"sigma": 2.0}}, "test"))
+        return sigma_pixels(2.0, parse_config({"dataset": dataset}, "test").dataset)
 
     assert [pixels(image_size=size) for size in ([256, 256], [128, 128], [64, 128])] == [2.0, 1.0, 0.75]
     assert [pixels(image_size=size, resample_mm=0.5) for size in ([256, 256], [128, 128], [64, 128])] == [2.0] * 3
@@ -312,4 +363,5 @@ def test_sigma_is_one_of_the_image_unless_images_are_resampled():
 @pytest.mark.parametrize("name, sigma", [("config_3d", 2.0), ("mouse_ct", 0.9375), ("demo_3d", 1.0), ("config", 2.5)])
 def test_sigma_of_the_configs_is_what_it_was(name, sigma):
     """4 x 128 / 256, 5 x 48 / 256, 8 x 32 / 256 and 2.5 x 256 / 256."""
-    assert sigma_pixels(load_config(CONFIG_DIR / f"{name}.json")) == sigma
+    config = load_config(CONFIG_DIR / f"{name}.json")
+    assert sigma_pixels(config.finetune.sigma, config.dataset) == sigma

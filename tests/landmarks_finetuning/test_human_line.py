@@ -39,8 +39,8 @@ def dataset(tmp_path_factory):
 
 
 def test_distances_by_hand():
-    first, second = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
-    second[0, 0], second[1, 0], second[1, 1] = (1, 2, 2), (1, 2, 2), (NAN, 0, 0)
+    first, second = np.full((2, 2, 3), 9.0), np.full((2, 2, 3), 9.0)
+    second[0, 0], second[1, 0], second[1, 1] = (10, 11, 11), (8, 7, 7), (NAN, 0, 0)
     found = annotator_distances(np.stack([first, second], axis=1), np.array([[1.0, 1, 1], [2, 2, 2]]))
     np.testing.assert_allclose(found, [[3, 0], [6, NAN]])
     assert annotator_distances(np.stack([first, second], axis=1))[1, 0] == 3

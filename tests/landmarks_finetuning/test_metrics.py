@@ -11,7 +11,7 @@ from core.errors import UserError
 from landmarks_finetuning.metrics import physical_errors, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, round_original
 from landmarks_finetuning.shape import mean_shape_prediction
-from landmarks_finetuning.statistics import bootstrap_interval
+from landmarks_finetuning.statistics import bootstrap_interval, studentised_interval
 
 dims = pytest.mark.parametrize("dimension", [2, 3], ids=["2d", "3d"])
 
@@ -42,6 +42,9 @@ def test_a_missing_truth_is_not_scored_but_a_missing_prediction_is_refused(dimen
     pred[0, 1] = np.nan
     errors = physical_errors(pred, truth)
     assert np.isnan(errors).tolist() == [[False, True, False], [False] * 3]
+    truth[0, 1] = 4
+    truth[0, 1, 0] = np.nan  # half a position is none
+    assert np.isnan(physical_errors(pred, truth)).tolist() == [[False, True, False], [False] * 3]
     pred[1, 2, 0] = np.nan
     with pytest.raises(UserError, match="landmark 3 in image 2"):
         physical_errors(pred, truth)
@@ -100,9 +103,15 @@ def test_hand_is_scaled_by_the_wrist_of_the_extracted_truth():
     predictions = truth / 10 + [[[0, 3]]]
     errors = paper_errors("hand", predictions, truth, np.array([[640, 640]]), 64, 2.5)
     np.testing.assert_allclose(errors, 6.0)
-    truth[0, 4] = truth[0, 0]
-    with pytest.raises(UserError, match="image 1 .*wrist"):
-        paper_errors("hand", predictions, truth, np.array([[640, 640]]), 64, 2.5)
+    several = np.repeat(truth, 4, axis=0)
+    several[1, 2], several[2] = np.nan, np.nan  # a landmark, or all of them, without annotation
+    sizes = np.full((4, 2), 640)
+    errors = paper_errors("hand", np.repeat(predictions, 4, axis=0), several, sizes, 64, 2.5)
+    assert np.isnan(errors).tolist() == [[False] * 5, [False, False, True, False, False], [True] * 5, [False] * 5]
+    for spoil in (several[3, 0], np.full(2, np.nan)):  # both ends of the wrist at one place, or one of them unknown
+        several[3, 4] = spoil
+        with pytest.raises(UserError, match="image 4 .*wrist"):
+            paper_errors("hand", np.repeat(predictions, 4, axis=0), several, sizes, 64, 2.5)
 
 
 def test_paper_errors_skip_missing_truth_and_round_predictions_half_to_even():
@@ -120,6 +129,8 @@ def test_paper_errors_refuse_what_they_are_not_defined_for():
         paper_errors("knee", points, points, sizes, 64, 2.5)
     with pytest.raises(UserError, match="single pixel"):
         paper_errors("chest", points, points, sizes, 64, 0.84)
+    with pytest.raises(UserError, match="single pixel"):  # where exp(-1 / (2 sigma^2)) is a half
+        paper_errors("chest", points, points, sizes, 64, (2 * np.log(2)) ** -0.5)
     assert paper_errors("chest", points, points, sizes, 64, 0.86) == 0
 
 
@@ -184,24 +195,37 @@ def test_bootstrap_resamples_patients_not_images():
     assert (clustered_high - clustered_low) > 2 * (high - low)
 
 
-def test_bootstrap_t_as_a_loop_over_resamples():
+@pytest.mark.parametrize("patients", [4, 6, 15])
+def test_bootstrap_t_as_a_loop_over_resamples(patients):
     """Every scored landmark weighs alike, also where patients have different numbers of them."""
-    errors = np.random.default_rng(3).gamma(2.0, size=(6, 4))
-    errors[0, 1:] = errors[4, 2] = np.nan
+    errors = np.random.default_rng(3).gamma(2.0, size=(patients, 4))
+    errors[0, 1:] = errors[3, 2] = np.nan
     sums, counts = np.nansum(errors, axis=1), (~np.isnan(errors)).sum(axis=1)
 
     def mean_and_error(drawn):
         mean = sums[drawn].sum() / counts[drawn].sum()
         return mean, math.sqrt(sum((sums[i] - mean * counts[i]) ** 2 for i in drawn)) / counts[drawn].sum()
 
-    mean, error = mean_and_error(np.arange(6))
+    mean, error = mean_and_error(np.arange(patients))
     ratios = []
-    for weights in np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=2000):
-        again, spread = mean_and_error(np.repeat(np.arange(6), weights))
+    shares = np.full(patients, 1 / patients)
+    for weights in np.random.default_rng(5).multinomial(patients, shares, size=2000):
+        again, spread = mean_and_error(np.repeat(np.arange(patients), weights))
         if spread > 1e-9:
             ratios.append((again - mean) / spread)
     expected = mean - np.percentile(ratios, [97.5, 2.5]) * error
-    assert bootstrap_interval(errors, range(6), seed=5) == pytest.approx(tuple(expected), rel=1e-9)
+    assert bootstrap_interval(errors, range(patients), seed=5) == pytest.approx(tuple(expected), rel=1e-9)
+
+
+def test_several_means_have_each_its_own_interval_and_a_patient_without_landmarks_does_not_count():
+    values = np.random.default_rng(6).gamma(2.0, size=(9, 3)) * [1, 1000, 0.001]
+    counts = np.random.default_rng(7).integers(1, 5, size=(9, 3))
+    together = studentised_interval(values * counts, counts, seed=2)
+    for column in range(3):
+        alone = studentised_interval((values * counts)[:, [column]], counts[:, [column]], seed=2)
+        np.testing.assert_allclose([limits[column] for limits in together], np.ravel(alone))
+    errors = np.vstack([values, np.full((2, 3), np.nan)])
+    assert bootstrap_interval(errors, range(11), seed=2) == bootstrap_interval(values, range(9), seed=2)
 
 
 def test_an_interval_needs_four_patients():

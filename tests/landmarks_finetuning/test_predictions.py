@@ -130,9 +130,10 @@ def seeing_itself(**dataset):
                            "unet": {"channel_multipliers": [1]}}, "test")
 
     def heatmaps(images, chosen=None):
-        return run_batched(lambda inputs: 20 * inputs, images, config, torch.device("cpu"), chosen)
+        return run_batched(lambda inputs: 20 * inputs, images, config.evaluation, torch.device("cpu"), "auto", chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None)
+    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None,
+                           sigma=sigma_pixels(config.finetune.sigma, config.dataset))
 
 
 @pytest.mark.parametrize("window", [4, 40], ids=["windows", "larger than the volumes"])
@@ -317,14 +318,14 @@ def test_a_detector_keeps_the_sigma_that_it_was_trained_with(volumes, tmp_path):
     """One without the header's sigma_pixels was trained when crops scaled it: 20 of 256 pixels are 1.25 of 16."""
     _, config = volumes("sigma", dataset={"resample_mm": 9.0}, finetune={"sigma": 20.0, "backbones": ["scratch"]})
     run_dir = finetune_cell(config, Cell("scratch", 2, 0, 0))
-    assert sigma_pixels(TrainedDetector(run_dir / "best.safetensors").config) == 20
+    assert TrainedDetector(run_dir / "best.safetensors").sigma == 20
     tensors, header = read_tensors(run_dir / "best.safetensors")
     del header["sigma_pixels"]
     save_file(tensors, tmp_path / "old.safetensors", {"header": json.dumps(header)})
     old = TrainedDetector(tmp_path / "old.safetensors")
-    assert sigma_pixels(old.config) == 1.25
+    assert old.sigma == 1.25
     (tmp_path / "config.json").write_text((run_dir / "config.json").read_text())
-    assert sigma_pixels(TrainedDetector(tmp_path / "old.safetensors", ("evaluation.window_overlap=0",)).config) == 1.25
+    assert TrainedDetector(tmp_path / "old.safetensors", ("evaluation.window_overlap=0",)).sigma == 1.25
 
 
 def losses(folder):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
-from core.config.load import parse_config
+from core.config.finetune import LossSettings
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.inference import locate
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
+from landmarks_finetuning.shape import SCALES, add_shape_prior, fit_shape, mean_shape, shape_size
 
 NAN = float("nan")
 dims = pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
@@ -100,16 +101,100 @@ def test_size_by_hand():
 
 
 def test_locate_uses_the_prior_but_for_the_published_decoder():
-    config = parse_config({"dataset": {"image_size": [32, 32]}, "finetune": {"decoder": "argmax"}}, "test")
+    settings, sigma = LossSettings(decoder="argmax"), 2.5 * 32 / 256
     shape = np.array([[4.0, 4], [4, 26], [26, 4], [26, 26], [15, 8]])
     outputs = torch.zeros(1, 5, 32, 32)
     for number, (y, x) in enumerate(shape.astype(int)):
         outputs[0, number, y - 1 : y + 2, x - 1 : x + 2] = 20.0
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
-    assert locate(outputs, same, config)[0][0, 0].tolist() == [28, 15]
-    points, confidence = locate(outputs, same, config, shape=shape)
+    assert locate(outputs, same, settings, sigma)[0][0, 0].tolist() == [28, 15]
+    points, confidence = locate(outputs, same, settings, sigma, shape=shape)
     np.testing.assert_allclose(points[0], shape, atol=1)
     assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
-    published = [locate(outputs, same, config, "contour_centroid", s)[0] for s in (None, shape)]
+    published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize(("height", "stays"), [(0.9, False), (1.1, True)], ids=["lower", "higher"])
+def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays):
+    """A peak that is off by two and a half widths stays where it is only if its log is higher by more than 2.5^2 / 2.
+
+    The width is finetune.shape_prior times the root mean square distance of the landmarks from their centroid.
+    """
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    shape = np.round(32 + 20 * np.stack([np.sin(angles), np.cos(angles)], axis=1))
+    width = share * np.sqrt(np.square(shape - shape.mean(axis=0)).sum(axis=1).mean())
+    off = round(2.5 * width)
+    outputs = torch.zeros(1, 12, 64, 64)
+    for number, (y, x) in enumerate(shape.astype(int)):
+        outputs[0, number, y, x] = 40.0
+    y, x = shape[0].astype(int)
+    outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
+    settings = LossSettings(decoder="argmax", shape_prior=share)
+    points, _ = locate(outputs, np.eye(2, 3)[None], settings, 1.0, shape=shape)
+    assert points[0, 0].tolist() == [y, x - off if stays else x]
+    np.testing.assert_array_equal(points[0, 1:], shape[1:])
+
+
+def best_similarity(source, target, weights):
+    """The least-squares rotation, scale and shift by other means: complex numbers in 2D, scipy's rotations in 3D."""
+    weights = weights / weights.sum()
+    source_mean, target_mean = weights @ source, weights @ target
+    source, target = source - source_mean, target - target_mean
+    if source.shape[1] == 2:
+        moving, fixed = source @ [1, 1j], target @ [1, 1j]
+        moved = moving * (weights * moving.conj() @ fixed) / (weights @ abs(moving) ** 2)
+        return np.stack([moved.real, moved.imag], axis=1) + target_mean
+    turned = Rotation.align_vectors(target, source, weights=weights)[0].apply(source)
+    return turned * (weights @ (turned * target).sum(axis=1)) / (weights @ (source**2).sum(axis=1)) + target_mean
+
+
+@dims
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_the_fit_under_its_own_weights_is_the_least_squares_similarity(dims, mirrored, size):
+    """Also where a mirror would fit better. The last weights are Geman and McClure's of the fit before."""
+    rng = np.random.default_rng(dims)
+    shape = rng.normal(size=(9, dims)) * size
+    points = (shape * ([-1] if mirrored else [1]) + [[0.5] * dims]) * 1.3 + rng.normal(size=shape.shape) * 0.2 * size
+    points[0] += 3 * size
+    confidence = weights = rng.uniform(0.2, 1.0, 9)
+    radius = np.sqrt(np.square(shape - shape.mean(axis=0)).sum(axis=1).mean())
+    for scale in SCALES:
+        fitted = best_similarity(shape, points, weights)
+        squares = np.square(fitted - points).sum(axis=1) / (scale * radius) ** 2
+        weights = confidence / (1 + squares) ** 2
+    np.testing.assert_allclose(fit_shape(shape, points, confidence), fitted, atol=1e-5 * size)
+
+
+@dims
+def test_mean_shape_of_noisy_copies_is_nearer_than_any_of_them(dims):
+    """At the pose of the fullest one, the third; a landmark that one shape alone has lies where that one says."""
+    rng, shape = np.random.default_rng(5), shape_of(dims)
+    noisy = shape + rng.normal(size=(60, *shape.shape))
+    shapes = np.stack([copy @ rotation(dims, rng) + rng.normal(size=dims) * 9 for copy in noisy])
+    shapes[2] = noisy[2]
+    lone = 40 + rng.normal(size=(60, 1, dims))
+    shapes = np.concatenate([shapes, np.where(np.arange(60)[:, None, None] == 2, lone, NAN)], axis=1)
+    shapes[np.arange(60) != 2, 0] = NAN
+    shapes[7, 0] = shapes[7, 1]  # the first two landmarks are seldom there
+    mean = mean_shape(shapes)
+    np.testing.assert_allclose(mean[-1], shapes[2, -1], atol=1.5)
+    inner = slice(1, len(shape))
+
+    def distance(points):
+        moved = best_similarity(points[inner], shape[inner], np.ones(len(shape) - 1))
+        return np.sqrt(np.square(moved - shape[inner]).sum(axis=1).mean())
+
+    assert distance(mean) < 0.4 * min(distance(one) for one in noisy)
+    assert np.linalg.norm((mean[inner] - shapes[2, inner]).mean(axis=0)) < 0.2  # its place
+
+
+def test_degenerate_shapes_do_not_spoil_the_mean_nor_the_size():
+    shape = shape_of(2)
+    mean = mean_shape(np.stack([shape, np.full_like(shape, 3.0)]))
+    assert np.isfinite(mean).all()
+    assert shape_size(np.full((4, 2), NAN)) == 0.0
+    np.testing.assert_allclose(fit_shape(shape, shape + 4, np.zeros(12)), shape + 4)  # nothing is certain

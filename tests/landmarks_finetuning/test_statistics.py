@@ -14,7 +14,8 @@ from landmarks_finetuning import statistics
 from landmarks_finetuning.metrics import within
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, read_experiment
-from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p
+from landmarks_finetuning.report.findings import comparisons, headline, rule_sentence, sentences, verdict_text
+from landmarks_finetuning.statistics import holm, patient_sums, patients_needed, rate_interval, sign_flip_p, smallest_p
 from tests.landmarks_finetuning.report.test_report import NAMES, write_run
 
 
@@ -63,7 +64,15 @@ def test_drawn_sign_patterns_agree_with_all_of_them(monkeypatch):
     monkeypatch.setattr(statistics, "EXACT_PATIENTS", 15)
     exact = sign_flip_p(differences)
     assert np.abs(drawn - exact).max() < 4 * 0.5 / np.sqrt(9999)
-    assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000]  # never 0
+    assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000] and smallest_p(60) == 1 / 10000  # never 0
+    assert sign_flip_p(np.full((14, 1), 1.0)) == [2 / 2**14] and smallest_p(14) == 2 / 2**14
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_figures_of_unlike_size_have_each_its_own_p(scale):
+    """Rounding breaks no tie (0.1 + 0.2 + 0.3 - 0.6 is not 0), and a large figure beside a small one makes none."""
+    differences = np.array([[0.1, 1], [0.2, 2], [0.3, 3], [-0.6, 0.5]]) * [scale, scale * 1e-12]
+    np.testing.assert_array_equal(sign_flip_p(differences), [1, 2 / 16])
 
 
 def test_holm_by_hand():
@@ -83,6 +92,31 @@ def test_rate_interval_of_independent_landmarks_is_wilson_s():
 def test_rate_interval_counts_patients_and_not_landmarks():
     hits = np.array([1.0, 1, 0, 1, 1, 0, 1, 1, 1, 1])[:, None]
     np.testing.assert_allclose(rate_interval(8 * hits, np.full((10, 1), 8.0)), rate_interval(hits, np.ones((10, 1))))
+
+
+def rate_by_hand(hits, counts):
+    """Wilson's interval at the effective number of landmarks, one rate with plain numbers."""
+    patients, total = len(hits), sum(counts)
+    rate = sum(hits) / total
+    residuals = sum((hit - rate * count) ** 2 for hit, count in zip(hits, counts, strict=True))
+    variance = residuals / total**2 * patients / (patients - 1)
+    effective = max(patients, min(total, rate * (1 - rate) / variance)) if variance > 0 else patients
+    z = stats.t.ppf(0.975, patients - 1)
+    centre = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * np.sqrt(rate * (1 - rate) / effective + z**2 / (4 * effective**2))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def test_rate_intervals_side_by_side_are_those_by_hand():
+    """Few hits, many, all; patients that are all right or all wrong (fewest), and hits evenly spread (most)."""
+    counts = np.array([[4, 9, 5, 8, 6], [6, 3, 5, 8, 6], [5, 7, 2, 8, 6], [8, 8, 5, 8, 6], [3, 5, 9, 8, 6]])
+    hits = np.array([[1, 8, 5, 8, 3], [0, 2, 5, 0, 3], [2, 7, 2, 8, 3], [1, 4, 5, 0, 3], [0, 4, 9, 8, 2]])
+    low, high = rate_interval(hits, counts)
+    expected = [rate_by_hand(*columns) for columns in zip(hits.T.tolist(), counts.T.tolist(), strict=True)]
+    np.testing.assert_allclose(np.stack([low, high], axis=1), expected, rtol=1e-9)
+    two = rate_interval(hits[:2], counts[:2])
+    np.testing.assert_allclose(np.ravel([two[0][0], two[1][0]]), rate_by_hand([1, 0], [4, 6]), rtol=1e-9)
+    assert np.isnan(rate_interval(hits[:1], counts[:1])).all()
 
 
 def test_rate_interval_of_a_perfect_score_and_of_one_patient():
@@ -143,27 +177,28 @@ def test_no_number_of_patients_is_enough_for_500_comparisons():
     assert 500 * sign_flip_p(np.ones((1000, 1)))[0] == pytest.approx(0.05)
 
 
-def write_agreeing_runs(root, patients, draws):
-    """All of `patients` have half the error of the rival's, at 5 labels and at 10; six comparisons with two rivals."""
+def compare_agreeing_patients(root, patients, draws):
+    """All of `patients` have half the error of the rival's, at three numbers of labels: six comparisons."""
     errors = np.linspace(1, 2, patients)[:, None] + [0, 0.1]
     for draw, shots in itertools.product(range(draws), (1, 5, 10)):
         for backbone, factor in (("ddpm", 1.0), ("scratch", 2.0), ("mean_shape", 9.0)):
             write_run(root, backbone, shots, draw, (factor * errors * (1 + draw / 100)).tolist())
+    runs = read_experiment(root).runs
+    return comparisons(runs, aggregate(runs))
 
 
 @pytest.mark.parametrize(("patients", "verdict"), [(7, "few"), (8, "better")])
-def test_the_number_of_patients_that_the_page_asks_for_is_enough(tmp_path, patients, verdict):
-    write_agreeing_runs(tmp_path / "study", patients, draws=2)
-    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
-    table = pd.read_csv(tmp_path / "study/report/tables/comparisons.csv")
-    assert set(table["verdict"]) == {verdict} and len(table) == 6
-    assert "test patients for 6 comparisons, needed here: 8)" in html
-    assert ("clear gain" in html) == (verdict == "better") and "clear gain for this draw" not in html
+def test_the_number_of_patients_that_is_asked_for_is_enough(tmp_path, patients, verdict):
+    table = compare_agreeing_patients(tmp_path, patients, draws=2)
+    assert table["verdict"].tolist() == [verdict] * 6
+    assert "(test patients for 6 comparisons, needed here: 8)" in rule_sentence(table)
+    text = {"few": "too few test images to tell", "better": "clear gain"}[verdict]
+    assert {verdict_text(row) for row in table.to_dict("records")} == {text}
 
 
 def test_with_one_draw_nothing_is_clear_but_for_this_draw(tmp_path):
-    write_agreeing_runs(tmp_path / "study", 8, draws=1)
-    html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
-    assert "is clearly better for this draw of the labels at 1, 5 and 10 labels, measured" in html
-    assert html.count("clear gain") == html.count("clear gain for this draw") == 3 + 6
-    assert html.count("for this draw of the labels. 95 % interval") == 3
+    table = compare_agreeing_patients(tmp_path, 8, draws=1)
+    assert headline(table, "mm")[0] == ("Diffusion pre-training is clearly better for this draw of the labels at 1, 5 "
+                                        "and 10 labels, measured against its best rival.")
+    assert {verdict_text(row) for row in table.to_dict("records")} == {"clear gain for this draw"}
+    assert all("(50%) for this draw of the labels." in one["text"] for one in sentences(table, "mm"))

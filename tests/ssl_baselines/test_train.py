@@ -236,7 +236,7 @@ def test_given_files(trained, make_config, tmp_path):
         wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("fc.")}
         wanted["conv1.weight"] = wanted["conv1.weight"].sum(dim=1, keepdim=True)
         assert same(found, wanted)
-        assert ssl_methods(config) == []  # nothing to pre-train
+        assert ssl_methods(config.finetune) == []  # nothing to pre-train
         assert cell_dir(config, Cell("dino", 2, 0, 0)).parent.name.count(f"_weights-{given.partition('.')[0]}-")
         check_start_weights(config, ())
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from core.config.load import load_config
 from core.runs.inputs import image_changes
+from study import report_page
 from study.run import run_study
 
 LAUNCH, EVALUATING, PRETRAINING = "study.launch", "landmarks_finetuning.evaluate", "ddpm_pretraining.train"
@@ -276,3 +277,48 @@ def test_image_changes_in_words():
         "1 image (f) added to training", "2 images (a, b) gone from training",
         "1 image (c) with other pixels in training", "1 image (d) with other labels in training"]
     assert image_changes(before, before) == [] and len(image_changes(before, now, may_grow=True)) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"start": null}'])
+def test_damaged_record_is_one_line(home, launch, content):
+    (cell(home) / "inputs.json").write_text(content)
+    status, _, error = launch()
+    assert status == 2 and "inputs.json is damaged" in error and error.count("\n") == 1
+
+
+# ---- studies whose result is little
+
+
+def test_a_report_of_the_guess_alone(home, make_values, run_main):
+    """Every trained run fails where there is no GPU: the list of failures, exit 1, and a page of what there is."""
+    shutil.rmtree(home / "runs")
+    write_config(home, make_values, experiment={"device": "cuda:7"}, finetune={"backbones": ["scratch"]})
+    arguments = (LAUNCH, "--config", home / "study.json", "--stages", "finetune", "report")
+    status, out, _ = run_main(*arguments, "--dry-run")
+    assert status == 0 and 'note  experiment.device "cuda:7": no CUDA GPU is visible' in out
+    status, _, error = run_main(*arguments)
+    assert status == 1 and "1 of 2 runs failed" in error and "cuda:7" in error
+    assert "Mean shape" in (home / "runs/tiny/report/index.html").read_text()
+
+
+def test_a_report_that_fails_does_not_hide_the_failures(home, make_values, monkeypatch, capsys):
+    shutil.rmtree(home / "runs")
+    write_config(home, make_values, experiment={"device": "cuda:7"}, finetune={"backbones": ["scratch"]})
+
+    def build(_folder):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(report_page, "build", build)
+    with pytest.raises(ZeroDivisionError):
+        run_study(load_config(home / "study.json"), ("finetune", "report"))
+    assert "1 of 2 runs failed" in capsys.readouterr().err
+
+
+def test_a_report_where_the_guess_errs_nowhere(home, make_values, run_main):
+    """The landmarks lie at one place in all images: no share of its error can be said."""
+    shutil.rmtree(home / "runs")
+    write_labels(home / "data", dict.fromkeys(labels_of(home), np.array([[12, 30], [36, 32], [24, 10]])))
+    write_config(home, make_values, finetune={"backbones": ["scratch"]})
+    status, out, error = run_main(LAUNCH, "--config", home / "study.json", "--stages", "finetune", "report")
+    assert status == 0, error
+    assert "against 0.00 px (mean shape)" in (home / "runs/tiny/report/index.html").read_text()

@@ -40,15 +40,15 @@ def touch(path):
 
 
 def test_cells_in_order(tmp_path):
-    assert cells(make(tmp_path, shots=[5], seeds=[0])) == [
+    assert cells(make(tmp_path, shots=[5], seeds=[0]).finetune) == [
         Cell(MEAN_SHAPE, 5, 0, 0), Cell(MEAN_SHAPE, 5, 2, 0),
         Cell("ddpm", 5, 0, 0), Cell("scratch", 5, 0, 0), Cell("ddpm", 5, 2, 0), Cell("scratch", 5, 2, 0),
     ]  # fmt: skip
-    plan = cells(make(tmp_path))
+    plan = cells(make(tmp_path).finetune)
     assert len(plan) == len(set(plan)) == 2 * 2 + 2 * 2 * 2 * 2  # shots x draws, and that x seeds x backbones
     assert [cell.backbone for cell in plan[:5]] == [MEAN_SHAPE] * 4 + ["ddpm"]
     assert [cell.shots for cell in plan[4:]] == [1] * 8 + [5] * 8
-    assert {cell.draw for cell in cells(make(tmp_path, selection="first"))} == {0}  # the first k have no second draw
+    assert {cell.draw for cell in cells(make(tmp_path, selection="first").finetune)} == {0}  # the first k have one
 
 
 def test_folder_of_a_cell(tmp_path):

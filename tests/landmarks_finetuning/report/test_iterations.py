@@ -13,7 +13,7 @@ from core.config.unet import UNet
 from core.training.run_log import read_metrics
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, loss_setting, main_variants, read_experiment
-from landmarks_finetuning.report.compute import images_seen, training_flops
+from landmarks_finetuning.report.compute import training_flops, training_images
 from landmarks_finetuning.report.findings import comparisons, setting_sentence
 from landmarks_finetuning.report.iterations import choice_sentence, family, iteration_means, main_family, with_chosen
 from tests.landmarks_finetuning.report.test_report import write_run
@@ -194,7 +194,7 @@ def test_flops_of_an_output_channel():
 
 def test_compute_counts_the_images_of_the_logs(root):
     """By hand: a run saw 10 * 2 + 30 * 1 images, pre-training 100 a second for 2 s up to 4000 and 3 s up to 8000."""
-    assert images_seen([{"step": 1, "images_per_second": 4.0, "seconds": 2.5}, {"step": 1, "validation_loss": 1.0},
+    assert training_images([{"step": 1, "images_per_second": 4.0, "seconds": 2.5}, {"step": 1, "validation_loss": 1.0},
                         {"step": 2, "images_per_second": 4.0, "seconds": 1.0}], 1) == 10
     folder = root / "ddpm"
     folder.mkdir()

@@ -17,6 +17,7 @@ from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
 from landmarks_finetuning.report.findings import comparisons, verdict
 from landmarks_finetuning.statistics import bootstrap_interval
+from tests.conftest import error_of
 
 NAMES = ("Sella", "Nasion")
 THRESHOLDS = (2.0, 2.5)
@@ -213,6 +214,37 @@ def test_missing_predictions_are_a_user_error(tmp_path):
     (write_run(tmp_path, "ddpm", 10, 0, [[1, 1]]) / "predictions.csv").unlink()
     with pytest.raises(UserError, match=r"predictions\.csv is missing"):
         build_report([tmp_path])
+
+
+def without_line(text: str, line: int) -> str:
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:line] + lines[line + 1:])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[: len(text) // 2],
+    lambda text: text[: text.rindex(",")],  # the last row lacks a cell
+    lambda text: text[:-2],  # the last number lacks a digit
+    lambda text: "".join(text.splitlines(keepends=True)[:-1]),
+    lambda text: "".join(text.splitlines(keepends=True)[:-2]),  # all of the last image
+    lambda text: without_line(text, 2),
+    lambda text: without_line(text, 2) + text.splitlines(keepends=True)[1],  # a row twice
+    lambda text: text.replace("Nasion", "Nasion?", 1),
+    lambda text: text.replace(",Sella,1,2,", ",Sella,1", 1),  # a row of fewer cells
+    lambda text: text.replace(",Sella,1,2,", ",Sella,1,2,0,", 1),
+    lambda text: text.replace(",Sella,1,2,", ",Sella,1..,2,", 1),
+    lambda text: text.splitlines(keepends=True)[0],
+    lambda text: "",
+    lambda text: "image,landmar",
+], ids=["half", "cell", "digit", "row", "image", "a row within", "a row twice", "another name", "a short row",
+        "a long row", "no number", "head alone", "empty", "half a head"])
+def test_cut_predictions_are_not_reported_as_if_whole(tmp_path, damage):
+    path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, np.nan], [3, 3]]) / "predictions.csv"
+    whole = path.read_text()
+    build_report([tmp_path])
+    path.write_text(damage(whole))
+    message = error_of(build_report, [tmp_path])
+    assert re.search(r"predictions\.csv is (cut or damaged|not a table).*; evaluate that run again$", message)
 
 
 def mark_centre(picture: Image.Image, height: int, colour: tuple[int, int, int]) -> np.ndarray:
