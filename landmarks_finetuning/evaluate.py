@@ -128,10 +128,10 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     thresholds = config.evaluation.sdr_thresholds or source.sdr_thresholds
     size = config.dataset.image_size
     rule, published, left_out = source.paper_rule, None, None
-    if rule is not None and scorer_points is not None:
+    if rule is not None:
         extents_mm = None if spacing is None else test_images.original_sizes * spacing
         left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
-        if left_out is None:
+        if left_out is None and scorer_points is not None:
             sizes = test_images.original_sizes
             published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))
     patients = [patient_group(record.id, record.patient) for record in test_images.records]
