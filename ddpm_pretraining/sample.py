@@ -9,11 +9,12 @@ import torch
 from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, UserError, run_command
 from core.networks.weights import load_weights
+from core.runs.places import ema_path
 from core.training.batches import step_generator
 from core.training.device import autocast, resolve_device, resolve_precision
 from ddpm_pretraining.diffusion import Diffusion
 from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample
-from ddpm_pretraining.train import checkpoint_path, save_picture
+from ddpm_pretraining.train import save_picture
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         raise UserError(f"--count {arguments.count}: must be 1 or more")
     config = load_config(arguments.config, arguments.set)
     iteration = arguments.iteration or max(config.ddpm.checkpoint_iterations)
-    weights = load_weights(arguments.weights or checkpoint_path(config, iteration))
+    weights = load_weights(arguments.weights or ema_path(config.experiment_dir, iteration))
     device = resolve_device(config.experiment.device)
     model = weights.build(config.dataset.image_size).to(device).eval()
     generator = step_generator(arguments.seed, 0, 0, device)

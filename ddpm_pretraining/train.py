@@ -26,6 +26,7 @@ from core.networks.weights import save_weights
 from core.runs.claims import claim
 from core.runs.identity import check_pretraining
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
+from core.runs.places import ema_path
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan, ReadAhead, gather, on_device, step_generator
 from core.training.device import resolve_device, resolve_precision
@@ -126,7 +127,7 @@ class Denoising:
         ddpm = self.config.ddpm
         if step in ddpm.checkpoint_iterations:
             header = {"kind": "ddpm", "iteration": step, "dataset": self.config.dataset.name}
-            save_weights(checkpoint_path(self.config, step), model, self.config.plain(), header)
+            save_weights(ema_path(self.config.experiment_dir, step), model, self.config.plain(), header)
         if step % ddpm.sample_every == 0 or step == ddpm.iterations:
             self._save_pictures(model, step)
 
@@ -148,11 +149,6 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def checkpoint_path(config: Config, iteration: int) -> Path:
-    """runs/<experiment>/ddpm/ema_iter004000.safetensors."""
-    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
 
 
 def loop_settings(config: Config) -> LoopSettings:

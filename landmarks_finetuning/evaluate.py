@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config.config import Config
+from core.config.dataset import Dataset
 from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.digests import data_digests
@@ -51,7 +52,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     own, header, config = detector.own_config, detector.header, detector.config
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
-    own_data = has_data_of(run_dir, source, config)
+    own_data = has_data_of(run_dir, source, config.dataset)
     if out is None:
         own_settings = scoring_settings(own, header["backbone"])
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
@@ -70,7 +71,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     return out, score(out, config, source, predictions, identity)
 
 
-def has_data_of(run_dir: Path, source: DataSource, config: Config) -> bool:
+def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
     """Whether `source` is the data set of the run, wherever it lies: it has its training images with their labels.
 
     A run that records none is taken to be of it.
@@ -80,7 +81,7 @@ def has_data_of(run_dir: Path, source: DataSource, config: Config) -> bool:
         return True
     training = {"training": record["images"]["training"]}
     images = [image for image in source.labelled if image.id in training["training"]]
-    return not image_changes(training, {"training": data_digests(images, source.landmark_names, config.dataset)})
+    return not image_changes(training, {"training": data_digests(images, source.landmark_names, dataset)})
 
 
 def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:
@@ -127,10 +128,10 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     thresholds = config.evaluation.sdr_thresholds or source.sdr_thresholds
     size = config.dataset.image_size
     rule, published, left_out = source.paper_rule, None, None
-    if rule is not None and scorer_points is not None:
+    if rule is not None:
         extents_mm = None if spacing is None else test_images.original_sizes * spacing
         left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
-        if left_out is None:
+        if left_out is None and scorer_points is not None:
             sizes = test_images.original_sizes
             published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))
     patients = [patient_group(record.id, record.patient) for record in test_images.records]
@@ -154,7 +155,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     metrics["scored_on"] = images_digest(images)
     write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(folder / "markups", predictions)
-    _write_overlays(folder / "overlays", config, predictions, source.unit, errors)
+    _write_overlays(folder / "overlays", config.evaluation.overlays, predictions, source.unit, errors)
     if config.evaluation.overlays and predictions.detector is not None:
         write_heatmaps(folder / "heatmaps.npz", predictions)
     settings = scoring_settings(config, identity["backbone"], identity["decoder"])
@@ -177,11 +178,11 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
     return {"mre": float(np.nanmean(errors)), "median": float(np.nanmedian(errors))}
 
 
-def _write_overlays(folder: Path, config: Config, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
+def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
     """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
     shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
-    for rank, index in enumerate(np.argsort(-mean_errors)[: config.evaluation.overlays].tolist(), start=1):
+    for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
         shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")

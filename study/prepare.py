@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config.config import Config
+from core.config.dataset import Dataset
 from core.errors import UserError
 from core.files import stamp, write_json
 from core.runs.cells import cells, needs_pretraining, require_backbone, ssl_methods
@@ -102,26 +103,26 @@ def check_pretraining_inputs(runs: Sequence[Run]) -> None:
                             "--redo-pretraining sets it aside and pre-trains again, another experiment.name keeps both")
 
 
-def data_stamp(config: Config) -> str:
+def data_stamp(dataset: Dataset) -> str:
     """Of all files of the data set and of how it is read: unchanged, it gives the same records."""
-    places = [config.dataset.root, *config.dataset.unlabelled_dirs, config.dataset.description]
+    places = [dataset.root, *dataset.unlabelled_dirs, dataset.description]
     stamps = [stamp(Path(place)) for place in places if place is not None]
-    return hashlib.sha256(json.dumps([stamps, config.dataset.model_dump(mode="json")]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stamps, dataset.model_dump(mode="json")]).encode()).hexdigest()
 
 
-def remembered(config: Config, digest: str) -> set[str]:
+def remembered(experiment_dir: Path, digest: str) -> set[str]:
     """The folders of the runs that stand for the data with this `data_stamp`, as a launch has checked."""
-    path = config.experiment_dir / CHECKED
+    path = experiment_dir / CHECKED
     memo = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
     return set(memo["runs"]) if memo.get("stamp") == digest else set()
 
 
-def remember(config: Config, digest: str, runs: Sequence[Run]) -> None:
+def remember(experiment_dir: Path, digest: str, runs: Sequence[Run]) -> None:
     """Note that `runs` stand for the data with this `data_stamp`: the next launch need not read them."""
-    before = remembered(config, digest)
+    before = remembered(experiment_dir, digest)
     folders = before | {str(run.folder) for run in runs}
     if folders != before:
-        write_json(config.experiment_dir / CHECKED, {"stamp": digest, "runs": sorted(folders)})
+        write_json(experiment_dir / CHECKED, {"stamp": digest, "runs": sorted(folders)})
 
 
 def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
@@ -131,7 +132,7 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     read them are touched.
     """
     source, runs = None, study_runs(config, stages)
-    unchecked = {str(run.folder) for run in runs} - remembered(config, data_stamp(config))
+    unchecked = {str(run.folder) for run in runs} - remembered(config.experiment_dir, data_stamp(config.dataset))
     if unchecked or not all(run.done for run in runs):
         from core.data.source import load_source
 

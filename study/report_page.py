@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from core.config.config import Config
 from core.files import write_atomically
 from core.runs.claims import claim
 
@@ -36,19 +35,19 @@ def build(experiment_dir: Path) -> None:
     build_report([experiment_dir])
 
 
-def report_page(config: Config) -> Path:
+def report_page(experiment_dir: Path) -> Path:
     """The study's report, built unless it is there and made of the same files by the same code."""
-    folder = config.experiment_dir / "report"
+    folder = experiment_dir / "report"
     page, label = folder / "index.html", folder / "ingredients.sha256"
 
     def is_current(digest: str) -> bool:
         return page.is_file() and label.is_file() and label.read_text() == digest
 
-    if is_current(ingredients(config.experiment_dir)):
+    if is_current(ingredients(experiment_dir)):
         return page
     with claim(folder, wait=True):
-        digest = ingredients(config.experiment_dir)  # before it is built: what changes meanwhile calls for another one
+        digest = ingredients(experiment_dir)  # before it is built: what changes meanwhile calls for another one
         if not is_current(digest):
-            build(config.experiment_dir)
+            build(experiment_dir)
             write_atomically(label, digest.encode())
     return page

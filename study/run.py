@@ -31,16 +31,16 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     """
     failed_before = failures_so_far(config, stages) if failed_before is None else failed_before
     runs = prepare(config, stages)
-    digest = data_stamp(config)
+    digest = data_stamp(config.dataset)
     failed = (do or run_all)(runs, failed_before)
     if not failed:
-        remember(config, digest, runs)
+        remember(config.experiment_dir, digest, runs)
     worth = not failed or any(run.done for run in runs)
     listed = "".join(f"\n  {folder}: {why}" for folder, why in failed.items())
     failures = f"{len(failed)} of {len(runs)} runs failed; the same command tries them again{listed}"
     reported = False
     try:
-        page = report_page(config) if "report" in stages and worth else None
+        page = report_page(config.experiment_dir) if "report" in stages and worth else None
         reported = True
     finally:
         if failed and not reported:  # what ends the report does not hide them

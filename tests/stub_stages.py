@@ -92,7 +92,7 @@ def stub(patch) -> None:
     patch(runner, "perform", perform)
     patch(report_page, "build", build)
     patch(run, "prepare", study_runs)
-    patch(run, "data_stamp", lambda config: "")
+    patch(run, "data_stamp", lambda dataset: "")
     patch(cluster, "prepare", study_runs)
 
 

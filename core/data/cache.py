@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
 
+PARSING = Lock()  # of .npy headers: CPython 3.11 counts the depth of its parser for all threads together
 CACHE_VERSION = "2"  # of decoding and resizing together
 WHOLE_NUMBERS = (".png", ".jpg", ".jpeg", ".bmp")  # formats without fractions
 
@@ -36,7 +38,9 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     digest = image_digest(record, config)
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     if cached.is_file():
-        pixels = np.load(cached)
+        with PARSING:
+            stored = np.load(cached, mmap_mode="r")
+        pixels = np.array(stored)
     else:
         pixels = resize(upright(read_image(record.image), grid.geometry), grid.size, grid.ratio)
         buffer = io.BytesIO()

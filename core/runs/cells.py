@@ -10,7 +10,7 @@ from core.config.config import Config
 from core.config.finetune import Finetune, LossSettings
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
-from core.runs.places import Cell, variant
+from core.runs.places import Cell, ema_path, variant
 
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
 
@@ -76,7 +76,7 @@ def transfer_paths(config: Config) -> list[Path]:
                             f"this study's {json.dumps(value)}; they must be the same")
     kept = theirs["ddpm"]["checkpoint_iterations"]
     iterations = sorted(kept) if wanted == "best" else [wanted or max(kept)]
-    paths = [folder / f"ema_iter{iteration:06d}.safetensors" for iteration in iterations]
+    paths = [ema_path(folder.parent, iteration) for iteration in iterations]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"finetune.transfer_from {folder.parent}: {missing[0]} is not there (yet); it keeps iterations "

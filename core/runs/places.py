@@ -93,10 +93,14 @@ def is_scored(config: Config, cell: Cell) -> bool:
     return (cell_dir(config, cell) / "metrics.json").is_file()
 
 
+def ema_path(experiment_dir: Path, iteration: int) -> Path:
+    """runs/<experiment>/ddpm/ema_iter004000.safetensors."""
+    return experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
+
+
 def ddpm_paths(config: Config) -> tuple[Path, ...]:
     """runs/<experiment>/ddpm/ema_iter004000.safetensors and so on: every configured EMA checkpoint."""
-    folder = config.experiment_dir / "ddpm"
-    return tuple(folder / f"ema_iter{i:06d}.safetensors" for i in config.ddpm.checkpoint_iterations)
+    return tuple(ema_path(config.experiment_dir, iteration) for iteration in config.ddpm.checkpoint_iterations)
 
 
 def is_pretrained(config: Config) -> bool:
@@ -120,8 +124,9 @@ def pretrained_path(config: Config) -> Path:
     finetune = config.finetune
     if finetune.checkpoint is not None:
         return Path(finetune.checkpoint)
-    iteration = finetune.pretraining_iteration or max(config.ddpm.checkpoint_iterations)
-    return config.experiment_dir / "ddpm" / f"ema_iter{iteration:06d}.safetensors"
+    chosen = finetune.pretraining_iteration
+    iteration = chosen if isinstance(chosen, int) else max(config.ddpm.checkpoint_iterations)
+    return ema_path(config.experiment_dir, iteration)
 
 
 def start_path(config: Config, backbone: str) -> Path | None:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -279,6 +279,11 @@ def main_variants(runs: pd.DataFrame) -> dict[str, str]:
                  for row in named_rows(variants)}
         chosen[backbone] = min(ranks, key=lambda variant: ranks[variant])
     return chosen
+
+
+def of_variants(table: pd.DataFrame, variants: Mapping[str, str]) -> pd.DataFrame:
+    """The rows, of runs or a summary, of these {backbone: variant}; none of none."""
+    return table[table["variant"] == table["backbone"].map(variants)]
 
 
 def select(runs: pd.DataFrame, backbone: str, variant: str, shots: int) -> pd.DataFrame:

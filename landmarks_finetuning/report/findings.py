@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, select
+from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, of_variants, select
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.statistics import SIGNIFICANCE, holm, patients_needed
 
@@ -41,7 +41,7 @@ def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     data set are one family, so that the best rival may be chosen by looking. patients_needed is what that family takes.
     """
     variants = main_variants(runs)
-    main = summary[[variants.get(b) == v for b, v in zip(summary["backbone"], summary["variant"], strict=True)]]
+    main = of_variants(summary, variants)
     rows = []
     for shots, group in grouped(main, "shots"):
         means = group.set_index("backbone")["mre"].sort_values()
@@ -159,9 +159,8 @@ def sentences(table: pd.DataFrame, unit: str) -> list[dict[str, str]]:
 
 def _sentence(row: Any, unit: str) -> str:
     method, rival = display_name(row.method), _inline_name(row.rival)
-    size = f"{abs(row.difference):.2f} {unit}"
-    if row.rival_mre > 0:  # the guess errs nowhere where all images have their landmarks at one place
-        size += f" ({abs(row.difference) / row.rival_mre:.0%})"
+    share = f"{abs(row.difference) / row.rival_mre:.0%}" if row.rival_mre > 0 else "ratio not defined"
+    size = f"{abs(row.difference):.2f} {unit} ({share})"
     opening = f"{method} misses by {row.method_mre:.2f} {unit} on average, {rival} by {row.rival_mre:.2f} {unit}"
     direction = "better" if row.difference > 0 else "worse"
     draw = " for this draw of the labels" if row.draws == 1 else ""

@@ -46,7 +46,7 @@ def heatmap_rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     numbers of labels that most methods have files for, the one nearest to the paper's; the first draw's first seed.
     Empty where no run has a file.
     """
-    stored = runs[[(path / FILE).is_file() for path in runs["path"]]]
+    stored = runs[runs["path"].map(lambda path: (path / FILE).is_file())]
     drawn = [select(stored, backbone, variant, shots).sort_values(["draw", "seed"]).iloc[0]
              for shots in _labels(stored) for backbone, variant in best_first(runs).items()
              if not select(stored, backbone, variant, shots).empty]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from landmarks_finetuning.report.collect import main_variants
+from landmarks_finetuning.report.collect import main_variants, of_variants
 
 
 def best_first(table: pd.DataFrame) -> dict[str, str]:
@@ -15,7 +15,6 @@ def best_first(table: pd.DataFrame) -> dict[str, str]:
     if table.empty:
         return {}
     variants = main_variants(table)
-    main = table[[variants[b] == v for b, v in zip(table["backbone"], table["variant"], strict=True)]]
-    means = main.groupby(["backbone", "shots"])["mre"].mean().reset_index()
+    means = of_variants(table, variants).groupby(["backbone", "shots"])["mre"].mean().reset_index()
     ordered = means.sort_values(["shots", "mre"], ascending=[False, True]).drop_duplicates("backbone")
     return {backbone: variants[backbone] for backbone in ordered["backbone"]}

@@ -1,8 +1,10 @@
 """Scoring of a whole run: the mean shape on images of unlike size, the paper's scorer, pictures, patients."""
 
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -158,3 +160,19 @@ def test_the_papers_scorer_is_left_out_with_a_reason(config_file, run_main, tmp_
     else:
         assert metrics["paper"] is None and reason in metrics["paper_left_out"]
         assert said + metrics["paper_left_out"] in out and said + metrics["paper_left_out"] in page
+
+
+# ---- what a report has to bear
+
+
+def test_a_report_beside_a_guess_without_an_error(mean_shape):
+    """Landmarks that lie at one place in all images: what is 0 mm can be missed by any share."""
+    run_dir, _ = mean_shape(lambda size: [middle(size)])
+    other = run_dir.parents[2] / "scratch/default" / run_dir.name
+    shutil.copytree(run_dir, other)
+    for file in ("metrics.json", "config.json"):
+        (other / file).write_text((other / file).read_text().replace('"mean_shape"', '"scratch"'))
+    table = pd.read_csv(other / "predictions.csv")
+    table.assign(error=table["error"] + 2).to_csv(other / "predictions.csv", index=False)
+    page = build_report([run_dir.parents[3]])
+    assert "mean shape by 0.00 mm. It is 2.00 mm (ratio not defined) worse" in page.read_text()

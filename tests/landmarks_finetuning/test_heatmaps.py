@@ -260,6 +260,55 @@ def test_the_window_about_the_peak_is_sigma_wide_and_reaches_the_neighbours_at_l
 
 
 @sizes
+@pytest.mark.parametrize(("level", "sigma", "apart"), [(0.0, 0.1, 1), (500.0, 0.1, 1), (-500.0, 1.0, 2), (0.0, 1.3, 3)])
+def test_the_window_of_most_mass_is_two_sigma_wide_and_knows_no_level(size, level, sigma, apart):
+    """Two equal pixels against a lone one that holds more than each of them and less than both."""
+    outputs = torch.full((1, 2, *size), -150.0)
+    outputs[(0, 0, *(length - 3 for length in size))] = 100.0
+    for first in (6, 6 + apart):
+        outputs[(0, 0, first, *(6,) * (len(size) - 1))] = 100.0 - math.log(1.5)
+    outputs[0, 1] = outputs[0, 0] + 400.0
+    points, _ = decode(outputs + level, "window_mass", PIXELS, sigma)
+    np.testing.assert_allclose(points[0].numpy(), [[6 + apart / 2, *[6.0] * (len(size) - 1)]] * 2, atol=1e-4)
+
+
+@sizes
+def test_each_map_is_thresholded_at_half_its_own_maximum(size):
+    """Two pixels whose probabilities are as 3 to 2 make one component, in a map of any height."""
+    outputs = torch.zeros(1, 2, *size)
+    for number, height in enumerate((9.0, 4.0)):
+        outputs[(0, number, *(6,) * len(size))] = height
+        outputs[(0, number, 7, *(6,) * (len(size) - 1))] = height - math.log(1.5)
+    points, _ = decode(outputs, "component_centroid", PIXELS, 1.0)
+    assert points[0].tolist() == [[6.5, *[6.0] * (len(size) - 1)]] * 2
+    if len(size) == 2:
+        disks = draw_target(torch.tensor([[[11.0, 7.0], [8.0, 13.0]]]), size, "disk", 3.0) * torch.tensor([9.0, 2])[
+            :, None, None]
+        assert contour_centroid(disks)[0].numpy() == pytest.approx(np.array([[11.0, 7.0], [8.0, 13.0]]))
+
+
+@sizes
+def test_a_gaussian_whose_half_height_falls_outside_is_not_drawn(size):
+    """0.6 of the height reaches the first pixel, and 0.4 does not."""
+    for height in (0.6, 0.4):
+        outside = -3.0 * math.sqrt(-2 * math.log(height))
+        drawn = draw_target(torch.tensor([[[outside, *[7.0] * (len(size) - 1)]]]), size, "gaussian", 3.0)
+        assert drawn.max().item() == pytest.approx(height if height > 0.5 else 0, rel=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["argmax", "local_expectation", "component_centroid", "contour_centroid"])
+def test_the_published_decoder_alone_looks_at_raw_outputs(decoder):
+    """The largest output lies where another landmark is more probable still."""
+    outputs = torch.zeros(1, 2, 24, 20)
+    outputs[0, 0, 4:7, 5:8], outputs[0, 0, 15:18, 11:14] = 10.0, 20.0
+    outputs[0, 1] = 5.0
+    outputs[0, 1, 15:18, 11:14] = 40.0
+    outputs[0, 0, 5, 6] += 1
+    expected = [16.0, 12.0] if decoder == "contour_centroid" else [5.0, 6.0]
+    assert decode(outputs, decoder, CHANNELS, 1.0)[0][0, 0].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@sizes
 def test_probability_maps_are_the_softmax_over_pixels_or_landmarks(size):
     outputs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(8)) * 5
     pixels = outputs.double().flatten(2).softmax(dim=2).view(outputs.shape)

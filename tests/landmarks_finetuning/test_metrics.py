@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from core.errors import UserError
 from landmarks_finetuning.metrics import physical_errors, summarise
-from landmarks_finetuning.paper_scorer import paper_errors, round_original
+from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval, studentised_interval
 
@@ -134,6 +135,33 @@ def test_paper_errors_refuse_what_they_are_not_defined_for():
     assert paper_errors("chest", points, points, sizes, 64, 0.86) == 0
 
 
+EXTENTS = np.array([[240.0, 193.5], [240.0, 193.5]])
+
+
+@pytest.mark.parametrize(("rule", "size", "resample_mm", "extents_mm", "why"), [
+    ("cephalo", (64, 64), None, EXTENTS, None),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.009, 0.991]], None),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 1], [1.011, 1]], r"240 x 193\.5 mm \(height x width\)"),
+    ("cephalo", (64, 64), None, EXTENTS * [[1, 0.989], [1, 1]], "these are not$"),
+    ("cephalo", (64, 64), None, EXTENTS[:, ::-1], "these are not$"),
+    ("cephalo", (64, 64), None, None, "these are not$"),
+    ("chest", (64, 64), None, EXTENTS * 2, None),
+    ("hand", (64, 64), None, None, None),
+    ("chest", (64, 48), None, None, r"square network input of two axes, dataset\.image_size is 64 x 48$"),
+    ("chest", (64, 64, 64), None, None, "image_size is 64 x 64 x 64$"),
+    ("chest", (64, 64), 1.0, None, r"dataset\.resample_mm resamples them instead$"),
+    ("chest", (44, 44), None, None, None),  # sigma 0.859, just above 0.849
+    ("chest", (43, 43), None, None, r"single pixel, without an area, at dataset\.image_size 43$"),  # 0.840
+])
+def test_why_the_paper_s_scorer_is_undefined(rule, size, resample_mm, extents_mm, why):
+    reason = why_undefined(rule, size, resample_mm, extents_mm)
+    assert reason is None if why is None else re.search(why, reason)
+
+
+def test_the_disk_of_the_paper_s_scorer():
+    assert (paper_sigma(256), paper_sigma(64)) == (5.0, 1.25)
+
+
 def test_round_original_scales_without_half_pixel_shift_and_rounds_half_to_even():
     points = np.array([[[5.0, 9.0], [7.0, 1.0]]])
     np.testing.assert_array_equal(round_original(points, np.array([[20, 100]]), 10), [[[2, 1], [4, 0]]])  # 2.5, 3.5
@@ -226,6 +254,15 @@ def test_several_means_have_each_its_own_interval_and_a_patient_without_landmark
         np.testing.assert_allclose([limits[column] for limits in together], np.ravel(alone))
     errors = np.vstack([values, np.full((2, 3), np.nan)])
     assert bootstrap_interval(errors, range(11), seed=2) == bootstrap_interval(values, range(9), seed=2)
+    for limits in studentised_interval(values[:3, :2], counts[:3, :2], seed=2):
+        assert limits.shape == (2,) and np.isnan(limits).all()
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_an_interval_knows_no_unit(scale):
+    errors = np.random.default_rng(8).gamma(2.0, size=(5, 3))
+    scaled = bootstrap_interval(errors * scale, range(5), seed=1)
+    assert scaled == pytest.approx(tuple(scale * limit for limit in bootstrap_interval(errors, range(5), seed=1)))
 
 
 def test_an_interval_needs_four_patients():
@@ -244,6 +281,9 @@ def test_mean_shape_averages_each_landmark_over_the_labels_that_have_it(dimensio
     points[1, 0] = 40
     points[0, 1] = np.nan
     points[:, 2] = np.nan
-    np.testing.assert_allclose(mean_shape_prediction(points), [[30] * dimension, [20] * dimension, [25] * dimension])
+    points[..., 0] += 7
+    mean = mean_shape_prediction(points)
+    np.testing.assert_allclose(mean[:, 1:], np.array([[30], [20], [25]]) * [[1] * (dimension - 1)])
+    assert mean[:, 0].tolist() == [37, 27, 32]
     with pytest.raises(UserError, match="mean shape"):
         mean_shape_prediction(np.full((2, 3, dimension), np.nan))

@@ -59,13 +59,13 @@ def test_p_equals_scipy_s():
 
 
 def test_drawn_sign_patterns_agree_with_all_of_them(monkeypatch):
+    assert sign_flip_p(np.full((14, 1), 1.0)) == [2 / 2**14] and smallest_p(14) == 2 / 2**14
     differences = np.random.default_rng(1).normal(0.4, 1.0, size=(15, 4))
     drawn = sign_flip_p(differences)
     monkeypatch.setattr(statistics, "EXACT_PATIENTS", 15)
     exact = sign_flip_p(differences)
     assert np.abs(drawn - exact).max() < 4 * 0.5 / np.sqrt(9999)
     assert sign_flip_p(np.full((60, 1), 1.0)) == [1 / 10000] and smallest_p(60) == 1 / 10000  # never 0
-    assert sign_flip_p(np.full((14, 1), 1.0)) == [2 / 2**14] and smallest_p(14) == 2 / 2**14
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -326,7 +326,7 @@ def test_finished_study_imports_and_reads_little(study, tmp_path):
     page.parent.mkdir()
     page.touch()
     (page.parent / "ingredients.sha256").write_text(ingredients(config.experiment_dir))
-    remember(config, data_stamp(config), study_runs(config, STAGES))
+    remember(config.experiment_dir, data_stamp(config.dataset), study_runs(config, STAGES))
     code = ("import sys, study.launch; study.launch.main()\n"
             "print(sorted({'torch', 'numpy', 'pandas', 'scipy', 'PIL', 'tensorboard'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code, "--config", study], cwd=PROJECT, capture_output=True, text=True)
