@@ -35,7 +35,7 @@ from core.data.records import Record
 from core.data.resize import intensity_range
 from core.files import atomic_file, write_atomically
 
-LARGE_BYTES = 1 << 30  # float32 sets above this are read from disk, batch by batch
+LARGE_BYTES = 4 << 30  # float32 sets above this, too large for a GPU, are read from disk, batch by batch
 SHARD_BYTES = 1 << 30
 DECODERS = min(8, os.cpu_count() or 1)  # images decoded at a time: more would only hold more memory
 AT_A_TIME = 256  # images decoded between two writes: what is in memory at most
