@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     own_data = has_data_of(run_dir, source, config.dataset)
+    if not own_data:
+        print(f"note: the data at {source.root} have other training images or labels than this run was made from",
+              file=sys.stderr)
     if out is None:
         own_settings = scoring_settings(own, header["backbone"])
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]

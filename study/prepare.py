@@ -62,6 +62,14 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
 
+def check_start_files(runs: Sequence[Run]) -> None:
+    """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
+    for run in runs:
+        if not run.done and run.needs is None and run.start is not None and not run.start.is_file():
+            raise UserError(f"{run.arguments[0].backbone} starts from {run.start}, which does not exist; correct "
+                            "finetune.checkpoint or finetune.encoder_weights")
+
+
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     """The runs with what the data set gives each of them now: images it is made from, and those it is scored on."""
     from core.data.digests import data_digests
@@ -147,5 +155,6 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     if source is not None:
         for study in studies(config, stages):
             check_start_weights(study, ssl_methods(config.finetune) if "ssl" in stages else ())
+    check_start_files(runs)
     print_plan(config, stages, source, runs)
     return runs

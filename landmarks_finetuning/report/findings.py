@@ -125,7 +125,7 @@ def headline(table: pd.DataFrame, unit: str) -> tuple[str, str]:
         return "There is no second method to compare with yet.", ""
     table = table[table["best_rival"]]
     verdicts = {"better": "is clearly better", "worse": "is clearly worse", "open": "is within the spread",
-                "few": "has too few test images to tell"}
+                "few": "cannot be judged on so few test images"}
     parts = []
     for (key, text), single in product(verdicts.items(), (False, True)):
         shots = table.loc[(table["verdict"] == key) & ((table["draws"] == 1) == single), "shots"].tolist()

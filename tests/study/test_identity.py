@@ -286,6 +286,12 @@ def test_damaged_record_is_one_line(home, launch, content):
     assert status == 2 and "inputs.json is damaged" in error and error.count("\n") == 1
 
 
+def test_a_missing_weights_file_is_in_the_plan(home, launch):
+    """Not first in the list of failures."""
+    status, _, error = launch("--dry-run", "--set", "finetune.checkpoint=/nowhere/x.pt")
+    assert status == 2 and "ddpm starts from /nowhere/x.pt, which does not exist; correct finetune.checkpoint" in error
+
+
 # ---- studies whose result is little
 
 

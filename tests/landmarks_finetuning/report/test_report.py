@@ -153,7 +153,7 @@ def test_few_patients_name_no_winner(tmp_path):
     write_run(tmp_path / "study", "scratch", 5, 0, [[4, 4]] * 4)
     html = build_report([tmp_path / "study"]).read_text(encoding="utf8")
     assert "4 test images are too few to tell (needed here: 6)." in html and "clearly" not in html
-    assert "has too few test images to tell at 5 labels" in html
+    assert "cannot be judged on so few test images at 5 labels" in html
     assert "test patients for one comparison, needed here: 6)" in html
 
 
