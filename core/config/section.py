@@ -99,7 +99,8 @@ class Augmentation(Section):
     translation: Fraction = setting(0.02, "largest shift as a fraction of the size, along each axis",
                                     acts=[unless("probability", 0)])
     intensity: Fraction = setting(0.0, "strength of random brightness, contrast and gamma, of every image; 0 = off")
-    elastic: float = setting(0.0, "largest smooth random displacement as a fraction of the size, along each axis; less "
-                             "where it would fold; 0 = off", ge=0, le=0.1, before=0.0, acts=[unless("probability", 0)])
-    artefacts: Share = setting(0.0, "share of the images with an uneven exposure, share with a dark border, share with a "
-                               "bright marker; landmarks stay; 0 = off", before=0.0)
+    elastic: float = setting(
+        0.0, "largest smooth random displacement as a fraction of the size, along each axis, less where it would fold; "
+        "of the images that probability says; 0 = off", ge=0, le=0.1, before=0.0, acts=[unless("probability", 0)])
+    artefacts: Share = setting(0.0, "share of the images with uneven exposure, with a dark border, and with a bright "
+                               "marker, each drawn by itself; 0 = off", before=0.0)

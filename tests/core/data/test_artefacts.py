@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from core.config.section import Augmentation
-from core.data.artefacts import BRIGHT, DARKEST, GRADIENT, MARKER, STROKE, _places, add_artefacts, collimate, expose, mark
+from core.data.artefacts import (
+    BRIGHT,
+    DARKEST,
+    GRADIENT,
+    MARKER,
+    STROKE,
+    _places,
+    add_artefacts,
+    collimate,
+    expose,
+    mark,
+)
 from core.data.augment import augment
 from tests.core.data.test_augment import seeded
 
