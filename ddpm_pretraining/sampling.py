@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.training.cuda_graphs import Replayed
 from core.config.ddpm import DDPM
+from core.training.cuda_graphs import Replayed
 from ddpm_pretraining.diffusion import Diffusion, Flow, Process
 
 Predict = Callable[[Tensor, Tensor], Tensor]

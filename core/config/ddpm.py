@@ -37,7 +37,7 @@ class DDPM(Section):
                                 acts=[only("objective", "noise"), unless("schedule", "cosine")])
     beta_end: float = setting(0.02, "variance of the noise that the last timestep adds", gt=0, lt=1,
                               acts=[only("objective", "noise"), unless("schedule", "cosine")])
-    loss: Literal["l1", "l2", "huber"] = setting("l2", "distance of the prediction from the noise, or from the velocity")
+    loss: Literal["l1", "l2", "huber"] = setting("l2", "distance of the prediction from the noise, or the velocity")
     iterations: Count = setting(10000, "optimiser steps", counts_for=FREE)
     checkpoint_iterations: tuple[int, ...] = setting(
         (4000, 6000, 8000, 10000), "steps at which the averaged weights are kept; fine-tuning starts from the last one",

@@ -26,7 +26,7 @@ def generator(seed=0):
 
 
 def gaussian_velocity(x, timesteps):
-    """E[noise - x_0 | x_t = x] where x_0 is normal with MEAN and SPREAD, by the regression of jointly normal numbers."""
+    """E[noise - x_0 | x_t = x] where x_0 is normal with MEAN and SPREAD, by regression of normal numbers."""
     t = (timesteps / 100).view(-1, *(1,) * (x.ndim - 1)).double()
     variance = (1 - t) ** 2 * SPREAD**2 + t**2
     covariance = t - (1 - t) * SPREAD**2
@@ -70,6 +70,23 @@ def test_times_are_uniform(lowest):
     assert times.dtype == torch.float32 and times.min() >= lowest and times.max() <= 100
     counts, _ = np.histogram(times, bins=10, range=(lowest, 100))
     assert np.abs(counts - 2000).max() < 5 * 2000**0.5 and len(times.unique()) > 15000
+
+
+def test_euler_s_steps_by_hand():
+    """Of noise z along the velocity 0.3: at times 1, 2/3 and 1/3 it is z, z - 0.1, z - 0.2, and it ends at z - 0.3."""
+    seen = []
+
+    def predict(x, timesteps):
+        seen.append((x, timesteps))
+        return torch.full_like(x, 0.3)
+
+    shape = (2, 1, 4, 4)
+    noise = torch.randn(shape, generator=generator())
+    states = sample(make(sampling_steps=3), predict, shape, generator(), "euler")
+    assert [(x - noise).mean().item() for x, _ in seen] == pytest.approx([0, -0.1, -0.2], abs=1e-6)
+    assert [times.tolist() for _, times in seen] == [pytest.approx([t, t]) for t in (100, 200 / 3, 100 / 3)]
+    for state in states:
+        torch.testing.assert_close(state, (noise - 0.3).clamp(0, 1))
 
 
 def test_euler_s_steps_lead_from_noise_to_the_gaussian():
