@@ -25,7 +25,7 @@ from core.networks.weights import load_weights
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
 
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
@@ -55,8 +55,7 @@ class TrainedDetector:
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.landmark_names: list[str] = weights.header["landmark_names"]
-        shape = weights.header.get("shape")  # None in detectors older than this key
-        self.shape = None if shape is None else np.array(shape, dtype=np.float64)
+        self.shape = stored_shape(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
         model = network.rebuild(weights, self.own_config.dataset.image_size)
@@ -177,8 +176,8 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
 
     `maps` (B, D, D + 1) lead from stored to network pixels; `sigma` is the heatmaps' in network pixels. With `shape`
-    (N, D), the labelled shapes' mean, points are decoded again under settings.shape_prior; confidences are those of the
-    network's own maps there. `decoder` replaces settings.decoder.
+    (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under settings.shape_prior;
+    confidences are those of the network's own maps there. `decoder` replaces settings.decoder.
     """
     decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)

@@ -35,7 +35,7 @@ from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
-from landmarks_finetuning.shape import mean_shape
+from landmarks_finetuning.shape import mean_shape, shape_modes, stored_shape
 from landmarks_finetuning.starts import START_WEIGHTS
 
 
@@ -48,7 +48,7 @@ class HeatmapRegression:
         self.device = resolve_device(config.experiment.device)
         self.training = training.to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
-        self.shape = np.array(header["shape"], dtype=np.float64)
+        self.shape = stored_shape(header)
         self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
@@ -162,6 +162,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     images = load_images(training_records, config.dataset)
     validation = load_images(validation_records, config.dataset) if validation_records else None
     shape = mean_shape(images.truth.numpy())
+    modes = shape_modes(images.truth.numpy(), shape, config.finetune.shape_modes)
     finetune, seed = config.finetune, config.experiment.seed + 1000 * cell.seed + cell.draw
     torch.manual_seed(seed)
     model = build_detector(config, cell.backbone, images.images.shape[1], len(source.landmark_names))
@@ -170,6 +171,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
               "landmark_names": list(source.landmark_names),
               "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
+              **({"shape_modes": modes.tolist()} if len(modes) else {}),
               "training_images": [record.id for record in training_records],
               "validation_labels": len(validation_records)}
     plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)

@@ -131,6 +131,10 @@ class Finetune(LossSettings):
         backbones=(MEAN_SHAPE, *BACKBONES), slug="val")
     selection: Literal["first", "random"] = setting("random", "first k images (the paper) or a seeded draw",
                                                     backbones=(MEAN_SHAPE, *BACKBONES), slug="pick")
+    shape_modes: Index = setting(
+        0, "most ways in which the common shape may bend, those in which the labels differ most; fewer with few labels "
+        "(one for two beside the first); 0 = moved, turned and scaled only", slug="modes", before=0,
+        acts=[unless("shape_prior", None), unless("decoder", "contour_centroid")])
     ema_decay: Fraction | None = setting(None, "decay of a moving average of the weights, each step; null = none",
                                          slug="ema")
     batch_size: Count = setting(8, "images of a micro-batch", slug="batch")
