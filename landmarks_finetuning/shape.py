@@ -18,7 +18,6 @@ from torch import Tensor
 from core.errors import UserError
 
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.15, 0.15, 0.15)  # of the shape's size: what counts as an outlier, annealed
-BENDING = 0.35  # of SCALES: modes are fitted from here on, when outliers have lost their weight
 SCATTER = 0.05  # of the shape's size: of found landmarks about the model, along each axis
 EXPLAINED = 0.95  # of the labelled shapes' variance: modes beyond it are noise
 LABELS_PER_MODE = 2  # beside the one for the mean
@@ -74,7 +73,7 @@ def fit_shape(shape: np.ndarray, points: np.ndarray, confidence: np.ndarray) -> 
     mean, modes = (shape, None) if shape.ndim == 2 else (shape[0], shape[1:])
     size, weights, bent = shape_size(shape), np.asarray(confidence, dtype=np.float64), mean
     for scale in SCALES:
-        if modes is not None and scale <= BENDING:
+        if modes is not None:
             bent = _bend(mean, modes, _similarity(points, bent, weights + 1e-9), weights)
         fitted = _similarity(bent, points, weights + 1e-9)
         off = np.linalg.norm(fitted - points, axis=1) / size
