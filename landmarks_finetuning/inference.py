@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -24,6 +25,7 @@ from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import load_weights
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
 
@@ -42,10 +44,11 @@ class TrainedDetector:
     """A detector read from best.safetensors: everything it needs stands in the file's header.
 
     `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
-    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case. With
+    `others`, best.safetensors of runs on the same data that learned the same heatmaps, it is the mean of them all.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), others: Sequence[Path] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != "detector":
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
@@ -60,7 +63,11 @@ class TrainedDetector:
         network = DETECTORS[weights.header.get("network", "unet")]
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
-        self.model = model.to(self.device).eval()
+        beside = [TrainedDetector(other) for other in others]
+        for other, detector in zip(others, beside, strict=True):
+            check_alike(self, detector, path, other)
+        models = [model, *(detector.model for detector in beside)]
+        self.model = (MeanOutputs(models) if beside else model).to(self.device).eval()
 
     @property
     def sigma(self) -> float:
@@ -70,7 +77,25 @@ class TrainedDetector:
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         config = self.config
-        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
+        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
+                           config.evaluation.views)
+
+
+def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path, other_path: Path) -> None:
+    """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or heatmaps."""
+
+    def what_counts(detector: TrainedDetector) -> dict[str, Any]:
+        plain, settings = detector.own_config.plain(), all_settings()
+        images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
+        heatmaps = {f"finetune.{key}": plain["finetune"][key] for key in ("loss", "sigma")}
+        of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
+        return {**of_images, **heatmaps, "landmark_names": detector.landmark_names}
+
+    first, second = what_counts(one), what_counts(other)
+    for key, value in first.items():
+        if value != second[key]:
+            raise UserError(f"{other_path} cannot be averaged with {path}: {key} is {json.dumps(second[key])} there "
+                            f"and {json.dumps(value)} here")
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -89,8 +114,8 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 @torch.no_grad()
 def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
-                chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
-    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
+                chosen: Sequence[int] | None = None, views: int = 1) -> Iterator[Heatmaps]:
+    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch, averaged over `views`.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
     that overlap by settings.window_overlap; outputs are averaged, weighted by the distance from a window's border.
@@ -99,9 +124,12 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     indices = list(range(len(images.records))) if chosen is None else list(chosen)
     precision = resolve_precision(precision, device)
 
-    def outputs_of(inputs: Tensor) -> Tensor:
+    def outputs_of_view(inputs: Tensor) -> Tensor:
         with autocast(device, precision):
-            return model(inputs.to(device)).float()
+            return model(inputs).float()
+
+    def outputs_of(inputs: Tensor) -> Tensor:
+        return over_views(outputs_of_view, inputs.to(device), views)
 
     if images.fits:
         for first in range(0, len(indices), batch):
