@@ -66,8 +66,8 @@ class TrainedDetector:
         beside = [TrainedDetector(other) for other in others]
         for other, detector in zip(others, beside, strict=True):
             check_alike(self, detector, path, other)
-        models = [model, *(detector.model for detector in beside)]
-        self.model = (MeanOutputs(models) if beside else model).to(self.device).eval()
+        models: list[nn.Module] = [model, *(detector.model for detector in beside)]
+        self.model: nn.Module = (MeanOutputs(models) if beside else model).to(self.device).eval()
 
     @property
     def sigma(self) -> float:

@@ -39,10 +39,10 @@ def mean_shape(shapes: np.ndarray) -> np.ndarray:
 
 
 def shape_modes(shapes: np.ndarray, mean: np.ndarray, most: int) -> np.ndarray:
-    """Up to `most` main ways (M, N, D) in which labelled shapes (K, N, D), moved onto their mean (N, D), differ from it.
+    """Up to `most` main ways (M, N, D) in which labelled shapes (K, N, D), moved onto their `mean` (N, D), differ.
 
     Each is one standard deviation long, the strongest first. There are no more than one for LABELS_PER_MODE labels, and
-    than explain EXPLAINED of the variance. A landmark that is not annotated (NaN) counts as if it lay where the mean is.
+    than explain EXPLAINED of the variance. A landmark that is not annotated (NaN) counts as if it lay at the mean's.
     """
     off = np.stack([_similarity(shape, mean, np.ones(len(shape))) for shape in shapes]) - mean
     off = np.where(np.isfinite(off).all(axis=2, keepdims=True), off, 0.0).reshape(len(shapes), -1)

@@ -86,8 +86,8 @@ def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = 
     for axis in reversed(range(len(size))):  # affine_grid, axis by axis: only the last product is of the grid's size
         steps = (torch.arange(size[axis], device=images.device, dtype=images.dtype) * 2 + 1) / size[axis] - 1
         grid = torch.addcmul(grid, steps.view(-1, *(1,) * (len(size) - axis - 1)), matrix[:, :, axis].reshape(place))
-    for axis in range(0 if bent is None else len(size)):  # the frame is 2 long
-        grid = torch.addcmul(grid, bent[:, axis, None], matrix[:, :, axis].reshape(place), value=2)
+    for axis, along in enumerate(() if bent is None else bent.unbind(dim=1)):  # the frame is 2 long
+        grid = torch.addcmul(grid, along[:, None], matrix[:, :, axis].reshape(place), value=2)
     return F.grid_sample(images, grid.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False)
 
 

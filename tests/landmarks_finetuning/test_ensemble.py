@@ -93,6 +93,16 @@ def test_an_image_is_seen_alike_in_any_batch(size):
     torch.testing.assert_close(over_views(lambda x: x * 2, inputs[1:2], 4)[0], together[1], rtol=0, atol=1e-6)
 
 
+def test_views_have_other_intensities():
+    """0.5 to the power e^g with |g| up to 0.1, another for each view; the image itself as it is."""
+    seen = []
+    over_views(lambda x: seen.append(x) or x, torch.full((1, 1, 16, 16), 0.5), 8)
+    assert max(view.std() for view in seen) < 1e-6
+    greys = [view[0, 0, 0, 0].item() for view in seen]
+    assert greys[0] == 0.5 and len(set(greys)) == 8
+    assert all(0.5 ** np.exp(0.1) <= grey <= 0.5 ** np.exp(-0.1) for grey in greys) and np.ptp(greys) > 0.03
+
+
 def test_views_are_small_moves():
     corners = torch.tensor([[[0.0, 0], [0, 255], [255, 0], [255, 255]]]).double()
     assert isinstance(ensemble.VIEWS, Augmentation)

@@ -27,7 +27,8 @@ CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", 
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
              "finetune.transfer_from")  # fmt: skip
 SCORING = {"evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked"}
-OF_A_DETECTOR = {"evaluation.window_overlap", "evaluation.views", "finetune.decoder", "finetune.shape_prior"}  # new in this list
+OF_A_DETECTOR = {"evaluation.window_overlap", "evaluation.views", "finetune.decoder",
+                 "finetune.shape_prior"}  # new in this list
 
 
 def below(sections, free=()):
