@@ -46,8 +46,6 @@ class Refine(Section):
         1.0, "width of the Gaussian by which the first stage's answer weighs on the second one's, in root mean square "
         "errors of the first stage on the validation images; null = it only places the crop", counts_for=("scoring",),
         slug="fine-prior", null_slug="off", acts=[ON])
-    views: Count = setting(1, "crops about each landmark, a few pixels apart, whose answers are averaged",
-                           counts_for=("scoring",), slug="fine-views", acts=[ON])
     iterations: Count = setting(600, "optimiser steps of the second stage", slug="fine-steps", acts=[ON])
     batch_size: Count = setting(16, "crops of a micro-batch", slug="fine-batch", acts=[ON])
     augmentation: CropAugmentation = setting(CropAugmentation(), "random changes of crops and landmarks", acts=[ON])
