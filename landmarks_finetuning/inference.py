@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +19,20 @@ from core.config.dataset import Dataset
 from core.config.evaluation import Evaluation
 from core.config.finetune import LossSettings
 from core.config.load import load_config, parse_recorded_config
+from core.config.second_stage import FOLDER
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import load_weights
+from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
 
+WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
@@ -45,12 +49,13 @@ class TrainedDetector:
 
     `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
     predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case. With
-    `others`, best.safetensors of runs on the same data that learned the same heatmaps, it is the mean of them all.
+    `others`, on the same data and of the same heatmaps, it gives the mean of the outputs of all.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = (), others: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector",
+                 others: Sequence[TrainedDetector] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
-        if weights.header.get("kind") != "detector":
+        if weights.header.get("kind") != kind:
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
         self.own_config = as_trained(parse_recorded_config(weights.header["config"], str(path)), self.header)
@@ -63,11 +68,19 @@ class TrainedDetector:
         network = DETECTORS[weights.header.get("network", "unet")]
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
-        beside = [TrainedDetector(other) for other in others]
-        for other, detector in zip(others, beside, strict=True):
-            check_alike(self, detector, path, other)
-        models: list[nn.Module] = [model, *(detector.model for detector in beside)]
-        self.model: nn.Module = (MeanOutputs(models) if beside else model).to(self.device).eval()
+        for other in others:
+            check_alike(self, other, path)
+        models: list[nn.Module] = [model, *(other.model for other in others)]
+        self.model: nn.Module = (MeanOutputs(models) if others else model).to(self.device).eval()
+        self.path, self.others = path, others
+
+    @cached_property
+    def second(self) -> TrainedDetector | None:
+        """The detector of its second stage, None where it has one stage."""
+        if self.header["kind"] != "detector" or self.own_config.finetune.refine.zoom is None:
+            return None
+        beside = [other.second for other in self.others if other.second is not None]
+        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage", others=beside)
 
     @property
     def sigma(self) -> float:
@@ -81,21 +94,36 @@ class TrainedDetector:
                            config.evaluation.views)
 
 
-def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path, other_path: Path) -> None:
+def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:
     """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or heatmaps."""
 
     def what_counts(detector: TrainedDetector) -> dict[str, Any]:
         plain, settings = detector.own_config.plain(), all_settings()
         images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
         heatmaps = {f"finetune.{key}": plain["finetune"][key] for key in ("loss", "sigma")}
+        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop", "sigma")}
         of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
         return {**of_images, **heatmaps, "landmark_names": detector.landmark_names}
 
     first, second = what_counts(one), what_counts(other)
     for key, value in first.items():
         if value != second[key]:
-            raise UserError(f"{other_path} cannot be averaged with {path}: {key} is {json.dumps(second[key])} there "
+            raise UserError(f"{other.path} cannot be averaged with {path}: {key} is {json.dumps(second[key])} there "
                             f"and {json.dumps(value)} here")
+
+
+def trained_detector(run_dir: Path, overrides: Sequence[str] = (), others: Sequence[Path] = ()) -> TrainedDetector:
+    """The detector of a run: that of its last round of self-training, where it has some.
+
+    With other runs it gives the mean of the outputs of all of them.
+    """
+    beside = [trained_detector(other) for other in others]
+    detector = TrainedDetector(run_dir / WEIGHTS, overrides)
+    rounds = detector.own_config.finetune.self_training.rounds
+    if not rounds and not beside:
+        return detector
+    folder = round_dir(run_dir, rounds) if rounds else run_dir
+    return TrainedDetector(folder / WEIGHTS, overrides, others=beside)
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -196,7 +224,7 @@ def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
     pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
     """
-    return sigma if dataset.resample_mm is not None else sigma * float(np.mean(dataset.image_size)) / 256
+    return sigma if dataset.makes_windows else sigma * float(np.mean(dataset.image_size)) / 256
 
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,

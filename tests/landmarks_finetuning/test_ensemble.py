@@ -13,7 +13,7 @@ from core.runs.places import Cell
 from landmarks_finetuning import ensemble
 from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import decode
-from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.train import finetune_cell
 from tests.conftest import error_of
 from tests.core.data.test_augment import blobs, centroids
@@ -156,5 +156,5 @@ def test_the_model_is_the_mean(seeds):
     x = torch.rand(1, 1, *first.config.dataset.image_size)
     with torch.no_grad():
         expected = (first.model(x) + second.model(x)) / 2
-        torch.testing.assert_close(TrainedDetector(paths[0], (), [paths[1]]).model(x), expected)
-    assert "does not exist" in error_of(TrainedDetector, paths[0], (), [paths[0].with_name("none.safetensors")])
+        torch.testing.assert_close(trained_detector(seeds[0], (), [seeds[1]]).model(x), expected)
+    assert "does not exist" in error_of(trained_detector, seeds[0], (), [seeds[1] / "none"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.config.section import Augmentation
-from core.data.augment import augment, change_intensity, draw_affines, draw_crops, move_points, warp_images
+from core.data.augment import Crops, augment, change_intensity, draw_affines, draw_crops, move_points, warp_images
 
 STRONG = Augmentation(probability=1, rotation_degrees=20, scale=0.1, translation=0.05)
 SIZES = pytest.mark.parametrize("size", [(48, 64), (28, 36, 32)], ids=["2D", "3D"])
@@ -165,11 +165,12 @@ def test_without_elastic_and_artefacts_it_is_the_similarity_and_the_intensity_al
     images = torch.rand(count, 1, *size, generator=seeded(1))
     points = torch.rand(count, 3, dims, generator=seeded(2), dtype=torch.float64) * 20
     crop = tuple(n - 4 for n in size) if cropped else size
-    crops = (crop, torch.zeros(count, dims, dtype=torch.float64), torch.tensor(size).expand(count, dims))
+    crops = Crops(crop, lambda generator: draw_crops(torch.zeros(count, dims, dtype=torch.float64),
+                                                     torch.tensor(size).expand(count, dims), crop, generator))
     out, moved = augment(images, points, settings, first, crops if cropped else None)
     affines = draw_affines(count, crop, settings, second)
     if cropped:
-        corners = draw_crops(*crops[1:], crop, second)
+        corners = crops.corners(second)
         affines = torch.cat((affines[:, :, :-1], affines[:, :, -1:] - affines[:, :, :-1] @ corners[..., None]), dim=2)
     assert torch.equal(out, change_intensity(warp_images(images, affines, crop), 0.3, second))
     assert torch.equal(moved, move_points(points, affines))

@@ -8,7 +8,7 @@ import torch
 from scipy.interpolate import BSpline
 
 from core.config.section import Augmentation
-from core.data.augment import augment, warp_images
+from core.data.augment import Crops, augment, warp_images
 from core.data.elastic import CELLS, STEEPEST, displacement_field, displacements, draw_knots, undo_displacement
 from tests.core.data.test_augment import blobs, centroids, seeded
 
@@ -91,7 +91,7 @@ def test_a_blob_and_its_landmark_move_together(size):
                     for value in (0.03, 0.0))
     assert (still - plain).norm(dim=2).max() > 0.5  # it did bend
     crop = tuple(n - 8 for n in size)
-    crops = (crop, torch.zeros(count, dims, dtype=torch.float64), torch.tensor(size).expand(count, dims))
+    crops = Crops(crop, torch.rand(count, dims, generator=generator, dtype=torch.float64) * 8)
     images, points = augment(pictures, centres[:, None], settings, generator, crops)
     assert images.shape[2:] == crop and (centroids(images) - points[:, 0]).abs().max() < 0.05
 
