@@ -1,5 +1,7 @@
 """Averages over views and networks against detectors whose answer is known in closed form."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -158,3 +160,11 @@ def test_the_model_is_the_mean(seeds):
         expected = (first.model(x) + second.model(x)) / 2
         torch.testing.assert_close(trained_detector(seeds[0], (), [seeds[1]]).model(x), expected)
     assert "does not exist" in error_of(trained_detector, seeds[0], (), [seeds[1] / "none"])
+
+
+def test_a_score_of_several_runs_has_a_folder_of_its_own(seeds, run_main):
+    status, out, said = run_main("landmarks_finetuning.evaluate", seeds[0], "--with", seeds[1])
+    assert status == 0, said
+    folder = seeds[0] / "evaluations" / f"with-{seeds[1].parent.name}-{seeds[1].name}"
+    assert str(folder) in out and not (seeds[0] / "metrics.json").exists()
+    assert json.loads((folder / "metrics.json").read_text())["averaged_with"] == [str(seeds[1])]

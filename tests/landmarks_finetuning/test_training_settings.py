@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from core.networks.weights import read_tensors
+from core.networks.unet import UNet
 from core.runs.places import Cell, ema_path
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.train import finetune_cell
@@ -26,7 +27,7 @@ def one_step(make_config, tmp_path):
 
 def test_the_average_of_the_weights_by_hand(one_step):
     """After a step: decay times the weights before it and the rest of those after it."""
-    before, after, averaged = (read_tensors(one_step(**setting)) for setting in (
+    before, after, averaged = (load_file(one_step(**setting)) for setting in (
         {"learning_rate": {"scratch": 1e-30}}, {}, {"ema_decay": 0.75}))
     moved = 0
     for name, tensor in averaged.items():
@@ -36,19 +37,17 @@ def test_the_average_of_the_weights_by_hand(one_step):
 
 
 def test_the_one_pixel_target_is_learned(one_step):
-    usual, sharp = (read_tensors(one_step(**setting)) for setting in ({}, {"target": "pixel"}))
+    usual, sharp = (load_file(one_step(**setting)) for setting in ({}, {"target": "pixel"}))
     assert any(not torch.equal(usual[name], sharp[name]) for name in usual)
 
 
 def test_a_fixed_timestep_is_kept(one_step, tiny_study):
     """The detector is the network at that step, in training and afterwards; null is the network without time."""
-    start = ema_path(tiny_study.parent / "runs" / "tiny", 4)
-    start = start if start.is_file() else sorted(start.parent.glob("*.safetensors"))[-1]
+    start = sorted(ema_path(tiny_study.parent / "runs" / "tiny", 1).parent.glob("*.safetensors"))[-1]
     fixed, free = (TrainedDetector(one_step(backbones=["ddpm"], checkpoint=str(start), timestep=timestep))
                    for timestep in (3, None))
     x = torch.rand(1, 1, *fixed.config.dataset.image_size)
     with torch.no_grad():
-        forward = type(fixed.model).__mro__[1].forward  # the U-Net's
-        torch.testing.assert_close(fixed.model(x), forward(fixed.model, x, torch.tensor([3])))
-        torch.testing.assert_close(free.model(x), forward(free.model, x, None))
-        assert not torch.allclose(fixed.model(x), forward(fixed.model, x, torch.tensor([4])))
+        torch.testing.assert_close(fixed.model(x), UNet.forward(fixed.model, x, torch.tensor([3])))
+        torch.testing.assert_close(free.model(x), UNet.forward(free.model, x, None))
+        assert not torch.allclose(fixed.model(x), UNet.forward(fixed.model, x, torch.tensor([4])))
