@@ -192,7 +192,8 @@ def quadratic(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
         place = [1] * dims
         for axis, step in moves:
             place[axis] += step
-        return values[(slice(None), slice(None), *place)]
+        where: tuple[slice | int, ...] = (slice(None), slice(None), *place)
+        return values[where]
 
     slopes = torch.stack([(at((i, 1)) - at((i, -1))) / 2 for i in range(dims)], dim=-1)
     curved = torch.stack([torch.stack([
