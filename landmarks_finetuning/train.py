@@ -88,7 +88,7 @@ class HeatmapRegression:
                 model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
+            points = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape).points
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
