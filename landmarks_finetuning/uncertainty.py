@@ -2,8 +2,9 @@
 
 The expected radial error of a probability map p about a point c is sum_x p(x) |x - c| (McCouat and Voiculescu 2022,
 Contour-Hugging Heatmaps for Landmark Detection, CVPR). Distances are measured in stored pixels times their spacing,
-whatever the grid of the map. Maps are (B, N, *size) scores: log-probabilities over pixels up to a constant each.
-Everything here holds for any number of dimensions, for whole images and for a crop about each landmark.
+whatever the grid of the map, and never below a pixel's own extent (see `_distances`). Maps are (B, N, *size) scores:
+log-probabilities over pixels up to a constant each. Everything here holds for any number of dimensions, for whole
+images and for a crop about each landmark.
 """
 
 from __future__ import annotations
@@ -95,7 +96,11 @@ def _spread_of(scores: Tensor, heat: Tensor, centres: np.ndarray, steps: np.ndar
 
 
 def _distances(size: torch.Size, centres: np.ndarray, steps: np.ndarray, device: torch.device) -> Tensor:
-    """(R, *size) lengths of `steps` (R, D, D) times each pixel's offset from `centres` (R, D)."""
+    """(R, *size) lengths of `steps` (R, D, D) times each pixel's offset from `centres` (R, D), as root mean squares.
+
+    A probability is that of a pixel's whole area: even in the pixel that holds the point the truth is somewhere in it,
+    a twelfth of the pixel's side squared off along each axis in the mean square.
+    """
     metric = np.swapaxes(steps, 1, 2) @ steps  # d^2 = offset^T metric offset
     dims = len(size)
 
@@ -104,7 +109,7 @@ def _distances(size: torch.Size, centres: np.ndarray, steps: np.ndarray, device:
 
     offsets = [torch.arange(length, device=device).view(*[1] * (axis + 1), -1, *[1] * (dims - axis - 1))
                - row(centres[:, axis]) for axis, length in enumerate(size)]
-    squares = torch.zeros((), device=device)
+    squares = row(np.trace(metric, axis1=1, axis2=2) / 12)
     for axis, offset in enumerate(offsets):
         squares = squares + row(metric[:, axis, axis]) * offset**2
     for one, other in combinations(range(dims), 2):

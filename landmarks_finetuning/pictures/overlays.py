@@ -27,7 +27,7 @@ MARGIN = 12
 CROSS_HALF_LENGTH = 5.0
 CIRCLE_RADIUS = 8.0
 CONTOUR_OVERSAMPLING = 3
-CIRCLE = "holds 90 %"
+CIRCLE = "90 % circle"
 DASHES = 24  # of a 90 % circle
 
 
