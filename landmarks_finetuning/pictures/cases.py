@@ -37,7 +37,7 @@ class Case(NamedTuple):
     probabilities: np.ndarray | None
     targets: np.ndarray | None
     spacing: tuple[float, ...] | None
-    doubt: Doubt | None
+    doubt: Doubt | None = None
 
 
 def case_of(predictions: Predictions, index: int) -> Case:

@@ -22,7 +22,7 @@ def confidence_figure(found: Sequence[Confidence], unit: str) -> Figure | None:
     figure, axes = new_figure(2.9 * len(shots) + 1.4, 2.9 * rows + 0.5, rows, len(shots), sharey="row")
     for column, count in enumerate(shots):
         here = [each for each in found if each.row["shots"] == count]
-        top = 1.05 * max(float(each.bins.max()) for each in here)
+        top = 1.05 * max(float(each.bins.max()) for each in here) or 1.0
         for axis, reach, title in zip(axes[:, column], (top, 1), (f"expected error ({unit})", "false alarms"),
                                       strict=False):
             axis.plot([0, reach], [0, reach], color=INK, linewidth=0.9, linestyle=":")
