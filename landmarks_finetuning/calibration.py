@@ -16,7 +16,15 @@ from core.formats.geometry import apply_maps
 from landmarks_finetuning.inference import TrainedDetector, decode_maps
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
-from landmarks_finetuning.uncertainty import Calibration, Spread, fit_scales, fit_temperatures, log_likelihoods
+from landmarks_finetuning.refinement import crop_batches, crop_scores
+from landmarks_finetuning.uncertainty import (
+    TEMPERATURES,
+    Calibration,
+    Spread,
+    fit_scales,
+    fit_temperatures,
+    log_likelihoods,
+)
 
 FILE = "calibration.json"
 DECODING = ("loss", "decoder", "shape_prior")  # settings of finetune that make other maps, or other points of them
@@ -30,20 +38,33 @@ def calibrate(detector: TrainedDetector, images: ImageSet,
     labels may also have chosen the weights, so that it is a little too sure where they are few. No calibration (None)
     where the loss gives no expected error, and where no landmark is annotated.
     """
-    settings, truth = detector.config.finetune, images.original_points()
-    known = settings.loss == "cross_entropy_pixels" and bool(np.isfinite(truth).all(axis=2).any())
-    start = None
-    if known:
-        likelihoods = []
-        for chosen, outputs, maps in detector.heatmaps(images):
-            scores = decode_maps(outputs, settings, detector.sigma, decoder, detector.shape).scores
-            likelihoods.append(log_likelihoods(scores, torch.from_numpy(apply_maps(truth[chosen], maps))))
-        start = Calibration(fit_temperatures(np.concatenate(likelihoods)), 1.0, 1.0, 0, 0)
-    found = find_landmarks(detector, images, decoder, start)
+    truth, start = images.original_points(), None
+    if detector.config.finetune.loss == "cross_entropy_pixels" and np.isfinite(truth).all(axis=2).any():
+        likelihoods = _likelihoods(detector, images, truth, decoder)
+        start = Calibration(fit_temperatures(likelihoods), 1.0, 1.0, 0, 0)
+    found = find_landmarks(detector, images, decoder, calibration=start)
     errors = physical_errors(found.points, truth, images.spacings())
     if start is None:
         return errors, None
     return errors, fit_scales(start.temperatures, Spread(found.expected_error, found.radius90), errors)
+
+
+def _likelihoods(detector: TrainedDetector, images: ImageSet, truth: np.ndarray, decoder: str | None) -> np.ndarray:
+    """(M, N, T) of `log_likelihoods`, of the maps that the last stage reads its answers off."""
+    likelihoods = np.full((*truth.shape[:2], len(TEMPERATURES)), np.nan)
+    second, config = detector.second, detector.config
+    if second is None:
+        for chosen, outputs, maps in detector.heatmaps(images):
+            scores = decode_maps(outputs, config.finetune, detector.sigma, decoder, detector.shape).scores
+            likelihoods[chosen] = log_likelihoods(scores, torch.from_numpy(apply_maps(truth[chosen], maps)))
+        return likelihoods
+    answers = find_landmarks(detector, images, decoder, refined=False).points
+    for crops in crop_batches(second.model, images.records, answers, config):
+        where = (crops.image, crops.landmark)
+        scores = crop_scores(crops, second.header["spread_pixels"], config)
+        own = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps))
+        likelihoods[where] = log_likelihoods(scores, own)[:, 0]
+    return likelihoods
 
 
 def write_calibration(folder: Path, run_dir: Path, detector: TrainedDetector, calibration: Calibration | None,
@@ -81,4 +102,6 @@ def _holds_for(run_dir: Path, detector: TrainedDetector, decoder: str | None) ->
     """Other weights, maps or points would need another calibration."""
     settings = {key: getattr(detector.config.finetune, key) for key in DECODING}
     settings |= {} if decoder is None else {"decoder": decoder}
+    if detector.second is not None:
+        settings |= {"second": content_digest(detector.second.path), "prior": detector.config.finetune.refine.prior}
     return {"weights": content_digest(run_dir / "best.safetensors"), **settings}

@@ -26,7 +26,7 @@ from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
-from core.training.run_log import read_metrics
+from core.training.run_log import logged_below
 from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
 from landmarks_finetuning.inference import TrainedDetector, as_trained
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
@@ -70,8 +70,8 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)
     else:
         errors, calibration = calibrate(detector, validation, decoder)
-    predictions = find_landmarks(detector, scored, decoder, calibration, source.unit)
-    seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
+    predictions = find_landmarks(detector, scored, decoder, calibration=calibration, unit=source.unit)
+    seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
@@ -127,7 +127,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
     unknown = np.full(points.shape[:2], np.nan)
-    guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, scorer_points)
+    guess = Predictions(test_images, source.landmark_names, points, *[unknown] * 3, scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 
@@ -146,7 +146,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     rule, published, left_out = source.paper_rule, None, None
     if rule is not None:
         extents_mm = None if spacing is None else test_images.original_sizes * spacing
-        left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
+        left_out = why_undefined(rule, size, config.dataset.makes_windows, extents_mm)
         if left_out is None and scorer_points is not None:
             sizes = test_images.original_sizes
             published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))

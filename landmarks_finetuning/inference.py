@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from core.config.dataset import Dataset
 from core.config.evaluation import Evaluation
 from core.config.finetune import LossSettings
 from core.config.load import load_config, parse_recorded_config
+from core.config.second_stage import FOLDER
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
@@ -46,9 +48,9 @@ class TrainedDetector:
     predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector") -> None:
         weights = load_weights(path, tuple(DETECTORS))
-        if weights.header.get("kind") != "detector":
+        if weights.header.get("kind") != kind:
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
         self.own_config = as_trained(parse_recorded_config(weights.header["config"], str(path)), self.header)
@@ -63,6 +65,14 @@ class TrainedDetector:
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
+        self.path = path
+
+    @cached_property
+    def second(self) -> TrainedDetector | None:
+        """The detector of its second stage, None where it has one stage."""
+        if self.header["kind"] != "detector" or self.own_config.finetune.refine.zoom is None:
+            return None
+        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage")
 
     @property
     def sigma(self) -> float:
@@ -170,17 +180,19 @@ def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
     pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
     """
-    return sigma if dataset.resample_mm is not None else sigma * float(np.mean(dataset.image_size)) / 256
+    return sigma if dataset.makes_windows else sigma * float(np.mean(dataset.image_size)) / 256
 
 
 class Decoded(NamedTuple):
     """In the pixels of the maps: points (B, N, D), float64 on the CPU, and the scores (B, N, *size) they were read off.
 
     The scores, on the outputs' device, are log-probabilities up to a constant for each map, under the shape prior.
+    confidence (B, N) in [0, 1] is a weight: the mass of the network's own map about the point.
     """
 
     points: Tensor
     scores: Tensor
+    confidence: Tensor
 
 
 def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: str | None = None,
@@ -194,12 +206,13 @@ def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: 
     seen = log_maps(outputs, loss)
     points = find_points(outputs, seen, decoder, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    if shape is None or settings.shape_prior is None or raw:
-        return Decoded(points, seen.scores)
     sure = confidence(seen, points, loss, sigma)
+    if shape is None or settings.shape_prior is None or raw:
+        return Decoded(points, seen.scores, sure)
     fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
     weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
-    return Decoded(find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma), weighted)
+    points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
+    return Decoded(points, weighted, confidence(seen, points, loss, sigma))
 
 
 class Located(NamedTuple):
@@ -208,6 +221,7 @@ class Located(NamedTuple):
     points: np.ndarray  # (B, N, D)
     expected_error: np.ndarray  # (B, N), NaN where the loss says nothing of it
     radius90: np.ndarray  # (B, N), the same
+    confidence: np.ndarray  # (B, N) in [0, 1], a weight: see `Decoded`
 
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
@@ -222,5 +236,6 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
     points = apply_maps(decoded.points.numpy(), to_stored)
     if settings.loss != "cross_entropy_pixels":
         nothing = np.full(points.shape[:2], np.nan)
-        return Located(points, nothing, nothing)
-    return Located(points, *measure_spread(decoded.scores, decoded.points, to_stored, spacing, calibration))
+        return Located(points, nothing, nothing, decoded.confidence.numpy())
+    spread = measure_spread(decoded.scores, decoded.points, to_stored, spacing, calibration)
+    return Located(points, *spread, decoded.confidence.numpy())

@@ -15,7 +15,9 @@ from core.files import atomic_file
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.heatmaps import contour_centroid
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.inference import Located, TrainedDetector, locate
+from landmarks_finetuning.paper_scorer import round_original
+from landmarks_finetuning.refinement import refine
 from landmarks_finetuning.uncertainty import Calibration
 
 
@@ -25,6 +27,7 @@ class Predictions:
 
     `expected_error` and `radius90` (M, N) are in the unit of errors: `unit`, the data set's, or else mm, and stored
     pixels for an image whose spacing is not known; NaN = none. `calibration` is theirs, None = uncalibrated.
+    `confidence` (M, N) in [0, 1] weighs landmarks against each other, and is shown to nobody.
     `scorer_points` (M, N, 2) are network pixels for the paper's scorer, None for volumes. `detector` draws heatmaps for
     pictures; the guess without an image has none.
     """
@@ -34,6 +37,7 @@ class Predictions:
     points: np.ndarray
     expected_error: np.ndarray
     radius90: np.ndarray
+    confidence: np.ndarray
     scorer_points: np.ndarray | None = None
     detector: TrainedDetector | None = None
     calibration: Calibration | None = None
@@ -49,20 +53,30 @@ class Predictions:
         return "" if np.isnan(value) else f"expected error {value:.1f} {self.unit_of(index)}"
 
 
-def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None,
+def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None, *, refined: bool = True,
                    calibration: Calibration | None = None, unit: str | None = None) -> Predictions:
-    """Run `detector` on `images`, whose data set has `unit`; heatmaps are decoded batch by batch and not kept."""
-    located, scorer_points = [], []
+    """Run `detector` on `images`, its second stage too where it has one, unless `refined` is false.
+
+    Heatmaps are decoded batch by batch and not kept. `unit` is the data set's; `calibration` is that of the last stage.
+    """
+    second = detector.second if refined else None
+    parts, scorer_parts = [], []
     flat, dims = images.images.ndim == 4, images.images.ndim - 2
     spacing = np.array([record.spacing or (1.0,) * dims for record in images.records])
     for chosen, outputs, maps in detector.heatmaps(images):
-        located.append(locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape,
-                              spacing[chosen], calibration))
+        parts.append(locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape,
+                            spacing[chosen], calibration if second is None else None))
         if flat:
-            scorer_points.append(contour_centroid(outputs).numpy())
-    points, expected, radii = (np.concatenate(parts) for parts in zip(*located, strict=True))
-    return Predictions(images, detector.landmark_names, points, expected, radii,
-                       np.concatenate(scorer_points) if flat else None, detector, calibration, unit)
+            scorer_parts.append(contour_centroid(outputs).numpy())
+    located = Located(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    scorer_points = np.concatenate(scorer_parts) if flat else None
+    if second is not None:
+        located = refine(second.model, images.records, located.points, second.header["spread_pixels"], detector.config,
+                         calibration)
+        side = detector.config.dataset.image_size
+        square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
+        scorer_points = round_original(located.points, images.original_sizes, side[0]) if square else None
+    return Predictions(images, detector.landmark_names, *located, scorer_points, detector, calibration, unit)
 
 
 def table_rows(predictions: Predictions, errors: np.ndarray | None = None,

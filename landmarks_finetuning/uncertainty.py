@@ -37,7 +37,8 @@ class Spread(NamedTuple):
 class Calibration:
     """What validation labels taught: maps p become p^(1 / temperature), then both figures are scaled.
 
-    `temperatures` (N,); `images` and `landmarks` count the validation labels that it was fitted on.
+    `temperatures` (N,), or (B, 1) for maps of one landmark each; `images` and `landmarks` count the validation labels
+    that it was fitted on.
     """
 
     temperatures: np.ndarray
@@ -58,10 +59,10 @@ def measure_spread(scores: Tensor, points: Tensor, to_stored: np.ndarray, spacin
     pixels to stored ones; `spacing` (B, D) is mm per stored pixel, None: distances are in stored pixels.
     """
     steps = distance_steps(to_stored, spacing, points.shape[1])
-    temperatures = np.ones(points.shape[1]) if calibration is None else calibration.temperatures
+    temperatures = np.ones(1) if calibration is None else calibration.temperatures
     rows = scores.flatten(0, 1)
     count, chunk = len(rows), max(1, CHUNK_PIXELS // rows[0].numel())
-    heat = torch.from_numpy(np.tile(temperatures, len(points))).to(rows.device, torch.float32)
+    heat = torch.from_numpy(np.broadcast_to(temperatures, points.shape[:2]).flatten()).to(rows.device, torch.float32)
     centres = points.reshape(count, -1).cpu().numpy().astype(np.float64)
     parts = [_spread_of(rows[first : first + chunk], heat[first : first + chunk], centres[first : first + chunk],
                         steps[first : first + chunk]) for first in range(0, count, chunk)]

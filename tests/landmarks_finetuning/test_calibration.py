@@ -33,7 +33,7 @@ def test_a_scored_run_says_what_calibrated_it(tiny_cell):
     assert metrics["calibration"] == {"images": 20, "landmarks": 380, "of_scored": False}
     detector = TrainedDetector(tiny_cell / "best.safetensors")
     images = load_images(load_source(detector.config.dataset).require("validation"), detector.config.dataset)
-    found = find_landmarks(detector, images, None, read_calibration(tiny_cell, detector))
+    found = find_landmarks(detector, images, calibration=read_calibration(tiny_cell, detector))
     errors = physical_errors(found.points, images.original_points(), images.spacings())
     assert found.expected_error.mean() == pytest.approx(errors.mean())
     assert (errors <= found.radius90).sum() == np.ceil(0.9 * 381)

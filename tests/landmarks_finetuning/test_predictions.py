@@ -59,7 +59,7 @@ def test_table_of_volumes(tmp_path):
     truth = np.array([[1.0, 2, 3], [NAN] * 3])
     images = loaded(tmp_path, write_nifti(tmp_path / "a.nii"), landmarks=truth, patient="p", image_size=(4, 4, 4))
     points = np.array([[[1.5, 2.25, 3.00004], [4, 5, 6]]])
-    found = Predictions(images, ["tip", "base"], points, np.array([[0.5, 1]]), np.array([[1.25, 2]]))
+    found = Predictions(images, ["tip", "base"], points, np.array([[0.5, 1]]), np.array([[1.25, 2]]), np.ones((1, 2)))
     write_table(tmp_path / "t/errors.csv", table_rows(found, np.array([[0.75, NAN]])))
     assert (tmp_path / "t/errors.csv").read_text().splitlines() == [
         "image,patient,landmark,x,y,z,truth_x,truth_y,truth_z,error,paper_error,expected_error,radius90",
@@ -75,7 +75,7 @@ def test_table_of_volumes(tmp_path):
 def test_table_of_images(tmp_path):
     Image.new("L", (9, 7)).save(tmp_path / "a.png")
     images = loaded(tmp_path, tmp_path / "a.png", landmarks=np.array([[1.0, 2]]), image_size=(4, 4))
-    found = Predictions(images, ["tip"], np.array([[[3.0, 4]]]), *np.full((2, 1, 1), NAN))
+    found = Predictions(images, ["tip"], np.array([[[3.0, 4]]]), *np.full((3, 1, 1), NAN))
     write_table(tmp_path / "t.csv", table_rows(found, np.array([[2.5]]), np.array([[2.0]])))
     assert (tmp_path / "t.csv").read_text().splitlines() == [
         "image,patient,landmark,x,y,truth_x,truth_y,error,paper_error,expected_error,radius90",
@@ -96,7 +96,7 @@ def test_markups_only_where_voxels_have_a_place(tmp_path):
     paths = write_nifti(tmp_path / "a.nii"), tmp_path / "bare.npy", tmp_path / "spaced.npz"
     images = loaded(tmp_path, *paths, image_size=(4, 4, 4))
     points = np.broadcast_to(np.array([[1, 4, 17], [NAN] * 3, [0.5, 3, 2]]), (3, 3, 3))
-    doubts = np.array([[[0.25, NAN, 1]] * 3] * 2)
+    doubts = np.array([[[0.25, NAN, 1]] * 3] * 3)
     write_slicer_files(tmp_path / "m", Predictions(images, ["a", "b", "c"], points, *doubts, unit="mm"))
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["a.nii.mrk.json"]
     seen = positions(tmp_path / "m/a.nii.mrk.json")
@@ -134,7 +134,7 @@ def seeing_itself(**dataset):
     def heatmaps(images, chosen=None):
         return run_batched(lambda inputs: 20 * inputs, images, config.evaluation, torch.device("cpu"), "auto", chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None,
+    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None, second=None,
                            sigma=sigma_pixels(config.finetune.sigma, config.dataset))
 
 
@@ -157,7 +157,7 @@ def test_pictures_show_the_stored_volume_upright(tmp_path, pictures, dataset):
     images = loaded(tmp_path, path, landmarks=stored, spacing=read_geometry(path).spacing_mm, **dataset)
     assert images.fits == ("resample_mm" not in dataset)
     detector = seeing_itself(**dataset)
-    doubts = np.array([1.5, 3.0]).reshape(2, 1, 1)
+    doubts = np.array([1.5, 3.0, 1]).reshape(3, 1, 1)
     found = Predictions(images, ["a"], stored[None] + (0, 2, 0), *doubts, detector=detector)
     draw_predictions(tmp_path / "out/a.png", found, 0, "title", np.array([3.0]))
     [seen] = pictures
@@ -187,7 +187,7 @@ def test_pictures_of_a_pack_show_the_network_image(tmp_path, pictures):
     write_pack(config, tmp_path / "pack.npz")
     packed = config.model_copy(update={"root": str(tmp_path / "pack.npz")})
     images = load_images(load_source(packed).require("train"), packed)
-    found = Predictions(images, ["tip_of it"], images.original_points(), *np.ones((2, 1, 1)))
+    found = Predictions(images, ["tip_of it"], images.original_points(), *np.ones((3, 1, 1)))
     draw_predictions(tmp_path / "a.png", found, 0, "title", np.zeros(1))
     [seen] = pictures
     volume, steps = upright_by_nibabel(path)

@@ -109,8 +109,9 @@ def test_locate_uses_the_prior_but_for_the_published_decoder():
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
     assert locate(outputs, same, settings, sigma).points[0, 0].tolist() == [28, 15]
-    points, expected, radii = locate(outputs, same, settings, sigma, shape=shape)
+    points, expected, radii, confidence = locate(outputs, same, settings, sigma, shape=shape)
     np.testing.assert_allclose(points[0], shape, atol=1)
+    assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
     assert expected[0, 0] == pytest.approx(expected[0, 1], rel=1e-3) and radii.max() < 4  # of the map under the prior
     published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
