@@ -68,21 +68,23 @@ def test_distances_are_in_stored_pixels_times_spacing_by_hand():
 
 
 @dims
-def test_a_turned_grid_changes_nothing_and_each_landmark_may_have_a_crop(dims):
-    """Maps of two landmarks in three images, cropped with turned axes, each about its own point."""
+def test_turned_grids_of_which_each_landmark_may_have_its_own(dims):
+    """Maps of two landmarks in three images of unlike spacing, cropped with turned axes, each about its own point."""
     rng = np.random.default_rng(dims)
     scores = torch.from_numpy(rng.normal(size=(3, 2, *(9, 7, 8)[:dims]))).float()
     points = torch.from_numpy(rng.uniform(0, 6, (3, 2, dims)))
     turn = np.linalg.qr(rng.normal(size=(3, 2, dims, dims)))[0]
     scale = rng.uniform(0.3, 3, (3, 2, 1, dims))
     to_stored = np.concatenate((turn * scale, rng.normal(size=(3, 2, dims, 1))), axis=-1)
-    seen = measure_spread(scores, points, to_stored, None)
+    spacing = rng.uniform(0.3, 3, (3, dims))
+    seen = measure_spread(scores, points, to_stored, spacing)
     grid = np.stack(np.meshgrid(*map(np.arange, scores.shape[2:]), indexing="ij"), axis=-1)
     for image in range(3):
         for n in range(2):
             mass = scores[image, n].double().exp().numpy()
-            offsets = (grid - points[image, n].numpy()) * scale[image, n, 0]
-            away = np.sqrt((offsets**2).sum(axis=-1) + (scale[image, n] ** 2).sum() / 12)
+            step = np.diag(spacing[image]) @ to_stored[image, n, :, :-1]  # of a pixel, in mm
+            offsets = np.einsum("ij,...j->...i", step, grid - points[image, n].numpy())
+            away = np.sqrt((offsets**2).sum(axis=-1) + (step**2).sum() / 12)
             assert seen.expected_error[image, n] == pytest.approx((mass * away).sum() / mass.sum(), rel=1e-4)
             order = np.argsort(away.ravel())
             place = np.searchsorted(mass.ravel()[order].cumsum(), 0.9 * mass.sum())
