@@ -67,9 +67,9 @@ def _likelihoods(detector: TrainedDetector, images: ImageSet, truth: np.ndarray,
     return likelihoods
 
 
-def write_calibration(folder: Path, run_dir: Path, detector: TrainedDetector, calibration: Calibration | None,
+def write_calibration(folder: Path, detector: TrainedDetector, calibration: Calibration | None,
                       decoder: str | None = None) -> None:
-    """Leave calibration.json in `folder`, with what it holds for: the weights of `run_dir`, and the decoding.
+    """Leave calibration.json in `folder`, with what it holds for: the detector's weights, and the decoding.
 
     Without a calibration an older file goes.
     """
@@ -79,7 +79,7 @@ def write_calibration(folder: Path, run_dir: Path, detector: TrainedDetector, ca
     values = {"validation_images": calibration.images, "validation_landmarks": calibration.landmarks,
               "error_scale": calibration.error_scale, "radius_scale": calibration.radius_scale,
               "temperatures": dict(zip(detector.landmark_names, calibration.temperatures.tolist(), strict=True))}
-    write_json(folder / FILE, {**values, "holds_for": _holds_for(run_dir, detector, decoder)})
+    write_json(folder / FILE, {**values, "holds_for": _holds_for(detector, decoder)})
 
 
 def read_calibration(run_dir: Path, detector: TrainedDetector, decoder: str | None = None) -> Calibration | None:
@@ -89,7 +89,7 @@ def read_calibration(run_dir: Path, detector: TrainedDetector, decoder: str | No
         return None
     try:
         values = json.loads(path.read_text(encoding="utf8"))
-        if values["holds_for"] != _holds_for(run_dir, detector, decoder):
+        if values["holds_for"] != _holds_for(detector, decoder):
             return None
         temperatures = np.array([float(values["temperatures"][name]) for name in detector.landmark_names])
         return Calibration(temperatures, float(values["error_scale"]), float(values["radius_scale"]),
@@ -98,10 +98,10 @@ def read_calibration(run_dir: Path, detector: TrainedDetector, decoder: str | No
         raise UserError(f"{path} is damaged ({error!r}); delete it, or evaluate that run again") from None
 
 
-def _holds_for(run_dir: Path, detector: TrainedDetector, decoder: str | None) -> dict[str, Any]:
+def _holds_for(detector: TrainedDetector, decoder: str | None) -> dict[str, Any]:
     """Other weights, maps or points would need another calibration."""
     settings = {key: getattr(detector.config.finetune, key) for key in DECODING}
     settings |= {} if decoder is None else {"decoder": decoder}
     if detector.second is not None:
         settings |= {"second": content_digest(detector.second.path), "prior": detector.config.finetune.refine.prior}
-    return {"weights": content_digest(run_dir / "best.safetensors"), **settings}
+    return {"weights": content_digest(detector.path), **settings}

@@ -28,12 +28,13 @@ from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
 from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
-from landmarks_finetuning.inference import TrainedDetector, as_trained
+from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 
@@ -42,13 +43,13 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
              config: Config | None = None) -> tuple[Path, dict]:
-    """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+    """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
     which may say other places than the run's own.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    detector = trained_detector(run_dir, overrides)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
@@ -80,8 +81,9 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
                     "images": calibration.images, "landmarks": calibration.landmarks,
-                    "of_scored": validation is not None and share_images(validation, scored)}}
-    write_calibration(out, run_dir, detector, calibration, decoder)
+                    "of_scored": validation is not None and share_images(validation, scored)},
+                "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
+    write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
 
 

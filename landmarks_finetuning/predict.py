@@ -15,7 +15,7 @@ from core.files import atomic_file
 from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
 from landmarks_finetuning.calibration import read_calibration
-from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predictions import (
     Predictions,
@@ -55,7 +55,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
     whole. Returns the table's path.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    detector = trained_detector(run_dir, overrides)
     calibration = read_calibration(run_dir, detector)
     if calibration is None:
         print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
