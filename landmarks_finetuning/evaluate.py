@@ -129,7 +129,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
     unknown = np.full(points.shape[:2], np.nan)
-    guess = Predictions(test_images, source.landmark_names, points, *[unknown] * 3, scorer_points)
+    guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 

@@ -160,6 +160,6 @@ class CropRegression(HeatmapRegression):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
             losses.append(self._loss(crops.outputs, at).item())
-            refined[where], _ = decode_crops(crops, self.first.spread, self.study)
+            refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}
