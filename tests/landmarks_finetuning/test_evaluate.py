@@ -126,7 +126,7 @@ def test_the_interval_is_over_patients(tmp_path, named):
     test_images = load_images(source.require("test"), config.dataset)
     points = test_images.original_points()
     points[:, 0, 1] += [errors[record.id] for record in test_images.records]
-    predictions = Predictions(test_images, source.landmark_names, points, np.ones((12, 1)))
+    predictions = Predictions(test_images, source.landmark_names, points, *np.ones((3, 12, 1)))
     metrics = score(tmp_path / "run", config, source, predictions, {"backbone": "scratch", "decoder": "argmax"})
     values = np.array(list(errors.values()))[::2 if named else 1, None]
     expected = bootstrap_interval(values, range(len(values)), seed=5)

@@ -228,7 +228,7 @@ def scored(tmp_path, dataset, leaked, errors):
     held = load_images(scored_records(source, config.evaluation, config.dataset), dataset)
     points = held.original_points() + np.array([[[errors[record.id], 0]] for record in held.records])
     run_dir = tmp_path / "run"
-    score(run_dir, config, source, Predictions(held, source.landmark_names, points, np.ones((len(points), 1))),
+    score(run_dir, config, source, Predictions(held, source.landmark_names, points, *np.ones((3, len(points), 1))),
           {"backbone": "ddpm", "decoder": None})
     return json.loads((run_dir / "metrics.json").read_text())
 
