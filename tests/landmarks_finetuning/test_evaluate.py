@@ -139,7 +139,7 @@ def test_the_interval_is_over_patients(tmp_path, named):
 
 @pytest.mark.parametrize("dataset, reason", [
     ({}, None),
-    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm resamples them"),
+    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm or canvas_size crops them"),
     ({"image_size": [48, 40]}, "dataset.image_size is 48 x 40"),
     ({"image_size": [32, 32]}, "its disk is a single pixel"),
     ({"spacing_mm": 2.0}, "240 x 193.5 mm"),

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, shift, zoom
 
 import core.data.leaks
-import landmarks_finetuning.train
+import landmarks_finetuning.stages
 from core.config.dataset import Dataset
 from core.config.load import parse_config
 from core.data.dataset import load_images
@@ -288,8 +288,8 @@ def test_test_images_choose_neither_labels_nor_checkpoint(phantom, tmp_path, mon
         seen.extend(record.id for record in records)
         return load_images(records, config)
 
-    monkeypatch.setattr(landmarks_finetuning.train, "load_images", load)
-    monkeypatch.setattr(landmarks_finetuning.train, "train", lambda *arguments: SimpleNamespace())
+    monkeypatch.setattr(landmarks_finetuning.stages, "load_images", load)
+    monkeypatch.setattr(landmarks_finetuning.stages, "train", lambda *arguments: SimpleNamespace())
     finetune_cell(config, Cell("scratch", 5, 0, 0))  # all that the loop gets
     assert len(seen) == 5 + 20 * (validation == "official") and not set(seen) & allowed["test"]
 
