@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config.config import Config
 from core.config.dataset import Dataset
@@ -24,9 +24,10 @@ from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import load_weights
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
-from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
+from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 
+JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
@@ -89,8 +90,8 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 
 @torch.no_grad()
-def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
-                chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
+def run_batched(model: Callable[[Tensor], Tensor], images: ImageSet, settings: Evaluation, device: torch.device,
+                precision: str, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
     """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
@@ -101,13 +102,14 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     precision = resolve_precision(precision, device)
 
     def outputs_of(inputs: Tensor) -> Tensor:
-        with autocast(device, precision):
+        with autocast(device, precision, keep_casts=False):
             return model(inputs.to(device)).float()
 
     if images.fits:
         for first in range(0, len(indices), batch):
             some = indices[first : first + batch]
-            yield Heatmaps(some, outputs_of(images.images[some]), images.maps[some])
+            inputs = images.images[first : first + batch] if chosen is None else images.images[some]
+            yield Heatmaps(some, outputs_of(inputs), images.maps[some])
         return
     for index in indices:
         part, maps = images.seen(index), images.maps[[index]]
@@ -115,6 +117,25 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
         image = images.images[(slice(index, index + 1), slice(None), *part)]
         outputs = _over_windows(outputs_of, image, size, settings.window_overlap, batch)
         yield Heatmaps([index], outputs, maps)
+
+
+def joined(batches: Iterable[Heatmaps], most_bytes: int = JOINED_BYTES) -> Iterator[Heatmaps]:
+    """Batches of one size put together while they are small: what decodes them waits for the device less often."""
+    group: list[Heatmaps] = []
+    for batch in batches:
+        together = sum(each.outputs.nbytes for each in group) + batch.outputs.nbytes
+        if group and (together > most_bytes or batch.outputs.shape[1:] != group[0].outputs.shape[1:]):
+            yield _together(group)
+            group = []
+        group.append(batch)
+    if group:
+        yield _together(group)
+
+
+def _together(group: Sequence[Heatmaps]) -> Heatmaps:
+    chosen = [index for batch in group for index in batch.chosen]
+    outputs = group[0].outputs if len(group) == 1 else torch.cat([batch.outputs for batch in group])
+    return Heatmaps(chosen, outputs, np.concatenate([batch.maps for batch in group]))
 
 
 def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,
@@ -182,12 +203,20 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
     """
     decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)
-    points = find_points(outputs, seen, decoder, loss, sigma)
-    sure = confidence(seen, points, loss, sigma)
+    points, sure = _decoded(outputs, seen, seen, decoder, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
     if shape is not None and settings.shape_prior is not None and not raw:
-        fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
+        fitted = fit_shape(shape, points, sure)
         weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
-        points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
-        sure = confidence(seen, points, loss, sigma)
-    return apply_maps(points.numpy(), inverse(maps)), sure.numpy()
+        points, sure = _decoded(weighted, seen._replace(scores=weighted), seen, decoder, loss, sigma)
+    return apply_maps(points, inverse(maps)), sure
+
+
+def _decoded(outputs: Tensor, maps: LogMaps, own: LogMaps, decoder: str, loss: str, sigma: float
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """Points (B, N, D) in `maps` and confidences (B, N) by the network's `own`, in one copy: one wait for the device."""
+    points = find_points(outputs, maps, decoder, loss, sigma)
+    sure = confidence(own, points, loss, sigma)
+    copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu().numpy()
+    require_finite(copied[..., -1] > 0)
+    return copied[..., :-2], copied[..., -2]

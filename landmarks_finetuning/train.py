@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,12 @@ from core.runs.inputs import check_inputs, write_inputs
 from core.runs.places import Cell, cell_dir, is_scored, start_path
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan, gather
+from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
 from landmarks_finetuning.detectors.registry import build_detector
 from landmarks_finetuning.heatmaps import draw_target
-from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
+from landmarks_finetuning.inference import Heatmaps, joined, locate, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.shape import mean_shape
@@ -50,6 +52,8 @@ class HeatmapRegression:
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = np.array(header["shape"], dtype=np.float64)
         self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
+        self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
+        self.validating: Replayed | None = None
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
         finetune = self.config.finetune
@@ -82,15 +86,33 @@ class HeatmapRegression:
         validation = self.validation
         if validation is None:
             return {}
-        losses, errors = [], []
+        losses: list[Tensor] = []  # on the device, one for each image
+        errors = []
         truth, spacings = validation.original_points(), validation.spacings()
-        for chosen, outputs, maps in run_batched(
-                model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
-            seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self._loss(outputs, seen).item()] * len(chosen)
+        batches = run_batched(self._replayed(model), validation, self.config.evaluation, self.device,
+                              self.config.experiment.precision)
+        for chosen, outputs, maps in joined(self._with_losses(batches, truth, losses)):
             points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+
+    def _with_losses(self, batches: Iterable[Heatmaps], truth: np.ndarray, losses: list[Tensor]) -> Iterator[Heatmaps]:
+        """The `batches`, with the loss of each added to `losses` for each of its images."""
+        for chosen, outputs, maps in batches:
+            if chosen[0] not in self.seen:
+                self.seen[chosen[0]] = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
+            losses += [self._loss(outputs, self.seen[chosen[0]])] * len(chosen)
+            yield Heatmaps(chosen, outputs, maps)
+
+    def _replayed(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network of all validations of this run, on a GPU from a shape's fourth batch on as a CUDA graph."""
+        if self.device.type != "cuda" or not self.config.experiment.cuda_graphs:
+            return model
+        if self.validating is None:
+            self.validating = Replayed(lambda batches: model(batches[0][0]).float())
+        replayed = self.validating
+        return lambda inputs: replayed([[inputs]]).clone()  # the next batch overwrites it
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """The last step of a fixed schedule without validation: these weights are the result."""
