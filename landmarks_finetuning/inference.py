@@ -214,7 +214,7 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
 
 def _decoded(outputs: Tensor, maps: LogMaps, own: LogMaps, decoder: str, loss: str, sigma: float
              ) -> tuple[np.ndarray, np.ndarray]:
-    """Points (B, N, D) in `maps` and confidences (B, N) by the network's `own`, in one copy: one wait for the device."""
+    """Points (B, N, D) in `maps`, confidences (B, N) by the network's `own`, in one copy: one wait for the device."""
     points = find_points(outputs, maps, decoder, loss, sigma)
     sure = confidence(own, points, loss, sigma)
     copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu().numpy()

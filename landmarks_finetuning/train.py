@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from core.data.shots import labelled_subset
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.formats.geometry import apply_maps
+from core.networks.unet import UNet
 from core.networks.weights import save_weights
 from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
@@ -32,6 +34,7 @@ from core.training.batches import BatchPlan, gather
 from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
+from core.training.memory import Step, fit_step
 from landmarks_finetuning.detectors.registry import build_detector
 from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.inference import Heatmaps, joined, locate, run_batched, sigma_pixels
@@ -56,10 +59,13 @@ class HeatmapRegression:
         self.validating: Replayed | None = None
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False) -> Tensor:
-        finetune = self.config.finetune
-        target = draw_target(points, outputs.shape[2:], finetune.target, self.sigma)
-        absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
-        return LOSSES[finetune.loss](outputs.float(), target, absent)
+        target, absent = self._target(points, outputs.shape[2:], crop)
+        return LOSSES[self.config.finetune.loss](outputs.float(), target, absent)
+
+    def _target(self, points: Tensor, size: Sequence[int], crop: bool) -> tuple[Tensor, Tensor | None]:
+        """What is learned, and of crops which landmarks are known to lie outside."""
+        target = draw_target(points, size, self.config.finetune.target, self.sigma)
+        return target, ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
@@ -76,6 +82,15 @@ class HeatmapRegression:
         """Heatmap loss of drawn images and landmarks."""
         images, points = drawn
         return self._loss(model(images), points, not self.training.fits)
+
+    def terms(self, *drawn: Tensor) -> Tensor | int:
+        """See core.training.loop.SplitTask: images, or the landmarks that the softmax over pixels averages over."""
+        images, points = drawn
+        if self.config.finetune.loss == "cross_entropy_channels":
+            return len(images)
+        target, absent = self._target(points, images.shape[2:], not self.training.fits)
+        present = target.flatten(2).any(dim=2)
+        return (present if absent is None else present | absent).sum().clamp(min=1)
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -147,6 +162,22 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan) -> LoopSettings:
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
+def fitting(model: nn.Module, config: Config, settings: LoopSettings) -> LoopSettings:
+    """The settings with which a U-Net's step fits into the device's memory; see core.training.memory.fit_step."""
+    if not isinstance(model, UNet):
+        return settings  # batch normalisation sees another batch in each part
+    finetune = config.finetune
+
+    def loss(outputs: Tensor) -> Tensor:
+        return LOSSES[finetune.loss](outputs.float(), torch.empty(outputs.shape))
+
+    step = Step(model, lambda images: (torch.empty(images, model.channels, *config.dataset.image_size),), loss,
+                settings.precision, finetune.ema_decay is not None)
+    most = fit_step(step, finetune.batch_size, config.experiment.activation_checkpointing, settings.device,
+                    "finetune.batch_size")
+    return replace(settings, most_images=most)
+
+
 def check_backbone(config: Config, backbone: str) -> None:
     """UserError where a detector cannot start from `backbone` under this config, or its weights cannot be had."""
     require_backbone(config, backbone)
@@ -196,8 +227,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
               "validation_labels": len(validation_records)}
     plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)
     check_batches(config, cell, plan)
-    settings = loop_settings(config, cell, plan)
     task = HeatmapRegression(config, run_dir, header, images, validation)
+    settings = fitting(model, config, loop_settings(config, cell, plan))
     write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
     write_inputs(run_dir, inputs, start)
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "

@@ -25,6 +25,7 @@ from core.training.batches import BatchPlan, step_generator
 from core.training.cuda_graphs import Batches, Replayed
 from core.training.device import autocast, memory_format
 from core.training.distributed import ALONE, Ranks
+from core.training.memory import parts_of
 from core.training.run_log import NoLog, RunLog
 from core.training.state import load_state, save_state
 from core.training.stop_signal import StopSignal
@@ -61,6 +62,9 @@ class SplitTask(Task, Protocol):
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
         """Scalar loss of what was drawn; waits for nothing and draws nothing."""
 
+    def terms(self, *drawn: Tensor) -> Tensor | int:
+        """Over how many terms `loss_of` is the mean: a part of a micro-batch counts by its share of them."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -88,6 +92,7 @@ class LoopSettings:
     compile: bool = False
     cuda_graphs: bool = True
     ema_schedule: str = "constant"
+    most_images: int | None = None  # that pass the network at once; larger micro-batches do so in parts
     milestones: frozenset[int] = frozenset()
 
 
@@ -218,10 +223,14 @@ class Training(Generic[Network]):
         assert isinstance(task, SplitTask)
         total = torch.zeros((), device=settings.device)
         for drawn in batches:
-            with autocast(settings.device, settings.precision):
-                loss = task.loss_of(self.forward, *drawn)
-            (loss * self.share(batches)).backward()
-            total += loss.detach() / len(batches)
+            parts = parts_of(drawn, settings.most_images)
+            terms = [task.terms(*part) for part in parts]
+            for part, own in zip(parts, terms, strict=True):
+                with autocast(settings.device, settings.precision):
+                    loss = task.loss_of(self.forward, *part)
+                weight = own / sum(terms) if len(parts) > 1 else 1.0
+                (loss * (self.share(batches) * weight)).backward()
+                total += loss.detach() * weight / len(batches)
         return total
 
     def recent_losses(self) -> Tensor:
