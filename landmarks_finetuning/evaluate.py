@@ -26,7 +26,7 @@ from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
-from core.training.run_log import read_metrics
+from core.training.run_log import logged_below
 from landmarks_finetuning.inference import TrainedDetector, as_trained
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
@@ -65,7 +65,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
     predictions = find_landmarks(detector, scored, decoder)
-    seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
+    seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
@@ -134,7 +134,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     rule, published, left_out = source.paper_rule, None, None
     if rule is not None:
         extents_mm = None if spacing is None else test_images.original_sizes * spacing
-        left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
+        left_out = why_undefined(rule, size, config.dataset.makes_windows, extents_mm)
         if left_out is None and scorer_points is not None:
             sizes = test_images.original_sizes
             published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))

@@ -260,7 +260,7 @@ def _for_each_heatmap(locate: Callable[[np.ndarray], Sequence[float] | np.ndarra
 def _peak(outputs: Tensor, scores: Tensor) -> Tensor:
     """Integer position (B, N, D) of each heatmap's maximum probability; the raw outputs break ties."""
     flat, raw = scores.flatten(2), outputs.float().flatten(2)
-    if flat.data_ptr() != raw.data_ptr():
+    if scores is not outputs:
         flat = torch.where(flat == flat.amax(dim=2, keepdim=True), raw, -torch.inf)
     index, places = flat.argmax(dim=2), []
     for length in reversed(scores.shape[2:]):  # as torch.unravel_index, which copies the size to the device and waits

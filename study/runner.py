@@ -14,7 +14,7 @@ from pathlib import Path
 from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
 from core.runs.claims import LOCK, Claimed, claim
-from core.training.run_log import logged
+from core.training.run_log import logged_below
 from core.training.stop_signal import interruptible
 from study.runs import Run
 from study.scoring import MOST_WAITING, Failure, Scorer
@@ -120,7 +120,7 @@ def settled(run: Run, failure: Failure | None) -> str | None:
         return None
     write_json(run.failure_path, {
         "message": failure.message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "step": logged(run.folder / "metrics.jsonl")[1], "traceback": failure.traceback})
+        "step": logged_below(run.folder)[1], "traceback": failure.traceback})
     return failure.message
 
 
@@ -191,11 +191,11 @@ def run_all(runs: list[Run], failed_before: dict[Path, int | None], beside: bool
             claimed = {}
             for run in remaining:
                 take_outcomes(scorer, MOST_WAITING, runs, failed)
-                if scorer.holds(run) or any(run.needs == other.folder for other in left_of(remaining, failed)):
+                if scorer.holds(run) or any(other.folder in run.needs for other in left_of(remaining, failed)):
                     continue
                 try:
-                    if run.needs in failed:
-                        report_failed(run, f"it needs {run.needs}", failed)
+                    if missing := [folder for folder in run.needs if folder in failed]:
+                        report_failed(run, f"it needs {missing[0]}", failed)
                     else:
                         helper = scorer if scored_beside(run, remaining, scorer, beside) else None
                         report_failed(run, take(run, failed_before[run.folder], helper), failed)
@@ -258,6 +258,6 @@ def print_progress(runs: list[Run], failed: Collection[Path]) -> None:
 def print_waiting(claimed: dict[Run, str], remaining: int) -> None:
     """What is waited for, who does it, and how far it is."""
     run, owner = next(iter(claimed.items()))
-    step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}"
+    step = f"step {logged_below(run.folder)[1]} of {run.steps}"
     doing = step if run.steps else "scoring"
     print(f"waiting for other processes, {remaining} runs left: {doing}; {owner}", flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
+from core.config.second_stage import second_stage
 from core.config.settings import all_settings
 from core.config.ssl import SSL
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
@@ -88,6 +89,11 @@ def cell_dir(config: Config, cell: Cell) -> Path:
     return config.experiment_dir / "landmarks" / cell.backbone / variant(config, cell.backbone) / cell.folder
 
 
+def round_dir(run_dir: Path, number: int) -> Path:
+    """The folder of a round of self-training: the run's own for the first training, round1 below it and so on."""
+    return run_dir / f"round{number}" if number else run_dir
+
+
 def is_scored(config: Config, cell: Cell) -> bool:
     """Whether the cell's metrics.json is there."""
     return (cell_dir(config, cell) / "metrics.json").is_file()
@@ -127,6 +133,12 @@ def pretrained_path(config: Config) -> Path:
     chosen = finetune.pretraining_iteration
     iteration = chosen if isinstance(chosen, int) else max(config.ddpm.checkpoint_iterations)
     return ema_path(config.experiment_dir, iteration)
+
+
+def second_start_path(config: Config, backbone: str) -> Path | None:
+    """The weights file that the second stage of a run of `backbone` starts from, see `start_path`."""
+    own = backbone == "ddpm" and config.finetune.refine.start == "crops"
+    return start_path(second_stage(config) if own else config, backbone)
 
 
 def start_path(config: Config, backbone: str) -> Path | None:

@@ -12,7 +12,7 @@ from core.data.source import load_source
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.inference import Heatmaps, joined, locate
 from landmarks_finetuning.losses import LOSSES
-from landmarks_finetuning.train import HeatmapRegression
+from landmarks_finetuning.regression import HeatmapRegression, WeightedImages
 
 
 class CrossingsToTheCpu(TorchDispatchMode):
@@ -79,7 +79,7 @@ def task(make_config, tmp_path):
     source = load_source(config.dataset)
     images = load_images(source.require("validation"), config.dataset)
     shape = images.truth[0].tolist()
-    return HeatmapRegression(config, tmp_path, {"shape": shape}, images, images)
+    return HeatmapRegression(config, tmp_path, {"shape": shape}, WeightedImages(images, np.arange(20)), images)
 
 
 def test_figures_of_batches_that_are_joined(task):

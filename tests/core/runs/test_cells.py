@@ -230,9 +230,9 @@ def test_runs_of_a_study(tmp_path):
     runs, home = study_runs(config, ("pretrain", "ssl", "finetune", "encoders")), config.experiment_dir
     assert [run.kind for run in runs] == ["pretrain", "ssl dino", MEAN_SHAPE, "ddpm", "dino densenet161", "scratch",
                                           "imagenet vgg19", "imagenet densenet161", "imagenet resnext50_32x4d"]
-    assert [run.needs for run in runs] == [None, None, None, home / "ddpm", home / "ssl/dino", None, None, None, None]
+    assert [run.needs for run in runs] == [(), (), (), (home / "ddpm",), (home / "ssl/dino",), (), (), (), ()]
     assert [run.steps for run in runs] == [4, config.ssl.iterations, 0, *[20] * 6]
-    assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs is None
+    assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs == ()
 
 
 def test_encoders_are_for_images(tmp_path):
