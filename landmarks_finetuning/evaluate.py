@@ -27,12 +27,13 @@ from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, image
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
-from landmarks_finetuning.inference import TrainedDetector, as_trained
+from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 
@@ -41,13 +42,13 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
              config: Config | None = None) -> tuple[Path, dict]:
-    """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+    """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
     which may say other places than the run's own.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    detector = trained_detector(run_dir, overrides)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
@@ -71,7 +72,8 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
-                "validation_mre": validation_error(detector, source, decoder) if own_data else None}
+                "validation_mre": validation_error(detector, source, decoder) if own_data else None,
+                "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     return out, score(out, config, source, predictions, identity)
 
 

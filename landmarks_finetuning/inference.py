@@ -24,12 +24,14 @@ from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import load_weights
+from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 
 JOINED_BYTES = 2**27  # of heatmaps that are decoded together
+WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
@@ -83,6 +85,13 @@ class TrainedDetector:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         config = self.config
         return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
+
+
+def trained_detector(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedDetector:
+    """The detector of a run: that of its last round of self-training, where it has some."""
+    detector = TrainedDetector(run_dir / WEIGHTS, overrides)
+    rounds = detector.own_config.finetune.self_training.rounds
+    return TrainedDetector(round_dir(run_dir, rounds) / WEIGHTS, overrides) if rounds else detector
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:

@@ -7,18 +7,24 @@ those that are answered, and neither are validation images, which choose the wei
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from core.config.config import Config
+from core.config.second_stage import FOLDER
 from core.data.dataset import load_images
 from core.data.records import Record
 from core.errors import UserError
 from core.files import write_atomically, write_json
 from core.formats.geometry import apply_maps
+from core.runs.places import round_dir
+from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
@@ -49,7 +55,7 @@ class PseudoLabels:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(tuple(map(str, arrays["ids"])), arrays["points"], arrays["certainty"])
-        except (OSError, EOFError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); delete its folder to train that round again") from None
 
 
@@ -74,6 +80,24 @@ def answer(folder: Path, records: Sequence[Record], before: PseudoLabels | None,
     labels.save(folder / FILE)
     write_json(folder / FIGURES, figures(labels, before, records))
     return labels
+
+
+def round_figures(run_dir: Path, rounds: int) -> list[dict[str, Any]]:
+    """Of every round: what it was taught by the round before, and its error on the validation images as it ended.
+
+    Empty for a run without rounds.
+    """
+    table = []
+    for number in range(rounds + 1 if rounds else 0):
+        folder, taught = round_dir(run_dir, number), {}
+        if number:
+            taught = json.loads((round_dir(run_dir, number - 1) / FIGURES).read_text(encoding="utf8"))
+        logs = [folder / FOLDER / "metrics.jsonl", folder / "metrics.jsonl"]
+        lines = read_metrics(next(path for path in logs if path.is_file()))
+        best = min((line for line in lines if "validation_loss" in line), key=lambda line: line["validation_loss"],
+                   default={})
+        table.append({"round": number, **taught, "validation_mre": best.get("validation_mre")})
+    return table
 
 
 def figures(labels: PseudoLabels, before: PseudoLabels | None, records: Sequence[Record]) -> dict[str, float | None]:

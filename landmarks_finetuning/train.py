@@ -10,8 +10,8 @@ from core.config.load import add_config_arguments, add_resume_argument, load_con
 from core.config.second_stage import FOLDER
 from core.config.starts import BACKBONES
 from core.data.digests import data_digests
-from core.data.records import DataSource, Record
-from core.data.shots import labelled_subset, unlabelled_training
+from core.data.records import Record
+from core.data.shots import cell_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.runs.cells import require_backbone, single_setting
@@ -37,7 +37,7 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
     source = load_source(config.dataset)
-    records = cell_records(source, config, cell)
+    records = cell_records(source, config, cell.shots, cell.draw)
     digests = {use: data_digests(some, source.landmark_names, config.dataset) for use, some in records.items()}
     check_inputs(run_dir, digests, start_path(config, cell.backbone))
     if resume is None and is_scored(config, cell):
@@ -72,17 +72,6 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
         for name, make in trainings.items():
             folder = round_dir(run_dir, number) / name
             make(config, Stage(folder, cell, data, resume if begun == [folder] else None, command))
-
-
-def cell_records(source: DataSource, config: Config, cell: Cell) -> dict[str, tuple[Record, ...]]:
-    """The images that a cell is made from, by their use: training, validation, and unlabelled where it answers some."""
-    training, validation = labelled_subset(source, config.finetune, cell.shots, cell.draw)
-    records = {"training": training, "validation": validation}
-    settings = config.finetune.self_training
-    if settings.rounds:
-        labelled = {record.id for record in (*training, *validation)}
-        records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
-    return records
 
 
 def main() -> None:

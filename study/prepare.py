@@ -73,7 +73,7 @@ def check_start_files(runs: Sequence[Run]) -> None:
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     """The runs with what the data set gives each of them now: images it is made from, and those it is scored on."""
     from core.data.digests import data_digests
-    from core.data.shots import labelled_subset, scored_records
+    from core.data.shots import cell_records, scored_records
 
     if not runs:
         return []
@@ -90,10 +90,9 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        training, validation = labelled_subset(source, run.config.finetune, cell.shots, cell.draw)
-        inputs = {"training": digests(training)}
-        if run.stage == "finetune":
-            inputs["validation"] = digests(validation)
+        records = cell_records(source, run.config, cell.shots, cell.draw)
+        uses = ("training",) if run.stage == "mean_shape" else tuple(records)
+        inputs = {use: digests(records[use]) for use in uses}
         test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
         extended.append(replace(run, inputs=inputs, test=test))
     return extended

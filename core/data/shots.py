@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from core.config.config import Config
 from core.config.dataset import Dataset as DatasetConfig
 from core.config.evaluation import Evaluation
 from core.config.finetune import Finetune
@@ -48,6 +49,16 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
     held_out = set(order[:validation].tolist())
     return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
             tuple(r for i, r in enumerate(chosen) if i in held_out))
+
+
+def cell_records(source: DataSource, config: Config, shots: int, draw: int) -> dict[str, tuple[Record, ...]]:
+    """The images that a run is made from, by their use: training, validation, and unlabelled where it answers some."""
+    training, validation = labelled_subset(source, config.finetune, shots, draw)
+    records, settings = {"training": training, "validation": validation}, config.finetune.self_training
+    if settings.rounds:
+        labelled = {record.id for record in (*training, *validation)}
+        records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
+    return records
 
 
 def unlabelled_training(source: DataSource, labelled: Collection[str], config: DatasetConfig, count: int

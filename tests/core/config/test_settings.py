@@ -30,7 +30,7 @@ CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", 
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
              "finetune.transfer_from", "finetune.refine.prior")  # fmt: skip
 SCORING = {"evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked"}
-OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior", "finetune.refine.prior"}  # new in this list
+OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior", "finetune.refine.prior"}
 
 
 def below(sections, free=()):
