@@ -7,6 +7,7 @@ would see them. Where the step is too large, its micro-batches are taken apart, 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -98,10 +99,10 @@ def fake_copy(network: nn.Module, device: torch.device) -> nn.Module:
 
 def counted_pass(step: Step, images: int, recomputing: bool, device: torch.device) -> int:
     """Bytes of the peak of a forward and backward pass of `images` images, gradients included, weights not."""
-    key = (repr(step.network), images, recomputing, step.precision, device.type)
     with FakeTensorMode(), switched("fake", device.type == "cuda"):
         inputs = step.inputs(images)
-        key += tuple(tensor.shape for tensor in inputs)
+        shapes = tuple(tensor.shape for tensor in inputs)
+        key = (repr(step.network), images, recomputing, step.precision, device.type, shapes)
         if key not in _counts:
             network = fake_copy(step.network, device)
             network.activation_checkpointing = recomputing  # type: ignore[assignment]  # no tensor
@@ -145,6 +146,7 @@ def fit(needed: Callable[[int, bool], int], batch: int, setting: Setting, free: 
 
 def free_bytes(device: torch.device) -> int:
     """Of a GPU's memory, what this process can take now."""
+    gc.collect()  # the training before: its graphs hold its network, which holds them
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
