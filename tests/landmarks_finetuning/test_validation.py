@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from core.data.dataset import load_images
 from core.data.source import load_source
+from core.networks.unet import UNet
+from core.training.device import autocast
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.inference import Heatmaps, joined, locate
 from landmarks_finetuning.losses import LOSSES
@@ -100,7 +102,7 @@ def test_figures_of_batches_that_are_joined(task):
 
 
 def test_where_graphs_are_replayed_outputs_are_copies(task):
-    """Off a GPU a graph's function is simply called; a GPU's tests are in tests/core/networks/test_fused.py."""
+    """Off a GPU a graph's function is simply called."""
     task.device = torch.device("cuda")
     model = Blobs()
     forward, images = task._replayed(model), task.validation.images
@@ -109,3 +111,28 @@ def test_where_graphs_are_replayed_outputs_are_copies(task):
     assert list(task.validating.calls) == []
     task.device = torch.device("cpu")
     assert task._replayed(model) is model
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_replayed_validations_see_the_weights_of_now(make_config, tmp_path, precision):
+    """Also within the autocast of the loop, which keeps casts of the weights that require gradients."""
+    figures = []
+    for graphs in (False, True):
+        config = make_config(tmp_path, evaluation={"batch_size": 8}, experiment={
+            "device": "cuda", "precision": precision, "cuda_graphs": graphs})
+        source = load_source(config.dataset)
+        images = load_images(source.require("validation"), config.dataset)
+        training = WeightedImages(images, np.arange(20))
+        task = HeatmapRegression(config, tmp_path, {"shape": images.truth[0].tolist()}, training, images)
+        torch.manual_seed(0)
+        model = UNet(config.unet, 1, 19, config.dataset.image_size).cuda().to(memory_format=torch.channels_last)
+        seen = []
+        for _ in range(5):
+            with torch.no_grad(), autocast(task.device, precision):
+                seen.append(task.validate(model, 0))
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+        figures.append(seen)
+        assert bool(task.validating and task.validating.graphs) == graphs
+    assert figures[0] == figures[1] and figures[0][0] != figures[0][4]

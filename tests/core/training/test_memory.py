@@ -105,6 +105,26 @@ def test_estimates_hold_what_a_gpu_held(base, images, measured_mib):
     assert measured_mib < step_bytes(step, images, False, GPU) / MIB < 1.36 * measured_mib
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_a_gpu_holds_no_more_than_the_estimate(recomputing):
+    """Of weights, gradients and activations; the optimiser's averages are left away."""
+    net, images = network(32, side=128), 8
+    step = step_of(net, "bf16", averaged=False, side=128)
+    counted = memory.counted_pass(step, images, recomputing, GPU)
+    net = net.cuda().to(memory_format=torch.channels_last)
+    net.activation_checkpointing = recomputing
+    x, times = torch.rand(images, 1, 128, 128, device=GPU), torch.zeros(images, dtype=torch.long, device=GPU)
+    for _ in range(2):
+        net.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = net(x, times).float().square().mean()
+        loss.backward()
+    assert 0.7 * counted < torch.cuda.max_memory_allocated() - before < memory.MARGIN * counted
+
+
 def test_counts_of_one_network_are_kept(monkeypatch):
     net = network()
     first = memory.counted_pass(step_of(net), 2, False, GPU)
