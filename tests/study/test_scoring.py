@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ from study.run import failures_so_far
 from study.runner import MOST_WAITING, run_all, score_cell
 from study.runs import study_runs
 from study.scoring import Failure, Scorer
+from tests.conftest import PROJECT
 
 STAGES = ("finetune",)
 
@@ -140,6 +143,35 @@ def test_a_run_is_claimed_until_it_is_scored(config, trained):
     assert process.exitcode == -signal.SIGKILL
     with claim(run.folder):
         pass
+
+
+KILLED = """
+import os, signal, sys, time
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from study.scoring import Scorer
+from tests.study.test_scoring import never_ends
+
+run = SimpleNamespace(folder=Path(sys.argv[1]))
+scorer = Scorer(never_ends)
+scorer.hand_over(run, ExitStack())
+while not (run.folder / "begun").exists():
+    time.sleep(0.01)
+print(scorer.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_process_of_a_killed_launcher_ends(tmp_path):
+    """At once, for its claims are free."""
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status = Path(f"/proc/{int(done.stdout)}/status")
+    end = time.monotonic() + 20
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not status.exists() or "State:\tZ" in status.read_text()  # Z: dead, and nobody has asked for its status
 
 
 def test_a_cut_scoring_is_done_again_without_training(config, monkeypatch):
