@@ -13,7 +13,7 @@ import numpy as np
 from core.config.config import Config
 from core.config.dataset import Dataset
 from core.config.starts import MEAN_SHAPE
-from core.data.dataset import load_images
+from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
@@ -27,6 +27,7 @@ from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, image
 from core.runs.places import Cell, cell_dir, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
+from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
@@ -41,14 +42,15 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
-             config: Config | None = None) -> tuple[Path, dict]:
+             config: Config | None = None, others: Sequence[Path] = ()) -> tuple[Path, dict]:
     """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
-    which may say other places than the run's own.
+    which may say other places than the run's own. The heatmaps are the mean of those of `run_dir` and of the runs
+    `others`.
     """
-    detector = trained_detector(run_dir, overrides)
+    detector = trained_detector(run_dir, overrides, others)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
@@ -61,19 +63,30 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     if out is None:
         own_settings = scoring_settings(own, header["backbone"])
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
+        parts += [f"with-{other.resolve().parent.name}-{other.resolve().name}" for other in others]
         parts += [] if own_data else [f"data-{config.dataset.name}"]
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
-    predictions = find_landmarks(detector, scored, decoder)
+    validation = validation_images(detector, source) if own_data else None
+    if validation is None:
+        errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)
+    else:
+        errors, calibration = calibrate(detector, validation, decoder)
+    predictions = find_landmarks(detector, scored, decoder, calibration=calibration, unit=source.unit)
     seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
-                "validation_mre": validation_error(detector, source, decoder) if own_data else None,
+                **({"averaged_with": list(map(str, others))} if others else {}),
+                "validation_mre": None if errors is None else float(np.nanmean(errors)),
+                "calibration": None if calibration is None else {
+                    "images": calibration.images, "landmarks": calibration.landmarks,
+                    "of_scored": validation is not None and share_images(validation, scored)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
+    write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
 
 
@@ -90,15 +103,16 @@ def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
     return not image_changes(training, {"training": data_digests(images, source.landmark_names, dataset)})
 
 
-def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:
-    """Mean radial error on the images that chose the detector's weights, decoded as those scored; None without any."""
+def validation_images(detector: TrainedDetector, source: DataSource) -> ImageSet | None:
+    """The images that chose the detector's weights, and that calibrate its expected errors; None without any."""
     header = detector.header
     _, records = labelled_subset(source, detector.config.finetune, header["shots"], header["draw"])
-    if not records:
-        return None
-    images = load_images(records, detector.config.dataset)
-    points = find_landmarks(detector, images, decoder).points
-    return float(np.nanmean(physical_errors(points, images.original_points(), images.spacings())))
+    return load_images(records, detector.config.dataset) if records else None
+
+
+def share_images(one: ImageSet, other: ImageSet) -> bool:
+    """Whether an image is in both."""
+    return not {record.id for record in one.records}.isdisjoint(record.id for record in other.records)
 
 
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
@@ -114,10 +128,11 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     run_dir = cell_dir(config, cell)
     identity = {"backbone": MEAN_SHAPE, "variant": "default", "shots": cell.shots, "draw": cell.draw, "seed": cell.seed,
                 "training_images": [record.id for record in chosen], "validation_labels": 0, "decoder": None,
-                "seconds": None}
+                "seconds": None, "calibration": None}
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
-    guess = Predictions(test_images, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
+    unknown = np.full(points.shape[:2], np.nan)
+    guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 
@@ -191,6 +206,8 @@ def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: st
     for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
+        expected = predictions.expected_error[index]
+        title += "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
         shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
         path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])
@@ -203,6 +220,8 @@ def main() -> None:
         epilog="example: python -m landmarks_finetuning.evaluate "
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0")
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
+                        help="runs on the same data whose heatmaps are averaged with those of run_dir")
     parser.add_argument("--decoder", help="another decoder than the config's")
     parser.add_argument("--out", type=Path, help="where the files go; default: the run's folder for the study's own "
                         "score, a folder below its evaluations/ for another split, decoder or data set")
@@ -212,7 +231,8 @@ def main() -> None:
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
     with claim(arguments.run_dir):
-        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out)
+        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
+                                   others=arguments.others)
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]

@@ -1,7 +1,8 @@
-"""A trained detector on images: batches or windows, decoded to points and confidences."""
+"""A trained detector on images: batches or windows, decoded to points and how far off these may be."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config.config import Config
 from core.config.dataset import Dataset
@@ -27,8 +28,10 @@ from core.networks.weights import load_weights
 from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
+from landmarks_finetuning.uncertainty import Calibration, measure_spread
 
 JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 WEIGHTS = "best.safetensors"
@@ -47,10 +50,12 @@ class TrainedDetector:
     """A detector read from best.safetensors: everything it needs stands in the file's header.
 
     `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
-    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case. With
+    `others`, on the same data and of the same heatmaps, it gives the mean of the outputs of all.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector") -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector",
+                 others: Sequence[TrainedDetector] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != kind:
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
@@ -60,21 +65,24 @@ class TrainedDetector:
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.landmark_names: list[str] = weights.header["landmark_names"]
-        shape = weights.header.get("shape")  # None in detectors older than this key
-        self.shape = None if shape is None else np.array(shape, dtype=np.float64)
+        self.shape = stored_shape(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
-        self.model = model.to(self.device).eval()
-        self.path = path
+        for other in others:
+            check_alike(self, other, path)
+        models: list[nn.Module] = [model, *(other.model for other in others)]
+        self.model: nn.Module = (MeanOutputs(models) if others else model).to(self.device).eval()
+        self.path, self.others = path, others
 
     @cached_property
     def second(self) -> TrainedDetector | None:
         """The detector of its second stage, None where it has one stage."""
         if self.header["kind"] != "detector" or self.own_config.finetune.refine.zoom is None:
             return None
-        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage")
+        beside = [other.second for other in self.others if other.second is not None]
+        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage", others=beside)
 
     @property
     def sigma(self) -> float:
@@ -84,14 +92,40 @@ class TrainedDetector:
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         config = self.config
-        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
+        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
+                           config.evaluation.views)
 
 
-def trained_detector(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedDetector:
-    """The detector of a run: that of its last round of self-training, where it has some."""
+def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:
+    """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or heatmaps."""
+
+    def what_counts(detector: TrainedDetector) -> dict[str, Any]:
+        plain, settings = detector.own_config.plain(), all_settings()
+        images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
+        heatmaps = {f"finetune.{key}": plain["finetune"][key] for key in ("loss", "sigma")}
+        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop", "sigma")}
+        of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
+        return {**of_images, **heatmaps, "landmark_names": detector.landmark_names}
+
+    first, second = what_counts(one), what_counts(other)
+    for key, value in first.items():
+        if value != second[key]:
+            raise UserError(f"{other.path} cannot be averaged with {path}: {key} is {json.dumps(second[key])} there "
+                            f"and {json.dumps(value)} here")
+
+
+def trained_detector(run_dir: Path, overrides: Sequence[str] = (), others: Sequence[Path] = ()) -> TrainedDetector:
+    """The detector of a run: that of its last round of self-training, where it has some.
+
+    With other runs it gives the mean of the outputs of all of them.
+    """
+    beside = [trained_detector(other) for other in others]
     detector = TrainedDetector(run_dir / WEIGHTS, overrides)
     rounds = detector.own_config.finetune.self_training.rounds
-    return TrainedDetector(round_dir(run_dir, rounds) / WEIGHTS, overrides) if rounds else detector
+    if not rounds and not beside:
+        return detector
+    folder = round_dir(run_dir, rounds) if rounds else run_dir
+    return TrainedDetector(folder / WEIGHTS, overrides, others=beside)
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -110,8 +144,8 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 @torch.no_grad()
 def run_batched(model: Callable[[Tensor], Tensor], images: ImageSet, settings: Evaluation, device: torch.device,
-                precision: str, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
-    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
+                precision: str, chosen: Sequence[int] | None = None, views: int = 1) -> Iterator[Heatmaps]:
+    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch, averaged over `views`.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
     that overlap by settings.window_overlap; outputs are averaged, weighted by the distance from a window's border.
@@ -120,9 +154,12 @@ def run_batched(model: Callable[[Tensor], Tensor], images: ImageSet, settings: E
     indices = list(range(len(images.records))) if chosen is None else list(chosen)
     precision = resolve_precision(precision, device)
 
-    def outputs_of(inputs: Tensor) -> Tensor:
+    def outputs_of_view(inputs: Tensor) -> Tensor:
         with autocast(device, precision, keep_casts=False):
-            return model(inputs.to(device)).float()
+            return model(inputs).float()
+
+    def outputs_of(inputs: Tensor) -> Tensor:
+        return over_views(outputs_of_view, inputs.to(device), views)
 
     if images.fits:
         for first in range(0, len(indices), batch):
@@ -212,30 +249,68 @@ def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     return sigma if dataset.makes_windows else sigma * float(np.mean(dataset.image_size)) / 256
 
 
-def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
-           shape: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
+class Decoded(NamedTuple):
+    """In the pixels of the maps: points (B, N, D), float64 on the CPU, and the scores (B, N, *size) they were read off.
 
-    `maps` (B, D, D + 1) lead from stored to network pixels; `sigma` is the heatmaps' in network pixels. With `shape`
-    (N, D), the labelled shapes' mean, points are decoded again under settings.shape_prior; confidences are those of the
-    network's own maps there. `decoder` replaces settings.decoder.
+    The scores, on the outputs' device, are log-probabilities up to a constant for each map, under the shape prior.
+    confidence (B, N) in [0, 1] is a weight: the mass of the network's own map about the point.
+    """
+
+    points: Tensor
+    scores: Tensor
+    confidence: Tensor
+
+
+def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: str | None = None,
+                shape: np.ndarray | None = None) -> Decoded:
+    """Raw outputs (B, N, *size) -> points, and the maps they come from; `sigma` is the heatmaps' in network pixels.
+
+    With `shape` (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under
+    settings.shape_prior, to whose fit each landmark counts by the mass of its map about it. `decoder` replaces
+    settings.decoder.
     """
     decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)
-    points, sure = _decoded(outputs, seen, seen, decoder, loss, sigma)
+    points = find_points(outputs, seen, decoder, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    if shape is not None and settings.shape_prior is not None and not raw:
-        fitted = fit_shape(shape, points, sure)
-        weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
-        points, sure = _decoded(weighted, seen._replace(scores=weighted), seen, decoder, loss, sigma)
-    return apply_maps(points, inverse(maps)), sure
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
+    if shape is None or settings.shape_prior is None or raw:
+        return Decoded(points, seen.scores, sure)
+    fitted = fit_shape(shape, points.numpy(), sure.numpy())
+    weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
+    points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
+    return Decoded(points, weighted, sure)
 
 
-def _decoded(outputs: Tensor, maps: LogMaps, own: LogMaps, decoder: str, loss: str, sigma: float
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """Points (B, N, D) in `maps`, confidences (B, N) by the network's `own`, in one copy: one wait for the device."""
-    points = find_points(outputs, maps, decoder, loss, sigma)
-    sure = confidence(own, points, loss, sigma)
-    copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu().numpy()
+def _copied(points: Tensor, sure: Tensor, maps: LogMaps) -> tuple[Tensor, Tensor]:
+    """Points (B, N, D) and confidences (B, N) on the CPU, by one copy: one wait for the device."""
+    copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu()
     require_finite(copied[..., -1] > 0)
     return copied[..., :-2], copied[..., -2]
+
+
+class Located(NamedTuple):
+    """Landmarks in stored pixels, and how far off they may be in mm where the spacing is known, else stored pixels."""
+
+    points: np.ndarray  # (B, N, D)
+    expected_error: np.ndarray  # (B, N), NaN where the loss says nothing of it
+    radius90: np.ndarray  # (B, N), the same
+    confidence: np.ndarray  # (B, N) in [0, 1], a weight: see `Decoded`
+
+
+def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
+           shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+           calibration: Calibration | None = None) -> Located:
+    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels with expected errors and 90 % radii (B, N).
+
+    `maps` (B, D, D + 1) lead from stored to network pixels, `spacing` (B, D) is mm per stored pixel. The rest is as
+    for `decode_maps`. A softmax over landmarks says which landmark a pixel belongs to, not where one lies: NaN there.
+    """
+    decoded, to_stored = decode_maps(outputs, settings, sigma, decoder, shape), inverse(maps)
+    points = apply_maps(decoded.points.numpy(), to_stored)
+    if settings.loss != "cross_entropy_pixels":
+        nothing = np.full(points.shape[:2], np.nan)
+        return Located(points, nothing, nothing, decoded.confidence.numpy())
+    spread = measure_spread(decoded.scores, decoded.points, to_stored, spacing, calibration)
+    return Located(points, *spread, decoded.confidence.numpy())

@@ -16,16 +16,17 @@ from core.config.second_stage import second_stage
 from core.data.augment import Crops, augment
 from core.data.dataset import ImageSet
 from core.data.windows import cut_windows
-from core.formats.geometry import apply_maps
+from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import save_weights
 from core.training.batches import gather, on_device
 from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device
 from landmarks_finetuning.heatmaps import draw_target
-from landmarks_finetuning.inference import Heatmaps, joined, locate, run_batched, sigma_pixels
+from landmarks_finetuning.inference import Heatmaps, decode_maps, joined, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
+from landmarks_finetuning.shape import stored_shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
 MARGIN = 1.5  # of a crop: what is cut out before it is turned and scaled
@@ -61,7 +62,7 @@ class HeatmapRegression:
         self.training, self.order = training.images.to(self.device), training.order
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
-        self.shape = np.array(header["shape"], dtype=np.float64)
+        self.shape = stored_shape(header)
         self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
         self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
         self.validating: Replayed | None = None
@@ -115,7 +116,8 @@ class HeatmapRegression:
         batches = run_batched(self._replayed(model), validation, self.config.evaluation, self.device,
                               self.config.experiment.precision)
         for chosen, outputs, maps in joined(self._with_losses(batches, truth, losses)):
-            points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
+            decoded = decode_maps(outputs, self.config.finetune, self.sigma, shape=self.shape)
+            points = apply_maps(decoded.points.numpy(), inverse(maps))
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
                 "validation_mre": float(np.nanmean(np.concatenate(errors)))}
@@ -195,7 +197,7 @@ class CropRegression(HeatmapRegression):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
             losses.append(self._loss(crops.outputs, at))
-            refined[where], _ = decode_crops(crops, self.first.spread, self.study)
+            refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
         return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
                 "validation_mre": float(np.nanmean(error))}

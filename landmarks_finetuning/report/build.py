@@ -23,6 +23,8 @@ from landmarks_finetuning.report.collect import (
     read_experiment,
     sdr_columns,
 )
+from landmarks_finetuning.report.confidence import Confidence, confidences
+from landmarks_finetuning.report.confidence_figure import confidence_figure
 from landmarks_finetuning.report.filters import page_filters, published_names, row_keys
 from landmarks_finetuning.report.findings import (
     HUMAN,
@@ -175,11 +177,13 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     curves, heatmaps = figures.within_curves(runs, thresholds), _heatmaps(runs, slug, output)
+    sure = confidences(runs)
     cases = worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", compared.assign(**identity))
     output.add_table("pretraining_iterations", iterations.drop(columns="paths", errors="ignore").assign(**identity))
+    output.add_table("confidence", pd.DataFrame([{**identity, **each.row, "unit": unit} for each in sure]))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
@@ -193,6 +197,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
+        "confidence": _confidence_rows(sure),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
         "overlays": cases, "heatmaps": heatmaps, "curves": figures.page_curves(curves, unit),
         "figures": {
@@ -202,6 +207,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
                                         paper_figures.error_against_iterations(tried, unit)),
             "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(curves, unit)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
+            "confidence": output.figure(f"{slug}_confidence", confidence_figure(sure, unit)),
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
         },
     }
@@ -216,6 +222,11 @@ def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]])
     rows = records(ordered.assign(best=ordered["mre"] == best, colour=colours, first=~ordered["shots"].duplicated()))
     return [{**row, **find_cases(row, cases), "id": f"{slug}:{row['backbone']}:{row['variant']}:{row['shots']}"}
             for row in rows]
+
+
+def _confidence_rows(found: list[Confidence]) -> list[dict[str, Any]]:
+    backbones = sorted({each.row["backbone"] for each in found})
+    return [{**each.row, "colour": figures.colour(each.row["backbone"], backbones)} for each in found]
 
 
 def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def test_figures_of_batches_that_are_joined(task):
     for some in (slice(0, 8), slice(8, 16), slice(16, 20)):
         outputs = Blobs()(images.images[some])
         losses += [task._loss(outputs, images.truth[some]).item()] * len(outputs)
-        points, _ = locate(outputs, images.maps[some], finetune, task.sigma, shape=task.shape)
+        points = locate(outputs, images.maps[some], finetune, task.sigma, shape=task.shape).points
         off = (points - images.original_points()[some]) * images.spacings()[some][:, None]
         errors.append(np.linalg.norm(off, axis=2))
     assert len(images.records) == 20
