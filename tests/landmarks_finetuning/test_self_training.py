@@ -164,7 +164,7 @@ def test_predict_uses_the_last_round(staged, phantom, tmp_path, run_main, monkey
 def test_the_report_shows_every_round(staged, run_main):
     path, run_dir = staged
     home = path.parent / "runs/tiny"
-    status, _, error = run_main("landmarks_finetuning.report", home)
+    status, _, error = run_main("landmarks_finetuning.report.__main__", home)
     assert status == 0, error
     page, table = (home / "report/index.html").read_text(), pd.read_csv(home / "report/tables/rounds.csv")
     assert "Rounds of self-training" in page
