@@ -119,8 +119,7 @@ def certainties(points: np.ndarray, confidence: np.ndarray, shape: np.ndarray | 
     """
     if shape is None:
         return np.nan_to_num(confidence)
-    off = np.stack([np.linalg.norm(fit_shape(shape, *pair) - pair[0], axis=1)
-                    for pair in zip(points, confidence, strict=True)]) / shape_size(shape)
+    off = np.linalg.norm(fit_shape(shape, points, confidence) - points, axis=2) / shape_size(shape)
     return np.nan_to_num(confidence / (1 + (np.nan_to_num(off) / FIT) ** 2))
 
 
