@@ -38,8 +38,8 @@ class Refine(Section):
         gt=1)
     crop: Count = setting(96, "sides of the second stage's input in its own pixels", slug="crop", acts=[ON])
     start: Literal["images", "crops"] = setting(
-        "images", "what the second network of backbone ddpm starts from: the pre-training on whole images, or one of its "
-        "own on crops of the unlabelled images", slug="fine", backbones=("ddpm",), acts=[ON])
+        "images", "what the second network of backbone ddpm starts from: the pre-training on whole images, or one on "
+        "crops of the unlabelled images", slug="fine", backbones=("ddpm",), acts=[ON])
     sigma: float = setting(1.5, "width of the target's Gaussian in the second stage's pixels", slug="fine-sigma", gt=0,
                            acts=[ON])
     prior: Rate | None = setting(
