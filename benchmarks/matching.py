@@ -1,7 +1,7 @@
 """How far matching alone gets with few labels: its error on the validation images, beside the mean shape's.
 
-The labelled images are draws of finetune.selection "random"; those that are searched are all other images of the
-pre-training, scored are the validation images among them. No detector is trained.
+The labelled images are those of finetune.selection; searched are all other images of the pre-training, scored are the
+validation images among them. No detector is trained.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from core.data.records import DataSource
 from core.data.shots import select_shots
 from core.data.source import load_source
 from core.errors import CommandParser, run_command
+from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.matching import SPREADS, matches
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.shape import mean_shape_prediction
@@ -24,7 +25,9 @@ from landmarks_finetuning.shape import mean_shape_prediction
 
 def measure(config: Config, source: DataSource, shots: int, draw: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{method: errors (M, N) on the validation images in the reporting unit, certainties (M, N)} of one draw."""
-    scored, chosen = source.require("validation"), select_shots(source.require("train"), shots, draw, "random")
+    selection, order = config.finetune.selection, coverage_order(config, source, shots)
+    scored = source.require("validation")
+    chosen = select_shots(source.require("train"), shots, draw, selection, order)
     taken = {record.id for record in (*chosen, *scored)}
     rest = [record for record in source.pretraining_records() if record.id not in taken]
     labelled, others = load_images(chosen, config.dataset), load_images([*scored, *rest], config.dataset)

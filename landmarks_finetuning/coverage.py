@@ -6,8 +6,8 @@ nearest chosen one most. The greedy choice is nested: more labels contain the fe
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,55 +19,45 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.config.config import Config
-from core.config.settings import all_settings
 from core.data.dataset import load_images
 from core.data.digests import data_digests
 from core.data.records import DataSource, Record
 from core.errors import UserError
 from core.files import content_digest, write_json
-from core.networks.weights import load_weights
-from core.runs.inputs import images_digest
 from core.runs.places import choosing_path
-from core.training.device import autocast, resolve_device, resolve_precision
-from landmarks_finetuning.features import decoder_maps, padded
-from landmarks_finetuning.starts import check_same_network
+from landmarks_finetuning.features import FeatureNetwork
 
-TIMESTEP = 50  # of 500: what the network is told of an image that has no noise
-PLACES = (0, 1)  # the two coarsest levels of the decoder: what is where, not its edges
-GRID = 4  # cells along each axis in which a level's map is averaged
+NOISE_LEVEL = 0.2  # the timestep that the network is told, of those of the pre-training
+PLACE = 0  # the coarsest level of the decoder: what is where, not its edges
+GRIDS = {1: 64, 2: 8, 3: 4}  # cells along each axis in which its map is averaged, by the number of axes
 READ = 256  # images in memory at a time
 COVERED = 10_000  # images that stand for a larger set, evenly spaced in it
+FILE = "coverage.json"
 
 
 def image_features(config: Config, records: Sequence[Record], path: Path, progress: str | None = None) -> np.ndarray:
     """(M, P) float32: what the U-Net in the weights file `path` sees in each image, coarsely, by place in the image.
 
-    The maps at PLACES, averaged in GRID cells along each axis; each level's part has unit length. UserError for a
-    network of another shape than the config's, or an image that cannot be read.
+    Of unit length: the map at PLACE of the decoder, averaged in the cells of a grid. UserError for a network of another
+    shape than the config's, or an image that cannot be read.
     """
-    weights, device = load_weights(path), resolve_device(config.experiment.device)
-    model = weights.build(config.dataset.image_size).to(device).eval()
-    precision, rows = resolve_precision(config.experiment.precision, device), []
+    network, rows = None, []
     with tqdm(total=len(records), desc=progress, leave=False, disable=None if progress else True) as bar:
         for first in range(0, len(records), READ):
             images = load_images(records[first : first + READ], config.dataset)
-            check_same_network(path, weights, config.unet, images.images.shape[1])
-            step = config.evaluation.batch_size if images.fits else 1
-            for start in range(0, len(images.records), step):
-                some = images.images[start : start + step]
-                if not images.fits:
-                    some = padded(some[(slice(None), slice(None), *images.seen(start))], len(model.ups))
-                with autocast(device, precision):
-                    maps = decoder_maps(model, some.to(device), PLACES, (TIMESTEP,))
-                rows.append(torch.cat([_pooled(level[0]) for level in maps], dim=1).cpu())
-                bar.update(len(some))
+            network = network or FeatureNetwork(config, path, images.images.shape[1])
+            for batch in network.batches(images):
+                (level,) = network.maps(batch.images, (PLACE,), (NOISE_LEVEL,))
+                rows.append(pooled(level).cpu())
+                bar.update(len(batch.chosen))
     return torch.cat(rows).numpy()
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    """(B, C, *size) -> (B, C * GRID^D) of unit length."""
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[maps.ndim - 2]
-    return F.normalize(pool(maps, GRID).flatten(1), dim=1)
+def pooled(maps: Tensor) -> Tensor:
+    """(B, C, *size) -> (B, C * cells) of unit length."""
+    dims = maps.ndim - 2
+    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[dims]
+    return F.normalize(pool(maps, GRIDS[dims]).flatten(1), dim=1)
 
 
 def distances(features: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -99,29 +89,53 @@ def thinned(count: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, COVERED)).round().astype(int)
 
 
+def require_weights(config: Config, purpose: str) -> Path:
+    """The weights file whose features choose images; UserError where it is not there (yet)."""
+    path = choosing_path(config)
+    if not path.is_file():
+        raise UserError(f"{purpose} needs the pre-trained weights {path}, which do not exist; run the stage pretrain "
+                        "first, or set finetune.checkpoint")
+    return path
+
+
 def coverage_order(config: Config, source: DataSource, shots: int) -> tuple[str, ...] | None:
     """Ids of the training split's labelled images, the one to label first first; None under another finetune.selection.
 
-    At least `shots` of them, or all. Written to ddpm/coverage.json in the experiment's folder, and made anew when
+    At least `shots` of them, or all. Written to ddpm/coverage.json in the experiment's folder, and made anew where
     images, weights or settings are others than those it was made from. UserError where there are no weights yet.
     """
     if config.finetune.selection != "coverage":
         return None
+    weights = require_weights(config, 'finetune.selection "coverage"')
     candidates, covered = source.require("train"), source.pretraining_records()
-    path, weights = config.experiment_dir / "ddpm" / "coverage.json", require_weights(config)
-    made_from = {"weights": content_digest(weights), "features": [TIMESTEP, *PLACES, GRID, COVERED],
-                 "images": images_digest({use: data_digests(records, source.landmark_names, config.dataset)
-                                          for use, records in (("train", _unlabelled(candidates)),
-                                                               ("pretraining", covered))}),
-                 "dataset": _image_settings(config)}
-    needed = min(len(candidates), shots)
-    record = _read(path)
-    if record is not None and record["made_from"] == made_from and len(record["order"]) >= needed:
+    path, made_from = config.experiment_dir / "ddpm" / FILE, _made_from(config, source, weights)
+    record = _recorded(path)
+    if record is not None and record["made_from"] == made_from and len(record["order"]) >= min(len(candidates), shots):
         return tuple(record["order"])
-    count = min(len(candidates), max(shots, *config.finetune.shots))
     features = image_features(config, covered, weights, "features of the images")
     place = {record.id: index for index, record in enumerate(covered)}
     apart = distances(features[thinned(len(covered))], features[[place[record.id] for record in candidates]])
-    order = [candidates[index].id for index in facility_location(apart, count)]
+    chosen = facility_location(apart, min(len(candidates), max(shots, *config.finetune.shots)))
+    order = [candidates[index].id for index in chosen]
     write_json(path, {"made_from": made_from, "order": order})
     return tuple(order)
+
+
+def _made_from(config: Config, source: DataSource, weights: Path) -> dict[str, Any]:
+    """What decides the order: weights, images without their labels, how they are read, and how it is chosen."""
+    images = {"candidates": [record.id for record in source.require("train")],
+              "covered": data_digests(source.pretraining_records(), source.landmark_names, config.dataset)}
+    read = config.dataset.model_dump(mode="json", exclude={"name", "root", "cache_dir", "phantom"})
+    values = {"weights": content_digest(weights), "images": images, "read": read,
+              "features": [NOISE_LEVEL, PLACE, GRIDS, COVERED]}
+    return {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+            for key, value in values.items()}
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """The file as it was written, None where it is not there or damaged: it is made anew."""
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"made_from", "order"} <= record.keys() else None

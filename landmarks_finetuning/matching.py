@@ -3,7 +3,7 @@
 Every landmark is described by the decoder's activations at its place (Tang et al. 2023), whitened over all places of
 many images, and looked for in the other images by cosine similarity on every level of the decoder, which the labelled
 shapes' mean holds together. What was found describes the landmark in its turn and is looked for once more. A match is
-certain where its map is peaked, and where the landmark's own place is what is most like the match in the labelled image.
+certain where its map is peaked, and where nothing in the labelled image is more like it than the landmark itself.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def whitening(batches: Iterator[Maps]) -> list[tuple[Tensor, Tensor]]:
     for maps in batches:
         rows = [raw.flatten(2).transpose(1, 2).flatten(0, 1).double() for raw in maps]
         parts = [[row.new_tensor(len(row)), row.sum(dim=0), row.T @ row] for row in rows]
-        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, parts, strict=True)] if sums else parts
+        sums = [[a + b for a, b in zip(*two, strict=True)] for two in zip(sums, parts, strict=True)] if sums else parts
     matrices = []
     for count, total, products in sums:
         mean = total / count
@@ -174,7 +174,7 @@ class Matcher:
         return labels
 
     def search(self, others: ImageSet, wanted: Vectors) -> tuple[Matches, Vectors]:
-        """Matches of the descriptions `wanted` in `others`, and the mean description of what was found, by certainty."""
+        """Matches of the descriptions `wanted` in `others`, and what was found described: the mean by certainty."""
         points, certainty = np.zeros((2, len(others.records), *self.shape.shape))
         certainty = certainty[..., 0]
         totals: Vectors = [torch.zeros_like(vectors) for vectors in wanted]
@@ -199,7 +199,7 @@ class Matcher:
         return points.numpy(), confidence(seen, points, LOSS, self.sigma).numpy()
 
     def agreement(self, vectors: Vectors) -> np.ndarray:
-        """(B, N) in [0, 1]: how near the landmark, in the labelled images, what is most like the match (B, N, C) lies."""
+        """(B, N) in [0, 1]: how near the labelled landmark lies to what there is most like the match (B, N, C)."""
         total, count = np.zeros(vectors[0].shape[:2]), np.zeros(vectors[0].shape[1])
         for maps, truth, size in self.labels:
             alike = similarity([level.expand(len(vectors[0]), *level.shape[1:]) for level in maps], vectors, size)

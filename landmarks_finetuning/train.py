@@ -25,11 +25,12 @@ from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
 from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs, write_inputs
-from core.runs.places import Cell, cell_dir, is_scored, start_path
+from core.runs.places import Cell, cell_dir, choosing_path, is_scored, start_path
 from core.runs.record import write_run_config
 from core.training.batches import BatchPlan, gather
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
+from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.detectors.registry import build_detector
 from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
@@ -147,7 +148,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
     source = load_source(config.dataset)
-    training_records, validation_records = labelled_subset(source, config.finetune, cell.shots, cell.draw)
+    order = coverage_order(config, source, cell.shots)
+    training_records, validation_records = labelled_subset(source, config.finetune, cell.shots, cell.draw, order)
     inputs = {use: data_digests(records, source.landmark_names, config.dataset)
               for use, records in (("training", training_records), ("validation", validation_records))}
     start = start_path(config, cell.backbone)
@@ -171,13 +173,14 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
               "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
               "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
               "training_images": [record.id for record in training_records],
-              "validation_labels": len(validation_records)}
+              "validation_labels": len(validation_records),
+              **({} if order is None else {"chosen_images": list(order[: cell.shots])})}
     plan = BatchPlan(len(images.records), finetune.batch_size, finetune.accumulation, finetune.sampling, False, seed)
     check_batches(config, cell, plan)
     settings = loop_settings(config, cell, plan)
     task = HeatmapRegression(config, run_dir, header, images, validation)
     write_run_config(run_dir, config.plain(), {"stage": "finetune", **header})
-    write_inputs(run_dir, inputs, start)
+    write_inputs(run_dir, inputs, start, None if order is None else choosing_path(config))
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
     train(Training(model, task, plan, settings), run_dir, resume, command)

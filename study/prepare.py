@@ -65,13 +65,21 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 def check_start_files(runs: Sequence[Run]) -> None:
     """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
     for run in runs:
-        if not run.done and run.needs is None and run.start is not None and not run.start.is_file():
+        if run.done or run.needs:
+            continue
+        if run.start is not None and not run.start.is_file():
             raise UserError(f"{run.arguments[0].backbone} starts from {run.start}, which does not exist; correct "
                             "finetune.checkpoint or finetune.encoder_weights")
+        if run.chosen_by is not None and not run.chosen_by.is_file():
+            raise UserError(f'finetune.selection "coverage" chooses images by {run.chosen_by}, which does not exist; '
+                            "correct finetune.checkpoint")
 
 
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
-    """The runs with what the data set gives each of them now: images it is made from, and those it is scored on."""
+    """The runs with what the data set gives each of them now: images it is made from, and those it is scored on.
+
+    Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
+    """
     from core.data.digests import data_digests
     from core.data.shots import labelled_subset, scored_records
 
@@ -84,19 +92,35 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
 
     if any(run.is_pretraining for run in runs):
         pretraining = {"pretraining": digests(source.pretraining_records())}
-    extended = []
+    extended, orders = [], orders_of(runs, source)
     for run in runs:
         if run.is_pretraining:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        training, validation = labelled_subset(source, run.config.finetune, cell.shots, cell.draw)
+        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        if run.chosen_by is not None and run.chosen_by not in orders:
+            extended.append(replace(run, test=test))
+            continue
+        order = orders[run.chosen_by] if run.chosen_by is not None else None
+        training, validation = labelled_subset(source, run.config.finetune, cell.shots, cell.draw, order)
         inputs = {"training": digests(training)}
         if run.stage == "finetune":
             inputs["validation"] = digests(validation)
-        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
         extended.append(replace(run, inputs=inputs, test=test))
     return extended
+
+
+def orders_of(runs: Sequence[Run], source: DataSource) -> dict[Path, tuple[str, ...]]:
+    """{weights: the images in the order in which they choose them}, for those weights of the runs that are there."""
+    orders: dict[Path, tuple[str, ...]] = {}
+    choosers = {run.chosen_by: run.config for run in runs if run.chosen_by is not None and run.chosen_by.is_file()}
+    for path, config in choosers.items():
+        from landmarks_finetuning.coverage import coverage_order  # imports for seconds
+
+        most = max(run.arguments[0].shots for run in runs if run.chosen_by == path)
+        orders[path] = coverage_order(config, source, most) or ()
+    return orders
 
 
 def check_pretraining_inputs(runs: Sequence[Run]) -> None:

@@ -125,10 +125,11 @@ def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path
     while remaining := [run for run in runs if not run.done and run.folder not in failed]:
         claimed = {}
         for run in remaining:
-            if any(run.needs == other.folder and other.folder not in failed and not other.done for other in remaining):
+            if any(other.folder in run.needs and other.folder not in failed and not other.done for other in remaining):
                 continue
+            missing = failed.keys() & set(run.needs)
             try:
-                why = f"it needs {run.needs}" if run.needs in failed else take(run, failed_before[run.folder])
+                why = f"it needs {missing.pop()}" if missing else take(run, failed_before[run.folder])
             except Claimed as other:
                 claimed[run] = str(other)
                 continue

@@ -11,7 +11,7 @@ from core.config.config import Config
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
 from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
 from core.runs.inputs import SCORED, GroupedImages, image_changes, input_changes, read_record
-from core.runs.places import Cell, cell_dir, ddpm_paths, encoder_path, ssl_dir, start_path
+from core.runs.places import Cell, cell_dir, choosing_path, ddpm_paths, encoder_path, ssl_dir, start_path
 from core.training.run_log import logged
 
 
@@ -20,9 +20,9 @@ class Run:
     """Something that is trained or scored in a folder of its own, by one process at a time.
 
     `stage` is run with `config` and `arguments`; the run is done when its `results` are there. Runs of one `kind` take
-    the same time a step. `needs` is the folder of the run that it starts from, `start` the weights file in it or
-    elsewhere. `inputs` are the images that the data set gives it now, `test` those that it is scored on (None: known to
-    be as they were).
+    the same time a step. `needs` are the folders of the runs that it starts from, `start` the weights file in one of
+    them or elsewhere, `chosen_by` the weights file whose features choose its images. `inputs` are the images that the
+    data set gives it now, `test` those that it is scored on (None: known to be as they were, or not known yet).
     """
 
     stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
@@ -32,8 +32,9 @@ class Run:
     folder: Path
     results: tuple[Path, ...]
     steps: int
-    needs: Path | None = None
+    needs: tuple[Path, ...] = ()
     start: Path | None = None
+    chosen_by: Path | None = None
     inputs: GroupedImages | None = None
     test: GroupedImages | None = None
 
@@ -64,7 +65,7 @@ class Run:
         A pre-training that has ended stands although unlabelled images were added since.
         """
         may_grow = self.is_pretraining and self.ended
-        return input_changes(self.folder, self.inputs, self.start, may_grow)
+        return input_changes(self.folder, self.inputs, self.start, may_grow, self.chosen_by)
 
     def outdated(self) -> str | None:
         """How the test images that it was scored on differ from those there are now; None where they do not."""
@@ -110,14 +111,15 @@ def cell_run(config: Config, cell: Cell) -> Run:
     """The run of a fine-tuning cell, or of the mean shape, which takes no step."""
     folder, finetune = cell_dir(config, cell), config.finetune
     results = (folder / "metrics.json",)
+    chosen_by = choosing_path(config) if finetune.selection == "coverage" else None
+    by_ddpm = needs_pretraining(finetune) and (cell.backbone == "ddpm" or chosen_by is not None)
+    needs = (config.experiment_dir / "ddpm",) if by_ddpm else ()
     if cell.backbone == MEAN_SHAPE:
-        return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0)
+        return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
-    needs = None
-    if cell.backbone == "ddpm" and needs_pretraining(config.finetune):
-        needs = config.experiment_dir / "ddpm"
-    elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
-        needs = ssl_dir(config, cell.backbone)
+    if cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
+        needs += (ssl_dir(config, cell.backbone),)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
-    return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone))
+    return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone),
+               chosen_by)
