@@ -11,7 +11,7 @@ from core.data.dataset import ImageSet
 from core.data.records import Record
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
-from landmarks_finetuning.matching import Matcher, match_landmarks, matches, sampled, similarity, whitening
+from landmarks_finetuning.matching import Matcher, match_landmarks, sampled, similarity, whitening
 from tests.conftest import error_of
 
 SIZES = {2: (64, 48), 3: (24, 32, 24)}
@@ -78,9 +78,9 @@ def test_shifted_copies(study):
 
 
 def test_turned_copy(study):
-    """By 6 degrees about the middle, in the plane of the last two axes."""
+    """By 3 degrees about the middle, in the plane of the last two axes."""
     config, image, points = study
-    turn, angle = np.eye(image.ndim), np.deg2rad(6)
+    turn, angle = np.eye(image.ndim), np.deg2rad(3)
     turn[-2:, -2:] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     middle = (np.array(image.shape) - 1) / 2
     copy = affine_transform(image, turn.T, middle - turn.T @ middle, order=3)

@@ -49,6 +49,7 @@ def test_cells_in_order(tmp_path):
     assert [cell.backbone for cell in plan[:5]] == [MEAN_SHAPE] * 4 + ["ddpm"]
     assert [cell.shots for cell in plan[4:]] == [1] * 8 + [5] * 8
     assert {cell.draw for cell in cells(make(tmp_path, selection="first").finetune)} == {0}  # the first k have one
+    assert {cell.draw for cell in cells(make(tmp_path, selection="coverage").finetune)} == {0}
 
 
 def test_folder_of_a_cell(tmp_path):
@@ -230,9 +231,9 @@ def test_runs_of_a_study(tmp_path):
     runs, home = study_runs(config, ("pretrain", "ssl", "finetune", "encoders")), config.experiment_dir
     assert [run.kind for run in runs] == ["pretrain", "ssl dino", MEAN_SHAPE, "ddpm", "dino densenet161", "scratch",
                                           "imagenet vgg19", "imagenet densenet161", "imagenet resnext50_32x4d"]
-    assert [run.needs for run in runs] == [None, None, None, home / "ddpm", home / "ssl/dino", None, None, None, None]
+    assert [run.needs for run in runs] == [(), (), (), (home / "ddpm",), (home / "ssl/dino",), (), (), (), ()]
     assert [run.steps for run in runs] == [4, config.ssl.iterations, 0, *[20] * 6]
-    assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs is None
+    assert study_runs(make(tmp_path, checkpoint="x.pt"), ("finetune",))[-2].needs == ()
 
 
 def test_encoders_are_for_images(tmp_path):

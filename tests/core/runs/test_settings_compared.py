@@ -79,7 +79,7 @@ def test_every_iteration_is_run_for_the_best(tmp_path):
     assert folders(config) == [
         f"mean_shape/default/{cell}", f"scratch/default/{cell}", f"ddpm/iter-2/{cell}", f"ddpm/iter-4/{cell}",
         f"scratch/target-pixel/{cell}", f"ddpm/target-pixel_iter-2/{cell}", f"ddpm/target-pixel_iter-4/{cell}"]
-    assert all(run.needs == config.experiment_dir / "ddpm" for run in study_runs(config, ("finetune",))
+    assert all(run.needs == (config.experiment_dir / "ddpm",) for run in study_runs(config, ("finetune",))
                if run.kind == "ddpm")
     explicit = usual(tmp_path, pretraining_iteration=2)
     assert cell_dir(explicit, Cell("ddpm", 5, 0, 0)) in [run.folder for run in study_runs(config, ("finetune",))]
@@ -132,7 +132,7 @@ def test_ddpm_from_another_study(tmp_path, other):
     config = usual(tmp_path, transfer_from=str(other))
     assert folders(config) == [f"{place}/{cell}" for place in (*own, f"ddpm/from-{away[6]}")]
     run = study_runs(config, ("finetune",))[-1]
-    assert run.config.finetune.checkpoint == str(other / "ddpm/ema_iter000006.safetensors") and run.needs is None
+    assert run.config.finetune.checkpoint == str(other / "ddpm/ema_iter000006.safetensors") and run.needs == ()
     every = folders(usual(tmp_path, transfer_from=str(other), pretraining_iteration="best", backbones=["ddpm"]))
     assert every == [f"{place}/{cell}" for place in (
         "mean_shape/default", "ddpm/iter-2", "ddpm/iter-4", f"ddpm/from-{away[3]}", f"ddpm/from-{away[6]}")]
