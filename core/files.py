@@ -76,4 +76,5 @@ def code_version() -> str:
 def drop_states(run_dir: Path) -> None:
     """Delete the training states of a run that is done: those of hundreds of runs fill a disk."""
     for name in ("last.pt", "previous.pt"):
-        (run_dir / name).unlink(missing_ok=True)
+        for path in run_dir.rglob(name):
+            path.unlink(missing_ok=True)

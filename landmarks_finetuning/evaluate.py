@@ -26,14 +26,15 @@ from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
 from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
-from core.training.run_log import read_metrics
+from core.training.run_log import logged_below
 from landmarks_finetuning.coverage import coverage_order
-from landmarks_finetuning.inference import TrainedDetector, as_trained
+from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
 
@@ -42,13 +43,13 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
              config: Config | None = None) -> tuple[Path, dict]:
-    """Score best.safetensors of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+    """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
     which may say other places than the run's own.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    detector = trained_detector(run_dir, overrides)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
@@ -66,13 +67,14 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
     predictions = find_landmarks(detector, scored, decoder)
-    seconds = sum(line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl"))
+    seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
-                "validation_mre": validation_error(detector, source, decoder) if own_data else None}
+                "validation_mre": validation_error(detector, source, decoder) if own_data else None,
+                "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     return out, score(out, config, source, predictions, identity)
 
 
@@ -138,7 +140,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     rule, published, left_out = source.paper_rule, None, None
     if rule is not None:
         extents_mm = None if spacing is None else test_images.original_sizes * spacing
-        left_out = why_undefined(rule, size, config.dataset.resample_mm, extents_mm)
+        left_out = why_undefined(rule, size, config.dataset.makes_windows, extents_mm)
         if left_out is None and scorer_points is not None:
             sizes = test_images.original_sizes
             published = paper_errors(rule, scorer_points, truth, sizes, size[0], paper_sigma(size[0]))

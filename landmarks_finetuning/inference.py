@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,19 @@ from core.config.dataset import Dataset
 from core.config.evaluation import Evaluation
 from core.config.finetune import LossSettings
 from core.config.load import load_config, parse_recorded_config
+from core.config.second_stage import FOLDER
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import load_weights
+from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 
+WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
@@ -45,9 +49,9 @@ class TrainedDetector:
     predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector") -> None:
         weights = load_weights(path, tuple(DETECTORS))
-        if weights.header.get("kind") != "detector":
+        if weights.header.get("kind") != kind:
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
         self.header = weights.header
         self.own_config = as_trained(parse_recorded_config(weights.header["config"], str(path)), self.header)
@@ -62,6 +66,14 @@ class TrainedDetector:
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
         self.model = model.to(self.device).eval()
+        self.path = path
+
+    @cached_property
+    def second(self) -> TrainedDetector | None:
+        """The detector of its second stage, None where it has one stage."""
+        if self.header["kind"] != "detector" or self.own_config.finetune.refine.zoom is None:
+            return None
+        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage")
 
     @property
     def sigma(self) -> float:
@@ -72,6 +84,13 @@ class TrainedDetector:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         config = self.config
         return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
+
+
+def trained_detector(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedDetector:
+    """The detector of a run: that of its last round of self-training, where it has some."""
+    detector = TrainedDetector(run_dir / WEIGHTS, overrides)
+    rounds = detector.own_config.finetune.self_training.rounds
+    return TrainedDetector(round_dir(run_dir, rounds) / WEIGHTS, overrides) if rounds else detector
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -169,7 +188,7 @@ def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     Of images resized to dataset.image_size it is stated for 256 pixels (mean over the axes); with dataset.resample_mm
     pixels have one size in mm, and it counts them as they are: another crop, the same sigma in mm.
     """
-    return sigma if dataset.resample_mm is not None else sigma * float(np.mean(dataset.image_size)) / 256
+    return sigma if dataset.makes_windows else sigma * float(np.mean(dataset.image_size)) / 256
 
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,

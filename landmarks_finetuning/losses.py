@@ -20,7 +20,8 @@ def log_softmax_channels(outputs: Tensor) -> Tensor:
     return outputs.float().log_softmax(dim=1)
 
 
-def cross_entropy_pixels(outputs: Tensor, target: Tensor, absent: Tensor | None = None) -> Tensor:
+def cross_entropy_pixels(outputs: Tensor, target: Tensor, absent: Tensor | None = None, weights: Tensor | None = None
+                         ) -> Tensor:
     """Cross-entropy of the distribution over all pixels of each heatmap, averaged over the present landmarks.
 
     The target is normalised to sum 1 over its pixels. With a one-pixel target this is the negative log-likelihood
@@ -28,7 +29,8 @@ def cross_entropy_pixels(outputs: Tensor, target: Tensor, absent: Tensor | None 
 
     `absent` (B, N) marks landmarks known to lie outside a crop. With it the distribution has one more outcome, "not
     here", whose output is fixed at 0: such a landmark costs -log p(not here), and outputs of different crops of an
-    image are on one scale, as overlapping windows need.
+    image are on one scale, as overlapping windows need. `weights` (B, N) are what each landmark's cost counts; the
+    average is over landmarks, not over weights, so that uncertain ones teach less.
     """
     target = target.float()
     mass = target.flatten(2).sum(dim=2)
@@ -43,18 +45,24 @@ def cross_entropy_pixels(outputs: Tensor, target: Tensor, absent: Tensor | None 
     if absent is not None:
         cost = torch.where(absent & ~present, partition, cost)
         present = present | absent
-    return cost.sum() / present.sum().clamp(min=1)
+    return _weighted(cost, weights).sum() / present.sum().clamp(min=1)
 
 
-def cross_entropy_channels(outputs: Tensor, target: Tensor, absent: Tensor | None = None) -> Tensor:
+def cross_entropy_channels(outputs: Tensor, target: Tensor, absent: Tensor | None = None, weights: Tensor | None = None
+                           ) -> Tensor:
     """Cross-entropy of the distribution over landmarks at each pixel: -sum_n target_n log p_n, as published.
 
     Averaged over images and pixels. Background pixels (no target) cost nothing; where targets overlap, each counts.
     A missing landmark adds no term, but stays one of the N classes of the softmax, whether it is `absent` from a crop
-    or not annotated. With N = 1 it is always zero.
+    or not annotated. With N = 1 it is always zero. `weights` (B, N) are what each landmark's cost counts.
     """
     pixels = outputs.shape[0] * outputs[0, 0].numel()
-    return -(target.float() * log_softmax_channels(outputs)).sum() / pixels
+    cost = (target.float() * log_softmax_channels(outputs)).flatten(2).sum(dim=2)
+    return -_weighted(cost, weights).sum() / pixels
+
+
+def _weighted(cost: Tensor, weights: Tensor | None) -> Tensor:
+    return cost if weights is None else cost * weights
 
 
 LOSSES = {"cross_entropy_pixels": cross_entropy_pixels, "cross_entropy_channels": cross_entropy_channels}

@@ -20,7 +20,7 @@ WRIST_POINTS = (0, 4)
 SMALLEST_SIGMA_PX = (2 * np.log(2)) ** -0.5  # 0.85: at or below, the half-maximum disk is one pixel, without an area
 
 
-def why_undefined(rule: str, image_size: Sequence[int], resample_mm: float | None, extents_mm: np.ndarray | None
+def why_undefined(rule: str, image_size: Sequence[int], windows: bool, extents_mm: np.ndarray | None
                   ) -> str | None:
     """Why the published scorer cannot score a study's images by `rule`, in words for people; None where it can.
 
@@ -30,8 +30,8 @@ def why_undefined(rule: str, image_size: Sequence[int], resample_mm: float | Non
     if len(image_size) != 2 or len(set(image_size)) != 1:
         size = " x ".join(map(str, image_size))
         return f"it is defined for a square network input of two axes, dataset.image_size is {size}"
-    if resample_mm is not None:
-        return "it is defined for whole images resized to a square, dataset.resample_mm resamples them instead"
+    if windows:
+        return "it is defined for whole images resized to a square, dataset.resample_mm or canvas_size crops them"
     if paper_sigma(image_size[0]) <= SMALLEST_SIGMA_PX:
         return f"its disk is a single pixel, without an area, at dataset.image_size {image_size[0]}"
     published = np.array(CEPHALO_SIZE) * CEPHALO_SPACING_MM

@@ -12,7 +12,7 @@ from core.errors import CommandParser, UserError, run_command
 from core.files import atomic_file
 from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
-from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predictions import append_rows, find_landmarks, table_rows, write_slicer_files
 
@@ -43,7 +43,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
     whole. Returns the table's path.
     """
-    detector = TrainedDetector(run_dir / "best.safetensors", overrides)
+    detector = trained_detector(run_dir, overrides)
     records, some = collect_images(paths), detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:

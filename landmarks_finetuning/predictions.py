@@ -16,6 +16,8 @@ from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.heatmaps import contour_centroid
 from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.paper_scorer import round_original
+from landmarks_finetuning.refinement import refine
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +36,12 @@ class Predictions:
     detector: TrainedDetector | None = None
 
 
-def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None) -> Predictions:
-    """Run `detector` on `images`; heatmaps are decoded batch by batch and not kept."""
+def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None, refined: bool = True
+                   ) -> Predictions:
+    """Run `detector` on `images`, its second stage too where it has one, unless `refined` is false.
+
+    Heatmaps are decoded batch by batch and not kept.
+    """
     points, confidence, scorer_points = [], [], []
     flat = images.images.ndim == 4
     for _, outputs, maps in detector.heatmaps(images):
@@ -44,8 +50,19 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
         confidence.append(sure)
         if flat:
             scorer_points.append(contour_centroid(outputs).numpy())
-    return Predictions(images, detector.landmark_names, np.concatenate(points), np.concatenate(confidence),
-                       np.concatenate(scorer_points) if flat else None, detector)
+    answers = np.concatenate(points), np.concatenate(confidence), np.concatenate(scorer_points) if flat else None
+    if refined and detector.second is not None:
+        answers = _refined(detector, detector.second, images, answers[0])
+    return Predictions(images, detector.landmark_names, *answers, detector)
+
+
+def _refined(detector: TrainedDetector, second: TrainedDetector, images: ImageSet, answers: np.ndarray
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Points, confidences and the scorer's points of the second stage about the first one's `answers`."""
+    points, confidence = refine(second.model, images.records, answers, second.header["spread_pixels"], detector.config)
+    side = detector.config.dataset.image_size
+    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
+    return points, confidence, round_original(points, images.original_sizes, side[0]) if square else None
 
 
 def table_rows(predictions: Predictions, errors: np.ndarray | None = None,

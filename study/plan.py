@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from core.config.config import Config
 from core.errors import UserError
-from core.runs.cells import needs_pretraining
+from core.runs.cells import pretraining_configs
 from core.runs.inputs import INPUTS
 from core.runs.places import is_pretrained
 from study.runs import Run, studies
@@ -39,9 +39,10 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
                 print(line)
     if source is not None:
         print_device(config.experiment.device)
-    if "pretrain" in stages and needs_pretraining(config.finetune):
-        checkpoints = sorted(path.name for path in (config.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
-        print(f"pretrain  {'done' if is_pretrained(config) else f'{config.ddpm.iterations} steps'}; checkpoints found: "
+    for each in pretraining_configs(config) if "pretrain" in stages else ():
+        checkpoints = sorted(path.name for path in (each.experiment_dir / "ddpm").glob("ema_iter*.safetensors"))
+        print(f"pretrain{'' if each is config else ' on crops'}  "
+              f"{'done' if is_pretrained(each) else f'{each.ddpm.iterations} steps'}; checkpoints found: "
               f"{', '.join(checkpoints) or 'none'}")
     print_other_inputs(runs)
     for run in runs:

@@ -13,7 +13,7 @@ from core.config.config import Config
 from core.config.dataset import Dataset
 from core.errors import UserError
 from core.files import stamp, write_json
-from core.runs.cells import cells, needs_pretraining, require_backbone, ssl_methods
+from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
 from core.runs.inputs import GroupedImages, ImageDigests
 from core.runs.places import is_scored
@@ -39,8 +39,8 @@ def check_shots(config: Config, source: DataSource) -> None:
 
 def check_done(config: Config, stages: tuple[str, ...]) -> None:
     """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
-    if {"pretrain", "finetune"} & set(stages) and needs_pretraining(config.finetune):
-        check_pretraining(config)
+    for each in pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ():
+        check_pretraining(each)
     for method in ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ():
         check_ssl(config, method)
     for study in studies(config, stages):
@@ -65,14 +65,9 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 def check_start_files(runs: Sequence[Run]) -> None:
     """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
     for run in runs:
-        if run.done or run.needs:
-            continue
-        if run.start is not None and not run.start.is_file():
+        if not run.done and not run.needs and run.start is not None and not run.start.is_file():
             raise UserError(f"{run.arguments[0].backbone} starts from {run.start}, which does not exist; correct "
                             "finetune.checkpoint or finetune.encoder_weights")
-        if run.chosen_by is not None and not run.chosen_by.is_file():
-            raise UserError(f'finetune.selection "coverage" chooses images by {run.chosen_by}, which does not exist; '
-                            "correct finetune.checkpoint")
 
 
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
@@ -81,7 +76,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
     """
     from core.data.digests import data_digests
-    from core.data.shots import labelled_subset, scored_records
+    from core.data.shots import cell_records, scored_records
 
     if not runs:
         return []
@@ -103,10 +98,9 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, test=test))
             continue
         order = orders[run.chosen_by] if run.chosen_by is not None else None
-        training, validation = labelled_subset(source, run.config.finetune, cell.shots, cell.draw, order)
-        inputs = {"training": digests(training)}
-        if run.stage == "finetune":
-            inputs["validation"] = digests(validation)
+        records = cell_records(source, run.config, cell.shots, cell.draw, order)
+        uses = ("training",) if run.stage == "mean_shape" else tuple(records)
+        inputs = {use: digests(records[use]) for use in uses}
         extended.append(replace(run, inputs=inputs, test=test))
     return extended
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from core.errors import Interrupted, UserError
 from core.files import drop_states, write_json
 from core.runs.claims import LOCK, Claimed, claim
-from core.training.run_log import logged
+from core.training.run_log import logged_below
 from core.training.stop_signal import interruptible
 from study.runs import Run
 from study.timing import time_left
@@ -70,7 +70,7 @@ def attempt(run: Run) -> str | None:
             message, trace = f"{type(error).__name__}: {said}", traceback.format_exc()
         write_json(run.failure_path, {
             "message": message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-            "step": logged(run.folder / "metrics.jsonl")[1], "traceback": trace})
+            "step": logged_below(run.folder)[1], "traceback": trace})
     else:
         run.failure_path.unlink(missing_ok=True)
         return None
@@ -127,9 +127,9 @@ def run_all(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Path
         for run in remaining:
             if any(other.folder in run.needs and other.folder not in failed and not other.done for other in remaining):
                 continue
-            missing = failed.keys() & set(run.needs)
             try:
-                why = f"it needs {missing.pop()}" if missing else take(run, failed_before[run.folder])
+                missing = [folder for folder in run.needs if folder in failed]
+                why = f"it needs {missing[0]}" if missing else take(run, failed_before[run.folder])
             except Claimed as other:
                 claimed[run] = str(other)
                 continue
@@ -158,6 +158,6 @@ def print_progress(runs: list[Run], failed: Collection[Path]) -> None:
 def print_waiting(claimed: dict[Run, str], remaining: int) -> None:
     """What is waited for, who does it, and how far it is."""
     run, owner = next(iter(claimed.items()))
-    step = f"step {logged(run.folder / 'metrics.jsonl')[1]} of {run.steps}"
+    step = f"step {logged_below(run.folder)[1]} of {run.steps}"
     doing = step if run.steps else "scoring"
     print(f"waiting for other processes, {remaining} runs left: {doing}; {owner}", flush=True)

@@ -8,10 +8,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.config.config import Config
+from core.config.second_stage import FOLDER
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
-from core.runs.cells import cells, encoder_studies, needs_pretraining, settings_compared, ssl_methods
+from core.runs.cells import (
+    cells,
+    encoder_studies,
+    needs_pretraining,
+    pretraining_configs,
+    settings_compared,
+    ssl_methods,
+)
 from core.runs.inputs import SCORED, GroupedImages, image_changes, input_changes, read_record
-from core.runs.places import Cell, cell_dir, choosing_path, ddpm_paths, encoder_path, ssl_dir, start_path
+from core.runs.places import (
+    Cell,
+    cell_dir,
+    choosing_path,
+    ddpm_paths,
+    encoder_path,
+    second_start_path,
+    ssl_dir,
+    start_path,
+)
 from core.training.run_log import logged
 
 
@@ -21,8 +38,9 @@ class Run:
 
     `stage` is run with `config` and `arguments`; the run is done when its `results` are there. Runs of one `kind` take
     the same time a step. `needs` are the folders of the runs that it starts from, `start` the weights file in one of
-    them or elsewhere, `chosen_by` the weights file whose features choose its images. `inputs` are the images that the
-    data set gives it now, `test` those that it is scored on (None: known to be as they were, or not known yet).
+    them or elsewhere, `second_start` that of its second stage, `chosen_by` the one whose features choose its images.
+    `inputs` are the images that the data set gives it now, `test` those that it is scored on (None: known to be as they
+    were, or not known yet).
     """
 
     stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
@@ -34,6 +52,7 @@ class Run:
     steps: int
     needs: tuple[Path, ...] = ()
     start: Path | None = None
+    second_start: Path | None = None
     chosen_by: Path | None = None
     inputs: GroupedImages | None = None
     test: GroupedImages | None = None
@@ -65,7 +84,9 @@ class Run:
         A pre-training that has ended stands although unlabelled images were added since.
         """
         may_grow = self.is_pretraining and self.ended
-        return input_changes(self.folder, self.inputs, self.start, may_grow, self.chosen_by)
+        changes = (input_changes(self.folder, self.inputs, self.start, may_grow, self.chosen_by),
+                   input_changes(self.folder / FOLDER, None, self.second_start))
+        return "; ".join(change for change in changes if change is not None) or None
 
     def outdated(self) -> str | None:
         """How the test images that it was scored on differ from those there are now; None where they do not."""
@@ -94,9 +115,10 @@ def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
 def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
     """Every run of `stages`, once, in the order in which they are begun."""
     runs = []
-    if "pretrain" in stages and needs_pretraining(config.finetune):
-        runs.append(Run("pretrain", config, (), "pretrain", config.experiment_dir / "ddpm", ddpm_paths(config),
-                        config.ddpm.iterations))
+    for each in pretraining_configs(config) if "pretrain" in stages else ():
+        kind = "pretrain" if each is config else "pretrain on crops"
+        runs.append(Run("pretrain", each, (), kind, each.experiment_dir / "ddpm", ddpm_paths(each),
+                        each.ddpm.iterations))
     for method in ssl_methods(config.finetune) if "ssl" in stages else ():
         runs.append(Run("ssl", config, (method,), f"ssl {method}", ssl_dir(config, method),
                         (encoder_path(config, method),), config.ssl.iterations))
@@ -112,14 +134,20 @@ def cell_run(config: Config, cell: Cell) -> Run:
     folder, finetune = cell_dir(config, cell), config.finetune
     results = (folder / "metrics.json",)
     chosen_by = choosing_path(config) if finetune.selection == "coverage" else None
-    by_ddpm = needs_pretraining(finetune) and (cell.backbone == "ddpm" or chosen_by is not None)
-    needs = (config.experiment_dir / "ddpm",) if by_ddpm else ()
+    needs: tuple[Path, ...] = ()
+    if chosen_by is not None and needs_pretraining(finetune):
+        needs = (config.experiment_dir / "ddpm",)
     if cell.backbone == MEAN_SHAPE:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
-    if cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
+    refines = finetune.refine.zoom is not None
+    steps += finetune.refine.iterations if refines else 0
+    if cell.backbone == "ddpm":
+        needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))
+    elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
         needs += (ssl_dir(config, cell.backbone),)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
+    second_start = second_start_path(config, cell.backbone) if refines else None
     return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone),
-               chosen_by)
+               second_start, chosen_by)

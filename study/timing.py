@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.config.starts import BACKBONES
-from core.training.run_log import logged
+from core.training.run_log import logged_below
 from study.runs import Run
 
 
@@ -11,7 +11,7 @@ def steps_left(run: Run) -> int:
     """Optimiser steps until a run is done, at most; a stale one starts over, one to be scored again takes none."""
     if run.stale() is not None:
         return run.steps
-    return 0 if run.ended else max(0, run.steps - logged(run.folder / "metrics.jsonl")[1])
+    return 0 if run.ended else max(0, run.steps - logged_below(run.folder)[1])
 
 
 def seconds_per_step(kind: str, runs: list[Run]) -> float | None:
@@ -20,12 +20,11 @@ def seconds_per_step(kind: str, runs: list[Run]) -> float | None:
     Of fine-tuning in the variants of `runs`, or, for the diffusion U-Net, where these are all new, in its other ones.
     """
     folders = {run.folder if run.stage != "finetune" else run.folder.parent for run in runs if run.kind == kind}
-    paths = [{path for folder in folders for pattern in ("metrics.jsonl", "shots*/metrics.jsonl")
-              for path in folder.glob(pattern)}]
+    similar = [folders]
     if BACKBONES.get(kind) == "unet":
-        paths.append({path for folder in folders for path in folder.parent.glob("*/shots*/metrics.jsonl")})
-    for some in paths:
-        measured = [logged(path) for path in some]
+        similar.append({path for folder in folders for path in folder.parent.glob("*")})
+    for some in similar:
+        measured = [logged_below(folder) for folder in some]
         steps = sum(count for _, count in measured)
         if steps:
             return sum(seconds for seconds, _ in measured) / steps

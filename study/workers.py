@@ -126,8 +126,8 @@ def failures(runs: list[Run], failed_before: dict[Path, int | None]) -> dict[Pat
             continue
         if runner.failed_at(run) not in (None, failed_before[run.folder]):
             failed[run.folder] = str(run.failure())
-        elif missing := failed.keys() & set(run.needs):
-            failed[run.folder] = f"it needs {missing.pop()}"
+        elif missing := [folder for folder in run.needs if folder in failed]:
+            failed[run.folder] = f"it needs {missing[0]}"
     return failed
 
 

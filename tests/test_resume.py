@@ -166,6 +166,22 @@ def test_killed_finetuning(config_file, finetuned, tmp_path, run_main):
     assert_same_run(run_dir, finetuned)
 
 
+def test_killed_in_every_stage(config_file, make_config, tmp_path, tmp_path_factory, run_main):
+    """kill -9 in the second stage, in the next round's first stage and in its second one."""
+    staged = {**RECIPE, "finetune": {**RECIPE["finetune"], "refine": {"zoom": 2, "crop": 16, "iterations": 4},
+                                     "self_training": {"rounds": 1, "images": 4}}}  # fmt: skip
+    straight = finetune_cell(make_config(tmp_path_factory.mktemp("straight"), **staged), Cell("scratch", 3, 0, 0))
+    path = config_file(**staged)
+    for steps, at in ((9, "fine"), (5, "round1"), (7, "round1/fine")):  # 6 + 3; 2 + 3; 4 + 3
+        assert sabotaged("step", steps, signal.SIGKILL, FINETUNING, "--config", path, *CELL).returncode == -9
+        run_dir = only(tmp_path, "runs/tiny/landmarks/scratch/*/shots003_draw0_seed0")
+        assert read_pickle(run_dir / at / "last.pt")["step"] == 2
+    assert run_main(FINETUNING, "--config", path, *CELL)[0] == 0
+    for stage in ("", "fine", "round1", "round1/fine"):
+        assert_same_run(run_dir / stage, straight / stage)
+    assert (run_dir / "pseudo_labels.npz").read_bytes() == (straight / "pseudo_labels.npz").read_bytes()
+
+
 def test_truncated_state(config_file, pretrained, tmp_path, run_main):
     """Exit 2 and one line that offers --resume previous; that command, as printed, comes to the same end."""
     path, run_dir = config_file(), tmp_path / "runs/tiny/ddpm"

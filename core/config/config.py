@@ -57,6 +57,8 @@ class Config(Section):
                              "local_expectation or window_mass")
         levels = len(self.unet.channel_multipliers)
         check_divisible(self.dataset.image_size, levels)
+        if self.finetune.refine.zoom is not None:
+            check_divisible((self.finetune.refine.crop,), levels, key="finetune.refine.crop")
         sizes = [self.dataset.image_size[0] // 2**level for level in range(levels)]
         strange = [n for n in self.unet.full_attention_sizes if n not in sizes]
         if strange:
@@ -84,6 +86,9 @@ class Config(Section):
         if self.is_3d:
             raise ValueError(f'backbone "{backbone}" is a 2D baseline; with is_3d choose from ddpm, scratch')
         check_divisible(self.dataset.image_size, ENCODER_LEVELS, f"{backbone}'s encoder's ")
+        if self.finetune.refine.zoom is not None:
+            check_divisible((self.finetune.refine.crop,), ENCODER_LEVELS, f"{backbone}'s encoder's ",
+                            "finetune.refine.crop")
 
     @property
     def experiment_dir(self) -> Path:

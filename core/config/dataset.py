@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import model_validator
 
 from core.config.section import FREE, Count, Section, only, setting, unless
@@ -40,7 +41,10 @@ class Dataset(Section):
                                       acts=[only("layout", "folder"), NO_PACK])
     image_size: tuple[int, ...] = setting(
         (256, 256), "height, width (3D: depth, height, width) of the network's input in pixels; a crop of this size "
-        "where resample_mm is given")
+        "where canvas_size or resample_mm is given")
+    canvas_size: tuple[Count, ...] | None = setting(
+        None, "null: each image is resized to image_size; a larger size: it is resized to that, and image_size is that "
+        "of crops in training and of windows in prediction", acts=[only("resample_mm", None), NO_PACK])
     resample_mm: float | None = setting(
         None, "null: each image is resized to image_size; a number: isotropic pixels of so many mm, training on crops, "
         "predicting in windows", gt=0, acts=[NO_PACK])
@@ -70,6 +74,10 @@ class Dataset(Section):
         if self.resample_mm is not None and self.layout not in ("folder", "cephalo"):
             raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
                              f'"{self.layout}"')
+        canvas = self.canvas_size
+        if canvas is not None and (len(canvas) != len(self.image_size) or any(np.less(canvas, self.image_size))):
+            raise ValueError(f"dataset.canvas_size {list(canvas)} must be no smaller than dataset.image_size "
+                             f"{list(self.image_size)}, axis by axis")
         if self.phantom is None:
             return self
         dims = len(self.phantom.size)
@@ -79,13 +87,23 @@ class Dataset(Section):
                              f'layout "{self.layout}"')
         return self
 
+    @property
+    def whole_size(self) -> tuple[int, ...]:
+        """The size that whole images are resized to without resample_mm."""
+        return self.canvas_size or self.image_size
 
-def check_divisible(size: tuple[int, ...], levels: int, who: str = "") -> None:
+    @property
+    def makes_windows(self) -> bool:
+        """Whether image_size is that of crops and windows, not that of whole images."""
+        return self.resample_mm is not None or self.canvas_size is not None
+
+
+def check_divisible(size: tuple[int, ...], levels: int, who: str = "", key: str = "dataset.image_size") -> None:
     """Raise ValueError in one line, naming `who` and the nearest sizes, where the levels' halvings do not divide."""
     step = 2 ** (levels - 1)
     bad = next((n for n in size if n % step or n < step), None)
     if bad is not None:
         below = bad // step * step
         near = f"{below} or {below + step}" if below >= step else f"{step}"
-        raise ValueError(f"dataset.image_size {list(size)}: {who}{levels} levels need multiples of {step}; "
+        raise ValueError(f"{key} {list(size)}: {who}{levels} levels need multiples of {step}; "
                          f"nearest to {bad}: {near}")

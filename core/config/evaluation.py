@@ -23,7 +23,8 @@ class Evaluation(Section):
     overlays: Index = setting(12, "worst cases drawn in full")
     window_overlap: Fraction = setting(
         0.5, "share of a window that the next one covers again, in images larger than the network's input",
-        counts_for=("scoring",), backbones=tuple(BACKBONES), acts=[unless("dataset.resample_mm", None)])
+        counts_for=("scoring",), backbones=tuple(BACKBONES),
+        acts=[unless("dataset.resample_mm and dataset.canvas_size", None)])
 
 
 class Report(Section):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from core.config.refine import Refine
 from core.config.section import (
     FREE,
     Augmentation,
@@ -22,6 +23,7 @@ from core.config.section import (
     unless,
     with_default,
 )
+from core.config.self_training import SelfTraining
 from core.config.starts import BACKBONES, ENCODER_STARTS, MEAN_SHAPE
 
 OWN_PRETRAINING = "null = this study's own pre-training"
@@ -69,7 +71,7 @@ class LossSettings(Section):
         "gaussian", "heatmap of a label: a Gaussian, the disk where it is above half its maximum, or the one pixel",
         slug="target")
     sigma: float = setting(2.5, "width of the Gaussian in pixels of a 256-pixel image, scaled with dataset.image_size; "
-                           "with dataset.resample_mm in pixels of that many mm, whatever the size of the crop",
+                           "with dataset.resample_mm or canvas_size in those pixels, whatever the size of the crop",
                            slug="sigma", gt=0)
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = setting(
         "local_expectation", "the landmark in a heatmap: centroid of the largest part above half the maximum, the same "
@@ -152,6 +154,9 @@ class Finetune(LossSettings):
     sampling: Literal["stream", "epoch"] = setting(
         "stream", "stream: endless permutations; epoch: a step for the last partial group")
     clip: Clip = setting(Clip(), "gradient clipping")
+    refine: Refine = setting(Refine(), "a second stage on finer crops around the first one's answers")
+    self_training: SelfTraining = setting(
+        SelfTraining(), "learning from the detector's own answers in unlabelled images")
     augmentation: StrongAugmentation = setting(StrongAugmentation(), "random changes of images and landmarks")
     log_every: Count = setting(10, "steps between lines of the log", counts_for=FREE)
     save_every: Count = setting(100, "steps between saved states, from which a run can be continued", counts_for=FREE)

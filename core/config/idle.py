@@ -31,9 +31,9 @@ def idle_settings(given: Mapping[str, Any], values: Mapping[str, Any], backbones
         if value is MISSING or value is None or value == _plain(setting.default):
             continue
         for condition in setting.acts:
-            other = _value(values, condition.key)
-            if any(_is(other, each) for each in condition.values) != condition.allowed:
-                idle[key] = _explain(key, value, condition, other)
+            others = [_value(values, each) for each in condition.key.split(" and ")]
+            if all(any(_is(other, each) for each in condition.values) for other in others) != condition.allowed:
+                idle[key] = _explain(key, value, condition, others[0])
         if not setting.may_wait and setting.backbones is not None and compared.isdisjoint(setting.backbones):
             idle[key] = (f"{key} {json.dumps(value)} acts for {_choices(setting.backbones)} only, and none of them is "
                          "in finetune.backbones; add one, or leave the key away")
@@ -46,8 +46,9 @@ def idle_settings(given: Mapping[str, Any], values: Mapping[str, Any], backbones
 
 
 def _explain(key: str, value: Any, condition: Condition, other: Any) -> str:
+    verb = "are" if " and " in condition.key else "is"
     only = f" and acts only with {_choices(condition.values)}" if condition.allowed else ""
-    return (f"{key} {json.dumps(value)} has no effect: {condition.key} is {json.dumps(other)}{only}; "
+    return (f"{key} {json.dumps(value)} has no effect: {condition.key} {verb} {json.dumps(other)}{only}; "
             f"{condition.advice or 'change that, or leave the key away'}")
 
 

@@ -25,7 +25,7 @@ FREE: tuple[Run, ...] = ()
 class Condition(NamedTuple):
     """A setting acts only where another one has, or has not, one of `values`; text may hold * for anything."""
 
-    key: str  # of the same section, or of the whole file
+    key: str  # of the same section, or of the whole file; "a and b": it is all of them that have one
     values: tuple[Any, ...]
     allowed: bool
     advice: str = ""  # what to do, where that is not to change `key`

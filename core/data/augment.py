@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import combinations
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -92,30 +93,33 @@ def change_intensity(images: Tensor, strength: float, generator: torch.Generator
     return torch.addcmul((brightness - contrast) / 2, images, 1 + contrast).clamp_(0, 1)  # contrast about 0.5
 
 
-Crops = tuple[tuple[int, ...], Tensor, Tensor] | None
+class Crops(NamedTuple):
+    """What of the images is wanted: `size`, from first pixels (B, D) on, which may be fractions, or are drawn."""
+
+    size: tuple[int, ...]
+    corners: Tensor | Callable[[torch.Generator], Tensor]
 
 
 @overload
 def augment(images: Tensor, points: Tensor, settings: Augmentation, generator: torch.Generator,
-            crops: Crops = None) -> tuple[Tensor, Tensor]: ...
+            crops: Crops | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def augment(images: Tensor, points: None, settings: Augmentation, generator: torch.Generator,
-            crops: Crops = None) -> tuple[Tensor, None]: ...
+            crops: Crops | None = None) -> tuple[Tensor, None]: ...
 
 
 def augment(images: Tensor, points: Tensor | None, settings: Augmentation, generator: torch.Generator,
-            crops: Crops = None) -> tuple[Tensor, Tensor | None]:
+            crops: Crops | None = None) -> tuple[Tensor, Tensor | None]:
     """Augment a batch; image and landmarks move together exactly.
 
-    (B, C, *canvas), (B, N, D) or None -> the same in pixels of the output, which has the images' size. With `crops`,
-    (size, firsts, sizes), it has that size and is taken from what each image fills of the canvas (`draw_crops`).
+    (B, C, *canvas), (B, N, D) or None -> the same in pixels of the output, of the images' size or that of `crops`.
     """
-    crop = tuple(images.shape[2:]) if crops is None else crops[0]
+    crop = tuple(images.shape[2:]) if crops is None else crops.size
     affines = draw_affines(images.shape[0], crop, settings, generator)
     if crops is not None:
-        corners = draw_crops(crops[1], crops[2], crop, generator)
+        corners = crops.corners if isinstance(crops.corners, Tensor) else crops.corners(generator)
         affines = torch.cat((affines[:, :, :-1], affines[:, :, -1:] - affines[:, :, :-1] @ corners[..., None]), dim=2)
     images = warp_images(images, affines, crop)
     if settings.intensity:

@@ -29,9 +29,9 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     """One image upright and resampled, from pack, cache or the file itself."""
     if is_packed(record, config):
         pack = open_pack(Path(config.root))
-        if pack.size != config.image_size:
-            raise UserError(f"{config.root} holds images of {list(pack.size)}, dataset.image_size asks "
-                            f"{list(config.image_size)}")
+        if pack.size != config.whole_size:
+            raise UserError(f"{config.root} holds images of {list(pack.size)}, and {list(config.whole_size)} are asked "
+                            "for (dataset.image_size, or the finer ones of finetune.refine)")
         return pack.images[record.id]
     grid = _grid_of(record, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
@@ -100,7 +100,8 @@ def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geome
           config: DatasetConfig) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Size in network pixels and stored pixels per network pixel, along the upright axes."""
     if config.resample_mm is None:
-        return config.image_size, tuple(old / new for old, new in zip(turned, config.image_size, strict=True))
+        size = config.whole_size
+        return size, tuple(old / new for old, new in zip(turned, size, strict=True))
     own = None if config.spacing_mm is None else (config.spacing_mm,) * len(turned)
     spacing = record.spacing or geometry.spacing_mm or own
     if spacing is None:

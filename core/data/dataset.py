@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.config.dataset import Dataset as DatasetConfig
+from core.data.augment import Crops, draw_crops
 from core.data.cache import load_one
 from core.data.records import Record
 from core.data.resize import normalise
@@ -63,9 +64,9 @@ class ImageSet:
         first = np.minimum(first - missing // 2, self.images.shape[2:] - size - missing).clip(min=0)
         return tuple(map(slice, first.tolist(), (first + size + missing).tolist()))
 
-    def crops(self, chosen: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
-        """What `augment` needs to cut the network's size out of the `chosen` images, None where they have it."""
-        return None if self.fits else (self.network_size, self.firsts[chosen], self.sizes[chosen])
+    def crops(self, chosen: Tensor) -> Crops | None:
+        """Random crops of the network's size in the `chosen` images, None where they have it."""
+        return None if self.fits else random_crops(self.network_size, self.firsts[chosen], self.sizes[chosen])
 
     def to(self, device: torch.device) -> ImageSet:
         """The set on `device`; images stay where they are when they are too many for a GPU."""
@@ -95,6 +96,11 @@ class ImageSet:
         if any(record.spacing is None for record in self.records):
             return None
         return np.array([record.spacing for record in self.records])
+
+
+def random_crops(size: tuple[int, ...], firsts: Tensor, sizes: Tensor) -> Crops:
+    """Crops of `size` at random places of what images fill of their canvas, see `draw_crops`."""
+    return Crops(size, lambda generator: draw_crops(firsts, sizes, size, generator))
 
 
 def load_images(records: Sequence[Record], config: DatasetConfig, progress: str | None = None) -> ImageSet:
@@ -164,9 +170,9 @@ class PackedSet:
         """See ImageSet."""
         return self.canvas == self.network_size
 
-    def crops(self, chosen: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+    def crops(self, chosen: Tensor) -> Crops | None:
         """See ImageSet."""
-        return None if self.fits else (self.network_size, self.firsts[chosen], self.sizes[chosen])
+        return None if self.fits else random_crops(self.network_size, self.firsts[chosen], self.sizes[chosen])
 
     def to(self, device: torch.device) -> PackedSet:
         """The set with what is known of its images on `device`; the images stay on disk."""

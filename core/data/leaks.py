@@ -200,7 +200,7 @@ def _places(values: Sequence[str | None]) -> dict[str | None, list[int]]:
 
 def _key(groups: dict[str, tuple[Record, ...]], config: DatasetConfig) -> str:
     """Of everything a finding depends on; files by place, size and time, so that nothing needs to be read."""
-    parts = [VERSION, config.image_size, config.resample_mm, config.spacing_mm]
+    parts = [VERSION, config.whole_size, config.resample_mm, config.spacing_mm]
     parts += [(split, record.id, record.patient, stamp(record.image)) for split, group in groups.items()
              for record in group]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

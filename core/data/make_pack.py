@@ -23,8 +23,8 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
 
     For a GPU machine that should not hold the full-size images. Returns the number of images.
     """
-    if config.resample_mm is not None:
-        raise UserError("--pack holds images of one size: set dataset.resample_mm to null")
+    if config.resample_mm is not None or config.canvas_size is not None:
+        raise UserError("--pack holds images of one size: set dataset.resample_mm and canvas_size to null")
     source = load_source(config)
     groups = {**source.splits, "unlabelled": source.unlabelled}
     records = [record for group in groups.values() for record in group]

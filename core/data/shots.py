@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from core.config.config import Config
 from core.config.dataset import Dataset as DatasetConfig
 from core.config.evaluation import Evaluation
 from core.config.finetune import Finetune
@@ -54,6 +56,38 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
     held_out = set(order[:validation].tolist())
     return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
             tuple(r for i, r in enumerate(chosen) if i in held_out))
+
+
+def cell_records(source: DataSource, config: Config, shots: int, draw: int, order: Sequence[str] | None = None
+                 ) -> dict[str, tuple[Record, ...]]:
+    """The images that a run is made from, by their use: training, validation, and unlabelled where it answers some.
+
+    `order`: see `select_shots`.
+    """
+    training, validation = labelled_subset(source, config.finetune, shots, draw, order)
+    records, settings = {"training": training, "validation": validation}, config.finetune.self_training
+    if settings.rounds:
+        labelled = {record.id for record in (*training, *validation)}
+        records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
+    return records
+
+
+def unlabelled_training(source: DataSource, labelled: Collection[str], config: DatasetConfig, count: int
+                        ) -> tuple[Record, ...]:
+    """Training images without a label in a run: the training split's but for the `labelled` ids, and the unlabelled.
+
+    Labels are removed; of more than `count` some are drawn, the same ones every time. No test or validation image is
+    among them, nor one that looks like one; ValueError where the splits share a file.
+    """
+    twins = {leak.twin for leak in find_leaks(source, config)}
+    candidates = [record for record in (*source.splits["train"], *source.unlabelled)
+                  if record.id not in labelled and record.id not in twins]
+    held_out = {record.image for split in ("validation", "test") for record in source.splits[split]}
+    packed = len({record.image for record in source.records}) == 1
+    if not packed and any(record.image in held_out for record in candidates):
+        raise ValueError("a validation or test image is among the unlabelled training images")
+    order = np.random.default_rng([0, len(candidates)]).permutation(len(candidates))[:count]
+    return tuple(replace(candidates[index], landmarks=None, annotators=None) for index in sorted(order))
 
 
 def scored_records(source: DataSource, evaluation: Evaluation, config: DatasetConfig) -> tuple[Record, ...]:

@@ -48,7 +48,7 @@ def is_large(records: Sequence[Record], config: DatasetConfig) -> bool:
     if not records or is_packed(records[0], config):
         return False
     if config.resample_mm is None:
-        return 4 * len(records) * math.prod(config.image_size) > LARGE_BYTES
+        return 4 * len(records) * math.prod(config.whole_size) > LARGE_BYTES
     return 4 * sum(math.prod(decoded_size(record, config)) for record in records) > LARGE_BYTES
 
 
@@ -115,7 +115,7 @@ def open_store(records: Sequence[Record], config: DatasetConfig, progress: str |
 
 def _settings_digest(config: DatasetConfig) -> str:
     """Of all settings that decide what a shard holds."""
-    settings = [CACHE_VERSION, config.image_size, config.resample_mm, config.spacing_mm, config.intensity,
+    settings = [CACHE_VERSION, config.whole_size, config.resample_mm, config.spacing_mm, config.intensity,
                 config.percentiles, config.window]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

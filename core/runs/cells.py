@@ -8,6 +8,7 @@ from typing import Any
 
 from core.config.config import Config
 from core.config.finetune import Finetune, LossSettings
+from core.config.second_stage import second_stage
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
 from core.runs.places import Cell, ema_path, variant
@@ -109,6 +110,17 @@ def cells(finetune: Finetune) -> list[Cell]:
 def needs_pretraining(finetune: Finetune) -> bool:
     """Whether the study's cells start from this study's own DDPM, or are trained on images that it has chosen."""
     return ("ddpm" in finetune.backbones or finetune.selection == "coverage") and finetune.checkpoint is None
+
+
+def needs_crop_pretraining(finetune: Finetune) -> bool:
+    """Whether the second stage of the study's cells starts from a DDPM of its own."""
+    return "ddpm" in finetune.backbones and finetune.refine.zoom is not None and finetune.refine.start == "crops"
+
+
+def pretraining_configs(config: Config) -> list[Config]:
+    """The diffusion pre-trainings of the study: of whole images, and of its second stage's crops."""
+    first = [config] if needs_pretraining(config.finetune) else []
+    return first + ([second_stage(config)] if needs_crop_pretraining(config.finetune) else [])
 
 
 def require_backbone(config: Config, backbone: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
+from core.config.second_stage import second_stage
 from core.config.settings import all_settings
 from core.config.ssl import SSL
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
@@ -88,6 +89,11 @@ def cell_dir(config: Config, cell: Cell) -> Path:
     return config.experiment_dir / "landmarks" / cell.backbone / variant(config, cell.backbone) / cell.folder
 
 
+def round_dir(run_dir: Path, number: int) -> Path:
+    """The folder of a round of self-training: the run's own for the first training, round1 below it and so on."""
+    return run_dir / f"round{number}" if number else run_dir
+
+
 def is_scored(config: Config, cell: Cell) -> bool:
     """Whether the cell's metrics.json is there."""
     return (cell_dir(config, cell) / "metrics.json").is_file()
@@ -136,6 +142,12 @@ def choosing_path(config: Config) -> Path:
     """
     finetune = config.finetune.model_copy(update={"pretraining_iteration": None})
     return pretrained_path(config.model_copy(update={"finetune": finetune}))
+
+
+def second_start_path(config: Config, backbone: str) -> Path | None:
+    """The weights file that the second stage of a run of `backbone` starts from, see `start_path`."""
+    own = backbone == "ddpm" and config.finetune.refine.start == "crops"
+    return start_path(second_stage(config) if own else config, backbone)
 
 
 def start_path(config: Config, backbone: str) -> Path | None:

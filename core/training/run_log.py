@@ -91,6 +91,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def logged_below(folder: Path) -> tuple[float, int]:
+    """`logged` of all trainings in a run's folder: a run may have several, one after the other."""
+    parts = [logged(path) for path in folder.rglob("metrics.jsonl")]
+    return sum(seconds for seconds, _ in parts), sum(steps for _, steps in parts)
+
+
 def logged(path: Path) -> tuple[float, int]:
     """Seconds that a metrics.jsonl accounts for, and the steps done in them."""
     timed = [line for line in read_metrics(path) if "seconds" in line]

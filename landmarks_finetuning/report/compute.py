@@ -40,9 +40,12 @@ def training_images(lines: list[dict[str, Any]], last_step: float = np.inf) -> f
 
 def finetuning_flops(folder: Path) -> float:
     """Training operations of a fine-tuned U-Net, whether its last step was kept or not; NaN where not known."""
-    config, metrics = _read(folder / "config.json"), _read(folder / "metrics.json")
-    timed = config.get("finetune", {}).get("timestep") is not None
-    return _flops(config, read_metrics(folder / "metrics.jsonl"), np.inf, len(metrics["landmark_names"]), timed)
+    landmarks, total = len(_read(folder / "metrics.json")["landmark_names"]), 0.0
+    for path in sorted(folder.rglob("metrics.jsonl")):  # of both stages, where there are two
+        config = _read(path.parent / "config.json")
+        timed = config.get("finetune", {}).get("timestep") is not None
+        total += _flops(config, read_metrics(path), np.inf, landmarks, timed)
+    return total or np.nan
 
 
 def pretraining_flops(folder: Path, iteration: int) -> float:

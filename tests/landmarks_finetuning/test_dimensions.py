@@ -23,7 +23,7 @@ from core.config.load import parse_config
 from core.config.section import Augmentation
 from core.config.unet import UNet as UNetConfig
 from core.data.augment import augment, draw_crops
-from core.data.dataset import ImageSet, load_images
+from core.data.dataset import ImageSet, load_images, random_crops
 from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
@@ -217,7 +217,7 @@ def test_a_still_crop_is_a_slice(size):
     images = torch.rand(count, 2, *size, generator=seeded(), dtype=torch.float64)
     points = torch.rand(count, 3, dims, generator=seeded(), dtype=torch.float64) * 8
     firsts, filled = torch.ones(count, dims, dtype=torch.long), torch.tensor(size).expand(count, dims) - 2
-    out, moved = augment(images, points, STILL, seeded(), (crop, firsts, filled))
+    out, moved = augment(images, points, STILL, seeded(), random_crops(crop, firsts, filled))
     assert out.shape == (count, 2, *crop)
     corners = points - moved
     assert torch.equal(corners, corners[:, :1].expand_as(corners).round())  # the same whole number for all points
@@ -238,13 +238,13 @@ def test_blob_and_point_move_together_into_a_crop(size):
     images = torch.from_numpy(blob(point, canvas, 1.5))[None, None].expand(count, 1, *canvas)
     points = torch.from_numpy(point).expand(count, 1, -1)
     filled = torch.tensor(canvas).expand(count, -1)
-    out, moved = augment(images, points, STRONG, seeded(), (crop, torch.zeros_like(filled), filled))
+    out, moved = augment(images, points, STRONG, seeded(), random_crops(crop, torch.zeros_like(filled), filled))
     assert out.shape == (count, 1, *crop) and (moved[:, 0].std(dim=0) > 0.5).all()
     for image, seen in zip(out[:, 0].numpy(), moved[:, 0].numpy(), strict=True):
         assert np.abs(centroid(image) - seen).max() < 0.05
     fixed, firsts = STRONG.model_copy(update={"translation": 0}), torch.arange(len(size)).expand(count, -1) + 2
     middle = firsts + (torch.tensor(crop) - 1) / 2
-    only = (crop, firsts, torch.tensor(crop).expand(count, -1))
+    only = random_crops(crop, firsts, torch.tensor(crop).expand(count, -1))
     _, moved = augment(images, middle[:, None].double(), fixed, seeded(), only)
     assert (moved[:, 0] - (torch.tensor(crop) - 1) / 2).abs().max() < 1e-9  # turned about the middle of the crop
 

@@ -57,7 +57,10 @@ def message(path, *overrides, **options):
     ('dataset.unlabelled_dirs=["more"]', 'dataset.root is "x.npz"', [PACK]),
     ("dataset.resample_mm=1.0", 'dataset.root is "x.npz"', [PACK]),
     ("dataset.description=d.json", 'dataset.root is "x.npz"', [PACK]),
-    ("evaluation.window_overlap=0.25", "dataset.resample_mm is null", []),
+    ("evaluation.window_overlap=0.25", "dataset.resample_mm and dataset.canvas_size are null", []),
+    ("finetune.refine.crop=32", "finetune.refine.zoom is null", []),
+    ("finetune.refine.augmentation.scale=0.3", "finetune.refine.zoom is null", []),
+    ("dataset.canvas_size=[512,512]", "dataset.resample_mm is 0.5", ["dataset.resample_mm=0.5"]),
 ])  # fmt: skip
 def test_settings_that_cannot_act(tmp_path, setting, because, beside):
     path = write(tmp_path / "c.json")

@@ -13,7 +13,11 @@ VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder":
                 "encoder_weights": "weights", "iterations": "steps", "epochs": "epochs",
                 "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}  # fmt: skip
-OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint"), "random": ("encoder",),
+STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fine", "refine.sigma": "fine-sigma",
+               "refine.prior": "fine-prior", "refine.iterations": "fine-steps", "refine.batch_size": "fine-batch",
+               "self_training.rounds": "rounds", "self_training.images": "pseudo",
+               "self_training.share": "pseudo-share", "self_training.power": "pseudo-power"}  # fmt: skip
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.start"), "random": ("encoder",),
             **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights"))}  # fmt: skip
 FILE_KEYS = ("checkpoint", "encoder_weights")
 BY_BACKBONE = ("learning_rate", "encoder_weights")
@@ -24,9 +28,9 @@ PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate
 SSL_FREE = (*PLACES, "ssl.workers", "ssl.log_every", "ssl.validate_every", "ssl.save_every")
 CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", "finetune.seeds", "finetune.log_every",
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
-             "finetune.transfer_from")  # fmt: skip
+             "finetune.transfer_from", "finetune.refine.prior")  # fmt: skip
 SCORING = {"evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked"}
-OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior"}  # new in this list
+OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior", "finetune.refine.prior"}
 
 
 def below(sections, free=()):
@@ -42,7 +46,7 @@ def test_pretraining_and_ssl_watch_the_same_keys_as_before():
     for method in SSL_METHODS:
         sections = ("experiment.seed", "dataset", "finetune.encoder", *shared, f"ssl.{method}")
         assert counting_for("ssl", method) == below(sections, SSL_FREE)
-    assert len(counting_for("ssl", "dino")) == 49
+    assert len(counting_for("ssl", "dino")) == 50
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -63,15 +67,18 @@ def test_the_mean_shape_depends_on_data_and_labels():
 
 def test_names_in_variants_as_before():
     """In the order of the folders' names; of learning rates and weights each start has its own."""
-    slugs = [(key.split(".")[1], each.slug) for key, each in all_settings().items() if each.slug]
-    assert list(dict.fromkeys(slugs)) == list(VARIANT_KEYS.items())
+    slugs = {key.removeprefix("finetune."): each.slug for key, each in all_settings().items() if each.slug}
+    assert {key: slug for key, slug in slugs.items() if "refine" in key or "self_training" in key} == STAGED_KEYS
+    others = [(key.split(".")[0], slug) for key, slug in slugs.items() if key not in STAGED_KEYS]
+    assert list(dict.fromkeys(others)) == list(VARIANT_KEYS.items())
     for key, each in all_settings().items():
         name = key.removeprefix("finetune.").split(".")[0]
         assert each.is_file == (key.startswith("finetune.") and name in FILE_KEYS), key
         if each.slug and name in BY_BACKBONE:
             assert each.backbones == (key.split(".")[2],)
         elif each.slug:
-            owners = {backbone for backbone, keys in OWN_KEYS.items() if name in keys}
+            owners = {backbone for backbone, keys in OWN_KEYS.items()
+                      if {name, key.removeprefix("finetune.")} & set(keys)}
             assert set(each.backbones) - {"mean_shape"} == (owners or set(BACKBONES)), key
     assert [key for key, each in all_settings().items() if each.before is not None] == ["evaluation.leaked"]
 
@@ -89,4 +96,4 @@ def test_conditions_name_settings_that_exist():
     """A condition's key is one of the file, and a value that leaves the setting idle is one that it can have."""
     conditions = [(key, each) for key, setting in all_settings().items() for each in setting.acts]
     assert len(conditions) > 20
-    assert not [(key, each.key) for key, each in conditions if each.key not in all_settings()]
+    assert not [(key, each.key) for key, each in conditions if set(each.key.split(" and ")) - set(all_settings())]

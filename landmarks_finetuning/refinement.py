@@ -1,0 +1,130 @@
+"""Coarse to fine: the first stage's answers, looked at again in finer crops about them.
+
+Each landmark of an image has a crop of its own, and of the second network's maps there only its own counts. The first
+answer weighs in as a Gaussian about it (a product of both stages' beliefs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.config.config import Config
+from core.config.second_stage import second_stage
+from core.data.dataset import ImageSet, load_images
+from core.data.records import Record
+from core.data.windows import cut_windows
+from core.formats.geometry import apply_maps
+from core.training.device import autocast, resolve_device, resolve_precision
+from landmarks_finetuning.inference import locate
+from landmarks_finetuning.shape import add_shape_prior
+
+CROPS_FOR_AN_IMAGE = 4  # that go through the second network for an image of the first one's batch
+LARGEST_OFFSET = 0.4  # of a crop: how far from its centre a landmark is put in training
+
+
+class FirstAnswers(NamedTuple):
+    """What the second stage knows of the first.
+
+    errors (K, D): on images that it was not trained on, in the second stage's pixels; validation (V, N, D): its answers
+    on the validation images in stored pixels, None without any.
+    """
+
+    errors: np.ndarray
+    validation: np.ndarray | None
+
+    @property
+    def spread(self) -> float:
+        """The root mean square of the errors along an axis."""
+        return float(np.sqrt((self.errors**2).mean()))
+
+
+class CropMaps(NamedTuple):
+    """Raw outputs (K, 1, *size) of K landmarks, each in its own crop; `maps` (K, D, D + 1) from stored to crop pixels.
+
+    image, landmark: (K,) which ones; answers (K, 1, D): the first stage's, in crop pixels.
+    """
+
+    image: np.ndarray
+    landmark: np.ndarray
+    outputs: Tensor
+    maps: np.ndarray
+    answers: np.ndarray
+
+    def weighted(self, width_px: float | None) -> Tensor:
+        """The outputs under a Gaussian prior of `width_px` about the first answers, or as they are."""
+        return self.outputs if width_px is None else add_shape_prior(self.outputs, self.answers, width_px)
+
+
+def first_errors(answers: np.ndarray, images: ImageSet) -> np.ndarray:
+    """(K, D) errors of `answers` (M, N, D), stored pixels, on labelled `images`, in the pixels of their canvas.
+
+    No longer than LARGEST_OFFSET of a crop along an axis.
+    """
+    errors = apply_maps(answers, images.maps) - apply_maps(images.original_points(), images.maps)
+    limit = LARGEST_OFFSET * np.array(images.network_size)
+    return errors[np.isfinite(errors).all(axis=2)].clip(-limit, limit)
+
+
+def guessed_errors(size: tuple[int, ...]) -> np.ndarray:
+    """Errors to train with where no held-out label tells them: normal ones of an eighth of a crop."""
+    drawn = np.random.default_rng(0).normal(size=(1000, len(size))) * np.array(size) / 8
+    limit = LARGEST_OFFSET * np.array(size)
+    return drawn.clip(-limit, limit)
+
+
+@torch.no_grad()
+def run_crops(model: nn.Module, images: ImageSet, answers: np.ndarray, config: Config) -> Iterator[CropMaps]:
+    """Yield the second network's maps in crops about `answers` (M, N, D), stored pixels, of all `images`.
+
+    `config` is the second stage's. CROPS_FOR_AN_IMAGE crops go through at once for each image of
+    evaluation.batch_size; answers that are NaN have none.
+    """
+    device, size = resolve_device(config.experiment.device), images.network_size
+    precision = resolve_precision(config.experiment.precision, device)
+    pairs = np.argwhere(np.isfinite(answers).all(axis=2))
+    places = apply_maps(answers, images.maps)  # in pixels of the canvas
+    some = config.evaluation.batch_size * CROPS_FOR_AN_IMAGE
+    for first in range(0, len(pairs), some):
+        image, landmark = pairs[first : first + some].T
+        centres = places[image, landmark]
+        corners = np.rint(centres - (np.array(size) - 1) / 2).astype(np.int64)
+        chosen, at = (torch.from_numpy(each).to(images.images.device) for each in (image, corners))
+        with autocast(device, precision):
+            outputs = model(cut_windows(images.images, chosen, at, size).to(device)).float()
+        own = outputs[torch.arange(len(image)), torch.from_numpy(landmark)][:, None]
+        maps = images.maps[image].copy()
+        maps[:, :, -1] -= corners
+        yield CropMaps(image, landmark, own, maps, (centres - corners)[:, None])
+
+
+def decode_crops(crops: CropMaps, spread: float, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Points (K, D) in stored pixels and confidences (K,) of the landmarks of `crops`.
+
+    `spread`: the first stage's root mean square error along an axis, in crop pixels; finetune.refine.prior times it is
+    the width of the prior. `config` is the study's.
+    """
+    prior, settings = config.finetune.refine.prior, second_stage(config).finetune
+    points, sure = locate(crops.weighted(None if prior is None else prior * spread), crops.maps, settings,
+                          settings.sigma)
+    return points[:, 0], sure[:, 0]
+
+
+def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spread: float, config: Config
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """The first stage's `answers` (M, N, D), stored pixels, refined, and confidences (M, N); NaN stays NaN.
+
+    Images are read a few at a time, through the cache. `config` is the study's.
+    """
+    points, confidence = answers.copy(), np.full(answers.shape[:2], np.nan)
+    second, some = second_stage(config), config.evaluation.batch_size
+    for first in range(0, len(records), some):
+        part = slice(first, first + some)
+        for crops in run_crops(model, load_images(records[part], second.dataset), answers[part], second):
+            where = (first + crops.image, crops.landmark)
+            points[where], confidence[where] = decode_crops(crops, spread, config)
+    return points, confidence

@@ -1,0 +1,115 @@
+"""The second stage on images whose landmarks are bright dots, with a network that sees just brightness."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+from core.config.load import parse_config
+from core.config.second_stage import second_stage
+from core.data.dataset import load_images
+from core.data.records import Record
+from landmarks_finetuning.refinement import decode_crops, first_errors, guessed_errors, refine, run_crops
+
+SHAPE = (200, 160)  # stored pixels
+DOTS = np.array([[60.0, 50.0], [121.0, 98.0], [8.0, 150.0]])  # (y, x); the last one near a corner
+
+
+class Brightness(nn.Module):
+    """(B, 1, *size) -> (B, 3, *size): the more the brighter, alike for every landmark."""
+
+    def forward(self, x):
+        return 40 * x.expand(-1, 3, *x.shape[2:])
+
+
+def blurred(dots):
+    rows, columns = np.indices(SHAPE)
+    picture = sum(np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8) for y, x in dots)
+    return np.rint(255 * picture.clip(0, 1)).astype(np.uint8)
+
+
+@pytest.fixture
+def dotted(tmp_path):
+    """(config, records) of two images with the same dots; the second one's are 3 pixels lower."""
+    records = []
+    for number in range(2):
+        points = DOTS + [3.0 * number, 0]
+        Image.fromarray(blurred(points)).save(tmp_path / f"{number}.png")
+        records.append(Record(str(number), tmp_path / f"{number}.png", points, (0.5, 0.25)))
+    config = parse_config({"dataset": {"image_size": [50, 40], "cache_dir": str(tmp_path / "cache")},
+                           "unet": {"channel_multipliers": [1, 2]}, "experiment": {"device": "cpu"},
+                           "evaluation": {"batch_size": 1},
+                           "finetune": {"refine": {"zoom": 4.0, "crop": 32, "prior": None}}}, "c.json")  # fmt: skip
+    return config, records
+
+
+def test_answers_move_to_the_dots(dotted):
+    config, records = dotted
+    truth = np.stack([record.landmarks for record in records])
+    answers = truth + np.array([[5.0, -4.0], [-6.0, 3.0], [4.0, 6.0]])
+    answers[1, 0] = np.nan
+    points, confidence = refine(Brightness(), records, answers, 1.0, config)
+    assert np.isnan(points[1, 0]).all() and np.isnan(confidence[1, 0])
+    there = np.isfinite(answers)
+    assert np.abs(points - truth)[there].max() < 0.1 < 3 < np.abs(answers - truth)[there].max()
+
+
+def test_the_first_answer_decides_between_two_dots(dotted):
+    """Half way between dots 10 pixels apart the brighter one wins; a narrow prior takes the nearer one."""
+    config, records = dotted
+    rows = blurred([DOTS[0]]).astype(int) * 0.9 + blurred([DOTS[0] + [0, 14]])
+    Image.fromarray(rows.clip(0, 255).astype(np.uint8)).save(records[0].image)
+    answer = np.full((1, 3, 2), np.nan)
+    answer[0, 0] = DOTS[0] + [0, 3]
+    far, _ = refine(Brightness(), records[:1], answer, 2.0, config)
+    assert np.abs(far[0, 0] - DOTS[0] - [0, 14]).max() < 0.5
+    weighing = config.finetune.refine.model_copy(update={"prior": 1.5})  # 3 pixels of the crop
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"refine": weighing})})
+    near, _ = refine(Brightness(), records[:1], answer, 2.0, config)
+    assert np.abs(near[0, 0] - DOTS[0]).max() < 0.5
+
+
+def test_each_crop_knows_where_it_lies(dotted):
+    config, records = dotted
+    second = second_stage(config)
+    images = load_images(records, second.dataset)
+    answers = np.stack([record.landmarks for record in records]) + 1.7
+    for crops in run_crops(Brightness(), images, answers, second):
+        for output, image, landmark, maps in zip(crops.outputs, crops.image, crops.landmark, crops.maps, strict=True):
+            place = maps[:, :2] @ answers[image, landmark] + maps[:, 2]
+            assert np.abs(place - 15.5).max() <= 0.5  # the middle of 32 pixels, to the nearest whole one
+            dot = maps[:, :2] @ records[image].landmarks[landmark] + maps[:, 2]
+            row, column = np.unravel_index(output[0].argmax().item(), output.shape[1:])
+            assert np.abs(dot - [row, column]).max() <= 0.5
+        points, _ = decode_crops(crops, 1.0, config)
+        assert points.shape == (len(crops.image), 2)
+
+
+def test_errors_of_the_first_stage_in_pixels_of_the_second(dotted):
+    config, records = dotted
+    images = load_images(records, second_stage(config).dataset)  # 200 x 160: stored pixels as they are
+    answers = np.stack([record.landmarks for record in records])
+    answers[0, 0] += [2.0, -3.0]
+    answers[0, 1] += [0.0, 70.0]  # cut off at 0.4 of 32
+    answers[1, 2] = np.nan
+    expected = np.zeros((5, 2))
+    expected[0], expected[1] = (2.0, -3.0), (0.0, 12.8)
+    np.testing.assert_allclose(first_errors(answers, images), expected, atol=1e-9)
+
+
+def test_guessed_errors_are_an_eighth_of_a_crop():
+    errors = guessed_errors((32, 64))
+    assert np.abs(errors.std(axis=0) / [4, 8] - 1).max() < 0.1 and np.abs(errors).max() <= 0.4 * 64
+
+
+def test_the_same_in_volumes(tmp_path):
+    shape, dot = (40, 36, 32), np.array([[[14.0, 20.0, 11.0]]])
+    grid = np.stack(np.indices(shape), axis=-1)
+    np.save(tmp_path / "v.npy", np.exp(-((grid - dot[0, 0]) ** 2).sum(axis=-1) / 6).astype(np.float32))
+    record = Record("v", tmp_path / "v.npy", dot[0], (1.0, 1.0, 1.0))
+    config = parse_config({"is_3d": True, "dataset": {"layout": "folder", "image_size": [20, 18, 16],
+                                                      "cache_dir": str(tmp_path / "cache")},
+                           "unet": {"channel_multipliers": [1, 2]}, "experiment": {"device": "cpu"},
+                           "finetune": {"refine": {"zoom": 2.0, "crop": 16, "prior": None}}}, "c.json")  # fmt: skip
+    points, _ = refine(Brightness(), [record], dot + [3.0, -2.0, 2.5], 1.0, config)
+    assert np.abs(points - dot).max() < 0.1

@@ -1,0 +1,160 @@
+"""Pseudo-labels: which images may have them, what each counts, and the figures of the rounds."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.config.load import load_config
+from core.data.records import Record
+from core.data.shots import labelled_subset, unlabelled_training
+from core.data.source import load_source
+from core.runs.places import round_dir
+from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
+from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order
+from tests.conftest import error_of
+
+EVALUATE, PREDICT, LAUNCH = "landmarks_finetuning.evaluate", "landmarks_finetuning.predict", "study.launch"
+
+
+def test_no_image_of_another_split_is_answered(make_config, tmp_path):
+    config = make_config(tmp_path)
+    source = load_source(config.dataset)
+    training, validation = labelled_subset(source, config.finetune, 3, 0)
+    labelled = {record.id for record in (*training, *validation)}
+    records = unlabelled_training(source, labelled, config.dataset, 1000)
+    ids = {record.id for record in records}
+    assert len(ids) == 127 and ids == {record.id for record in source.splits["train"]} - labelled
+    assert all(record.landmarks is None and record.annotators is None for record in records)
+    few = unlabelled_training(source, labelled, config.dataset, 5)
+    again = unlabelled_training(source, labelled, config.dataset, 5)
+    assert len(few) == 5 and [record.id for record in few] == [record.id for record in again]
+
+
+def test_copies_of_test_images_are_left_out(phantom, make_config, tmp_path):
+    """A test image that also lies among the training images, brighter and of another name."""
+    root = tmp_path / "data"
+    shutil.copytree(phantom, root)
+    source = load_source(make_config(tmp_path, dataset={"root": str(root)}).dataset)
+    tested, trained = source.splits["test"][0], source.splits["train"][7]
+    copy = Image.open(tested.image).point(lambda value: min(255, int(value * 0.9 + 8)))
+    copy.save(trained.image)
+    config = make_config(tmp_path, dataset={"root": str(root)})
+    records = unlabelled_training(load_source(config.dataset), set(), config.dataset, 1000)
+    ids = {record.id for record in records}
+    assert trained.id not in ids and tested.id not in ids and len(ids) == 129
+
+
+def test_a_split_that_shares_a_file_is_refused(make_config, tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    source = load_source(config.dataset)
+    shared = Record("other name", source.splits["test"][0].image, None, None)
+    monkeypatch.setattr("core.data.shots.find_leaks", lambda *_: ())  # where looking alike was not noticed
+    sneaky = source.__class__(**{**vars(source), "unlabelled": (shared,)})
+    with pytest.raises(ValueError, match="test image is among"):
+        unlabelled_training(sneaky, set(), config.dataset, 10)
+
+
+def test_what_lies_elsewhere_than_the_shape_says_counts_less():
+    shape = np.array([[0.0, 0.0], [0.0, 10.0], [10.0, 0.0], [10.0, 10.0], [5.0, 5.0]])  # size sqrt(40)
+    points = np.stack([shape + 3, shape + 3])
+    points[1, 4] += [0.0, 40**0.5]  # a whole size off: 1 / (1 + 10^2)
+    sure = certainties(points, np.full((2, 5), 0.8), shape)
+    np.testing.assert_allclose(sure[0], 0.8, rtol=1e-6)
+    np.testing.assert_allclose(sure[1, 4], 0.8 / 101, rtol=0.05)
+    assert certainties(points, np.array([[np.nan] * 5] * 2), None).sum() == 0
+
+
+def test_labelled_images_make_their_share():
+    order = mixed_order(4, 90, 0.5)
+    assert np.bincount(order, minlength=94)[:4].tolist() == [22, 22, 22, 22] and (np.bincount(order)[4:] == 1).all()
+    assert mixed_order(3, 0, 0.5).tolist() == [0, 1, 2]
+    assert np.bincount(mixed_order(50, 10, 0.5)).tolist() == [1] * 60
+
+
+def test_weights_by_hand():
+    """Two landmarks of costs log 4 (one of 4 pixels) and log 4: weights 1 and 0.5 average to 0.75 log 4."""
+    outputs, target = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+    target[0, :, 0, 0] = 1
+    weights = torch.tensor([[1.0, 0.5]])
+    assert cross_entropy_pixels(outputs, target, weights=weights).item() == pytest.approx(0.75 * np.log(4))
+    # over landmarks: two pixels' entries of log 2 each, of 4 pixels
+    assert cross_entropy_channels(outputs, target, weights=weights).item() == pytest.approx(1.5 * np.log(2) / 4)
+
+
+def test_figures_by_hand():
+    records = [Record("a", None, None, (2.0, 1.0))]
+    before = PseudoLabels(("a",), np.zeros((1, 2, 2)), np.ones((1, 2)))
+    now = PseudoLabels(("a",), np.array([[[3.0, 8.0], [0.0, 0.0]]]), np.array([[0.5, 0.25]]))
+    assert figures(now, before, records) == {"images": 1, "landmarks": 2, "certainty": 0.375, "moved": 5.0}
+    assert figures(now, None, records)["moved"] is None
+
+
+def test_damaged_answers_are_named(tmp_path):
+    path = tmp_path / "pseudo_labels.npz"
+    PseudoLabels(("a",), np.zeros((1, 2, 2)), np.ones((1, 2))).save(path)
+    assert PseudoLabels.load(path).ids == ("a",)
+    path.write_bytes(path.read_bytes()[:80])
+    assert f"{path} is damaged" in error_of(PseudoLabels.load, path)
+
+
+@pytest.fixture(scope="module")
+def staged(make_values, tmp_path_factory):
+    """A launched study of two stages and one round, of ddpm: (config file, run folder)."""
+    from study.run import run_study
+
+    folder = tmp_path_factory.mktemp("staged")
+    path = folder / "study.json"
+    path.write_text(json.dumps(make_values(folder / "runs", finetune={
+        "backbones": ["ddpm"], "refine": {"zoom": 2, "crop": 16, "iterations": 2}, "validate_every": 1,
+        "self_training": {"rounds": 1, "images": 6}})))
+    run_study(load_config(path), ("pretrain", "finetune"))
+    return path, next(folder.glob("runs/tiny/landmarks/ddpm/*/shots002_draw0_seed0"))
+
+
+def test_a_launched_study_with_stages_and_rounds(staged, run_main):
+    path, run_dir = staged
+    assert (path.parent / "runs/tiny/fine/ddpm/ema_iter000006.safetensors").is_file()
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    first, second = metrics["rounds"]
+    assert first["round"] == 0 and "images" not in first and second["images"] == 6
+    assert second["landmarks"] == 6 * 19 and 0 <= second["certainty"] <= 1
+    assert metrics["validation_mre"] == pytest.approx(second["validation_mre"])
+    assert not list(run_dir.rglob("last.pt"))  # of a scored run
+    status, out, _ = run_main(LAUNCH, "--config", path, "--stages", "pretrain", "finetune")
+    assert status == 0 and "0 left" in out
+    inputs = json.loads((run_dir / "inputs.json").read_text())["images"]
+    assert len(inputs["unlabelled"]) == 6 and not set(inputs["unlabelled"]) & set(inputs["validation"])
+
+
+def test_other_weights_of_the_second_stage_make_a_run_stale(staged, make_values, tmp_path, run_main):
+    path, _ = staged
+    home = tmp_path / "copy"
+    shutil.copytree(path.parent / "runs", home)
+    config = json.loads(path.read_text())
+    config["experiment"]["output_dir"] = str(home)
+    other = tmp_path / "study.json"
+    other.write_text(json.dumps(config))
+    weights = home / "tiny/fine/ddpm"
+    shutil.copy(weights / "ema_iter000003.safetensors", weights / "ema_iter000006.safetensors")
+    status, out, _ = run_main(LAUNCH, "--config", other, "--stages", "finetune", "--dry-run")
+    assert status == 0 and "1 run, to be set aside and done again: the weights in" in out and "fine/ddpm" in out
+
+
+def test_predict_uses_the_last_round(staged, phantom, tmp_path, run_main, monkeypatch):
+    _, run_dir = staged
+    image = next(phantom.rglob("*.bmp"), None) or next(phantom.rglob("*.jpg"))
+    status, _, error = run_main(PREDICT, run_dir, image, "--out", tmp_path / "a", "--no-overlays")
+    assert status == 0, error
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    for stage in ("best.safetensors", "fine/best.safetensors"):  # the first round's fine weights are not asked for
+        shutil.copy(round_dir(run_dir, 1) / stage, copy / stage)
+    assert run_main(PREDICT, copy, image, "--out", tmp_path / "b", "--no-overlays")[0] == 0
+    assert (tmp_path / "a/predictions.csv").read_bytes() == (tmp_path / "b/predictions.csv").read_bytes()
+    shutil.rmtree(copy / "round1/fine")
+    status, _, error = run_main(PREDICT, copy, image, "--out", tmp_path / "c", "--no-overlays")
+    assert status == 2 and "round1/fine/best.safetensors does not exist" in error
