@@ -163,7 +163,7 @@ class Matcher:
 
     def _labels(self, labelled: ImageSet) -> list[tuple[Maps, np.ndarray, Sequence[int]]]:
         """Maps, points (N, D) and size of the labelled images in which matches are looked for in return."""
-        labels = []
+        labels: list[tuple[Maps, np.ndarray, Sequence[int]]] = []
         for batch in self.seer.network.batches(labelled):
             maps, truth = self.seer.maps(batch), [labelled.records[index].truth for index in batch.chosen]
             points = apply_maps(np.stack(truth), batch.maps)

@@ -87,7 +87,7 @@ def contact_sheet(images: ImageSet, suggestions: list[Suggestion]) -> Image.Imag
 
 
 def _thumbnail(images: ImageSet, index: int) -> Image.Image:
-    pixels = images.images[(index, 0, *images.seen(index))]
+    pixels = images.images[index, 0][images.seen(index)]
     height, width = images.original_sizes[index][-2:] if pixels.ndim == 2 else pixels.shape[-2:]
     plane = pixels if pixels.ndim == 2 else pixels[len(pixels) // 2]
     scale = (TILE - 8) / max(height, width)

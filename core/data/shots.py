@@ -32,8 +32,8 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
             raise ValueError('selection "coverage" needs the order of the images')
         chosen = set(order[:shots])
         return tuple(record for record in records if record.id in chosen)
-    order = np.random.default_rng([draw, len(records)]).permutation(len(records))
-    return tuple(records[i] for i in sorted(order[:shots]))
+    shuffled = np.random.default_rng([draw, len(records)]).permutation(len(records))
+    return tuple(records[i] for i in sorted(shuffled[:shots]))
 
 
 def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int, order: Sequence[str] | None = None
@@ -52,8 +52,8 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
         return chosen, source.require("validation")
     if validation == "none":
         return chosen, ()
-    order = np.random.default_rng([draw, 1]).permutation(len(chosen))
-    held_out = set(order[:validation].tolist())
+    shuffled = np.random.default_rng([draw, 1]).permutation(len(chosen))
+    held_out = set(shuffled[:validation].tolist())
     return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
             tuple(r for i, r in enumerate(chosen) if i in held_out))
 
