@@ -1,8 +1,9 @@
-"""The diffusion process: noise schedules, forward noising and the training loss (Ho et al. 2020)."""
+"""From images to noise: diffusion (Ho et al. 2020) or straight lines (Lipman et al. 2023), and the training loss."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,40 @@ SCHEDULES = {"linear": linear_betas, "quadratic": quadratic_betas, "sigmoid": si
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
 
-class Diffusion:
-    """A noise schedule on a device. Timesteps are 0-based: t = 0 is the least noise."""
+class Process(ABC):
+    """A way from images to noise on a device, which a network learns to go back. Timesteps begin at the least noise."""
 
     def __init__(self, config: DDPM, device: torch.device) -> None:
         self.config = config
+
+    @abstractmethod
+    def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t from x_0. images and noise (B, C, *size), timesteps (B,)."""
+
+    @abstractmethod
+    def predict_images(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """x_0 from x_t and what the network predicts of it."""
+
+    @abstractmethod
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """What the network is to predict."""
+
+    @abstractmethod
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) uniform training timesteps from min_timestep on."""
+
+    def losses(self, model: nn.Module, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(B,) losses of the prediction; of the noise, paper eq. 5."""
+        predicted = model(self.add_noise(images, noise, timesteps), timesteps)
+        loss = LOSSES[self.config.loss](predicted.float(), self.target(images, noise), reduction="none")
+        return loss.flatten(1).mean(dim=1)
+
+
+class Diffusion(Process):
+    """A noise schedule; the network predicts the noise. Timesteps are 0-based: t = 0 is the least noise."""
+
+    def __init__(self, config: DDPM, device: torch.device) -> None:
+        super().__init__(config, device)
         betas = SCHEDULES[config.schedule](config.num_train_timesteps, config.beta_start, config.beta_end)
         self.betas = betas.float().to(device)
         self.signal = torch.cumprod(1 - betas, dim=0).float().to(device)  # alpha bar
@@ -51,18 +81,47 @@ class Diffusion:
         signal = self.signal[timesteps].view(-1, *(1,) * (images.ndim - 1))
         return signal.sqrt() * images + (1 - signal).sqrt() * noise
 
-    def predict_images(self, noisy: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def predict_images(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 from x_t and the (predicted) noise: eq. 2 solved for x_0."""
         signal = self.signal[timesteps].view(-1, *(1,) * (noisy.ndim - 1))
-        return (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+        return (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
 
-    def losses(self, model: nn.Module, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B,) noise-prediction losses, paper eq. 5."""
-        predicted = model(self.add_noise(images, noise, timesteps), timesteps)
-        loss = LOSSES[self.config.loss](predicted.float(), noise, reduction="none")
-        return loss.flatten(1).mean(dim=1)
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """The noise."""
+        return noise
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) uniform training timesteps from min_timestep on."""
         return torch.randint(self.config.min_timestep, self.config.num_train_timesteps, (count,),
                              generator=generator, device=generator.device)
+
+
+class Flow(Process):
+    """Straight lines x_t = (1 - t) x_0 + t noise; the network predicts their velocity (flow matching).
+
+    Lipman et al. 2023, rectified flow of Liu et al. 2023, with t from the image. A timestep is t times
+    num_train_timesteps, not rounded, so that the network is told numbers of the same range as in diffusion.
+    """
+
+    def _times(self, timesteps: Tensor, dims: int) -> Tensor:
+        return (timesteps / self.config.num_train_timesteps).view(-1, *(1,) * (dims - 1))
+
+    def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t. images and noise (B, C, *size), timesteps (B,)."""
+        return torch.lerp(images, noise, self._times(timesteps, images.ndim))
+
+    def predict_images(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """x_0 at the beginning of the line that goes through x_t with the (predicted) velocity."""
+        return noisy - self._times(timesteps, noisy.ndim) * predicted
+
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """The velocity."""
+        return noise - images
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) uniform timesteps, real numbers from min_timestep on."""
+        lowest, highest = self.config.min_timestep, self.config.num_train_timesteps
+        return torch.rand(count, generator=generator, device=generator.device) * (highest - lowest) + lowest
+
+
+OBJECTIVES: dict[str, type[Process]] = {"noise": Diffusion, "flow": Flow}

@@ -12,8 +12,8 @@ from core.networks.weights import load_weights
 from core.runs.places import ema_path
 from core.training.batches import step_generator
 from core.training.device import autocast, resolve_device, resolve_precision
-from ddpm_pretraining.diffusion import Diffusion
-from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample
+from ddpm_pretraining.diffusion import OBJECTIVES
+from ddpm_pretraining.sampling import SAMPLERS, grid_picture, sample, sampler_of
 from ddpm_pretraining.train import save_picture
 
 
@@ -26,13 +26,17 @@ def main() -> None:
     parser.add_argument("--iteration", type=int, help="which EMA checkpoint (default: the last configured one)")
     parser.add_argument("--weights", type=Path, help="a weights file instead: ours or published")
     parser.add_argument("--count", type=int, default=16)
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="default: ddpm.sampler of the config")
+    parser.add_argument("--sampler", help="default: ddpm.sampler of the config")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="PNG to write (default: below the run's samples/)")
     arguments = parser.parse_args()
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count}: must be 1 or more")
     config = load_config(arguments.config, arguments.set)
+    sampler, samplers = arguments.sampler or sampler_of(config.ddpm), SAMPLERS[config.ddpm.objective]
+    if sampler not in samplers:
+        raise UserError(f'--sampler {sampler}: with ddpm.objective "{config.ddpm.objective}" choose '
+                        f"{' or '.join(samplers)}")
     iteration = arguments.iteration or max(config.ddpm.checkpoint_iterations)
     weights = load_weights(arguments.weights or ema_path(config.experiment_dir, iteration))
     device = resolve_device(config.experiment.device)
@@ -40,8 +44,8 @@ def main() -> None:
     generator = step_generator(arguments.seed, 0, 0, device)
     shape = (arguments.count, weights.channels, *config.dataset.image_size)
     with autocast(device, resolve_precision(config.experiment.precision, device)):
-        images = sample(Diffusion(config.ddpm, device), model, shape, generator,
-                        arguments.sampler or config.ddpm.sampler, "sampling")[-1]
+        process = OBJECTIVES[config.ddpm.objective](config.ddpm, device)
+        images = sample(process, model, shape, generator, sampler, "sampling")[-1]
     out = arguments.out or config.experiment_dir / "ddpm" / "samples" / f"drawn_iter{iteration:06d}.png"
     save_picture(out, grid_picture(torch.as_tensor(images), columns=4))
     print(f"{arguments.count} samples: {out}")

@@ -1,4 +1,4 @@
-"""Drawing images from a trained network: ancestral (DDPM) and deterministic (DDIM) sampling, and pictures of both."""
+"""Drawing images from a trained network: ancestral (DDPM), deterministic (DDIM) and along a flow, and pictures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.config.ddpm import DDPM
 from core.training.cuda_graphs import Replayed
-from ddpm_pretraining.diffusion import Diffusion
+from ddpm_pretraining.diffusion import Diffusion, Flow, Process
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,16 +44,34 @@ def ddim_steps(diffusion: Diffusion, predict: Predict, noisy: Tensor, generator:
         yield images
 
 
-SAMPLERS = {"ddpm": ddpm_steps, "ddim": ddim_steps}
+def euler_steps(flow: Flow, predict: Predict, noisy: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """The flow from noise to an image in config.sampling_steps equal steps of Euler's; yields every x_0, clipped."""
+    steps = flow.config.sampling_steps
+    for left in range(steps, 0, -1):
+        time = left / steps * flow.config.num_train_timesteps
+        timesteps = torch.full((noisy.shape[0],), time, device=noisy.device)
+        velocity = predict(noisy, timesteps)
+        yield flow.predict_images(noisy, velocity, timesteps).clamp(0, 1)
+        noisy = noisy - velocity / steps
+
+
+SAMPLERS: dict[str, dict[str, Callable[..., Iterator[Tensor]]]] = {  # by ddpm.objective
+    "noise": {"ddpm": ddpm_steps, "ddim": ddim_steps}, "flow": {"euler": euler_steps}}
+
+
+def sampler_of(config: DDPM) -> str:
+    """ddpm.sampler, or the only one that the objective has."""
+    samplers = SAMPLERS[config.objective]
+    return config.sampler if config.sampler in samplers else next(iter(samplers))
 
 
 @torch.no_grad()
-def sample(diffusion: Diffusion, model: nn.Module, shape: tuple[int, ...], generator: torch.Generator,
+def sample(process: Process, model: nn.Module, shape: tuple[int, ...], generator: torch.Generator,
            sampler: str, progress: str | None = None) -> list[Tensor]:
     """The clean-image estimates (B, C, *size) of every sampling step, the last one being the samples."""
     noisy = torch.randn(shape, generator=generator, device=generator.device)
     predict = Replayed(lambda batches: model(*batches[0]).float())
-    steps = SAMPLERS[sampler](diffusion, lambda x, t: predict([(x, t)]), noisy, generator)
+    steps = SAMPLERS[process.config.objective][sampler](process, lambda x, t: predict([(x, t)]), noisy, generator)
     return list(tqdm(steps, desc=progress, disable=progress is None, leave=False))
 
 
@@ -70,17 +89,17 @@ def grid_picture(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def denoising_strip(diffusion: Diffusion, model: nn.Module, images: Tensor, generator: torch.Generator,
+def denoising_strip(process: Process, model: nn.Module, images: Tensor, generator: torch.Generator,
                     levels: int = 6) -> Image.Image:
     """Each image in three rows over rising noise levels: noisy input, one-step estimate of x_0, absolute error x 4."""
-    times = torch.linspace(0, diffusion.config.num_train_timesteps - 1, levels + 1)[1:].long().tolist()
+    times = torch.linspace(0, process.config.num_train_timesteps - 1, levels + 1)[1:].long().tolist()
     rows: list[Tensor] = []
     for image in images:
         batch = image.expand(levels, *image.shape)
         timesteps = torch.tensor(times, device=image.device)
         noise = torch.randn(batch.shape, generator=generator, device=image.device)
-        noisy = diffusion.add_noise(batch, noise, timesteps)
+        noisy = process.add_noise(batch, noise, timesteps)
         with torch.no_grad():
-            clean = diffusion.predict_images(noisy, model(noisy, timesteps).float(), timesteps).clamp(0, 1)
+            clean = process.predict_images(noisy, model(noisy, timesteps).float(), timesteps).clamp(0, 1)
         rows += [noisy, clean, (clean - batch).abs() * 4]
     return grid_picture(torch.cat(rows), columns=levels)

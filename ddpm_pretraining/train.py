@@ -33,15 +33,15 @@ from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Job, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
 from core.training.run_log import logged
-from ddpm_pretraining.diffusion import Diffusion
-from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample
+from ddpm_pretraining.diffusion import OBJECTIVES
+from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample, sampler_of
 
 VALIDATION_SEED = 987654321
 SHOWN = 2  # images of the denoising strip
 
 
 class Denoising:
-    """The pre-training task: predict the noise that was added (paper eq. 5)."""
+    """The pre-training task: predict the noise that was added (paper eq. 5), or what ddpm.objective says."""
 
     def __init__(self, config: Config, run_dir: Path, training: ImageSet | PackedSet, validation: ImageSet | None
                  ) -> None:
@@ -51,7 +51,7 @@ class Denoising:
         self.validation = None if validation is None else validation.to(self.device)
         shown = validation or (training if isinstance(training, ImageSet) else training.beginning(SHOWN))
         self.shown = self._centres(shown)[:SHOWN].to(self.device)
-        self.diffusion = Diffusion(config.ddpm, self.device)
+        self.process = OBJECTIVES[config.ddpm.objective](config.ddpm, self.device)
         self.loop: Training[UNet] | None = None
 
     def follow(self, loop: Training[UNet]) -> None:
@@ -62,7 +62,7 @@ class Denoising:
             self.ahead = ReadAhead(read, loop.own_batches)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Mean noise-prediction loss of one micro-batch."""
+        """Mean loss of one micro-batch."""
         return self.part_loss(model, indices, generator, slice(None))
 
     def part_loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator, part: slice) -> Tensor:
@@ -73,7 +73,7 @@ class Denoising:
         """Augmented images, noise and timesteps of a micro-batch; only images of `part` are read from a disk."""
         images, chosen = self._gather(indices, part)
         images, _ = augment(images, None, self.config.ddpm.augmentation, generator, self.training.crops(chosen))
-        timesteps = self.diffusion.draw_timesteps(len(images), generator)
+        timesteps = self.process.draw_timesteps(len(images), generator)
         return images, torch.randn(images.shape, generator=generator, device=self.device), timesteps
 
     def _gather(self, indices: np.ndarray, part: slice) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,8 @@ class Denoising:
         return images, chosen
 
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
-        """Mean noise-prediction loss of drawn images, noise and timesteps."""
-        return self.diffusion.losses(model, *drawn).mean()
+        """Mean loss of drawn images, noise and timesteps."""
+        return self.process.losses(model, *drawn).mean()
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -111,7 +111,7 @@ class Denoising:
                 low, high = quartile * total // 4, (quartile + 1) * total // 4
                 timesteps = torch.randint(low, high, (len(images),), generator=generator, device=self.device)
                 noise = torch.randn(images.shape, generator=generator, device=self.device)
-                losses.append(self.diffusion.losses(model, images, noise, timesteps))
+                losses.append(self.process.losses(model, images, noise, timesteps))
             quartiles.append(torch.cat(losses).mean().item())
         figures = {f"validation_loss_q{i + 1}": loss for i, loss in enumerate(quartiles)}
         return {"validation_loss": sum(quartiles) / 4, **figures}
@@ -135,9 +135,9 @@ class Denoising:
         ddpm = self.config.ddpm
         generator = step_generator(VALIDATION_SEED, 1, 0, self.device)
         shape = (ddpm.sample_count, *self.shown.shape[1:])
-        images = sample(self.diffusion, model, shape, generator, ddpm.sampler)[-1]
+        images = sample(self.process, model, shape, generator, sampler_of(ddpm))[-1]
         save_picture(self.run_dir / "samples" / f"samples_iter{step:06d}.png", grid_picture(images, columns=4))
-        strip = denoising_strip(self.diffusion, model, self.shown, generator)
+        strip = denoising_strip(self.process, model, self.shown, generator)
         save_picture(self.run_dir / "samples" / f"strip_iter{step:06d}.png", strip)
 
     def improved(self, model: nn.Module, step: int) -> None:

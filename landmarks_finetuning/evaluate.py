@@ -42,14 +42,15 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
-             config: Config | None = None) -> tuple[Path, dict]:
+             config: Config | None = None, others: Sequence[Path] = ()) -> tuple[Path, dict]:
     """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
-    which may say other places than the run's own.
+    which may say other places than the run's own. The heatmaps are the mean of those of `run_dir` and of the runs
+    `others`.
     """
-    detector = trained_detector(run_dir, overrides)
+    detector = trained_detector(run_dir, overrides, others)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
@@ -62,6 +63,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     if out is None:
         own_settings = scoring_settings(own, header["backbone"])
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items() if value != own_settings[key]]
+        parts += [f"with-{other.resolve().parent.name}-{other.resolve().name}" for other in others]
         parts += [] if own_data else [f"data-{config.dataset.name}"]
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
     records = scored_records(source, config.evaluation, config.dataset)
@@ -73,6 +75,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
+                **({"averaged_with": list(map(str, others))} if others else {}),
                 "validation_mre": validation_error(detector, source, decoder) if own_data else None,
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     return out, score(out, config, source, predictions, identity)
@@ -207,6 +210,8 @@ def main() -> None:
         epilog="example: python -m landmarks_finetuning.evaluate "
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0")
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
+                        help="runs on the same data whose heatmaps are averaged with those of run_dir")
     parser.add_argument("--decoder", help="another decoder than the config's")
     parser.add_argument("--out", type=Path, help="where the files go; default: the run's folder for the study's own "
                         "score, a folder below its evaluations/ for another split, decoder or data set")
@@ -216,7 +221,8 @@ def main() -> None:
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
     with claim(arguments.run_dir):
-        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out)
+        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
+                                   others=arguments.others)
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -27,8 +28,9 @@ from core.networks.weights import load_weights
 from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
 
 WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
@@ -46,10 +48,12 @@ class TrainedDetector:
     """A detector read from best.safetensors: everything it needs stands in the file's header.
 
     `config` is that of its training, or that of its run's folder under `overrides`, which may say where and how it
-    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case.
+    predicts, but nothing that it was trained with: UserError. `own_config` is that of its training in any case. With
+    `others`, on the same data and of the same heatmaps, it gives the mean of the outputs of all.
     """
 
-    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector") -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), kind: str = "detector",
+                 others: Sequence[TrainedDetector] = ()) -> None:
         weights = load_weights(path, tuple(DETECTORS))
         if weights.header.get("kind") != kind:
             raise UserError(f'{path} holds a "{weights.header.get("kind")}", not a landmark detector')
@@ -59,21 +63,24 @@ class TrainedDetector:
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.landmark_names: list[str] = weights.header["landmark_names"]
-        shape = weights.header.get("shape")  # None in detectors older than this key
-        self.shape = None if shape is None else np.array(shape, dtype=np.float64)
+        self.shape = stored_shape(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
         model = network.rebuild(weights, self.own_config.dataset.image_size)
         model.load_state_dict(weights.tensors)
-        self.model = model.to(self.device).eval()
-        self.path = path
+        for other in others:
+            check_alike(self, other, path)
+        models: list[nn.Module] = [model, *(other.model for other in others)]
+        self.model: nn.Module = (MeanOutputs(models) if others else model).to(self.device).eval()
+        self.path, self.others = path, others
 
     @cached_property
     def second(self) -> TrainedDetector | None:
         """The detector of its second stage, None where it has one stage."""
         if self.header["kind"] != "detector" or self.own_config.finetune.refine.zoom is None:
             return None
-        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage")
+        beside = [other.second for other in self.others if other.second is not None]
+        return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage", others=beside)
 
     @property
     def sigma(self) -> float:
@@ -83,14 +90,40 @@ class TrainedDetector:
     def heatmaps(self, images: ImageSet, chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
         """Yield the raw outputs of all images, or of the `chosen` ones, batch by batch."""
         config = self.config
-        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen)
+        return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
+                           config.evaluation.views)
 
 
-def trained_detector(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedDetector:
-    """The detector of a run: that of its last round of self-training, where it has some."""
+def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:
+    """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or heatmaps."""
+
+    def what_counts(detector: TrainedDetector) -> dict[str, Any]:
+        plain, settings = detector.own_config.plain(), all_settings()
+        images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
+        heatmaps = {f"finetune.{key}": plain["finetune"][key] for key in ("loss", "sigma")}
+        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop", "sigma")}
+        of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
+        return {**of_images, **heatmaps, "landmark_names": detector.landmark_names}
+
+    first, second = what_counts(one), what_counts(other)
+    for key, value in first.items():
+        if value != second[key]:
+            raise UserError(f"{other.path} cannot be averaged with {path}: {key} is {json.dumps(second[key])} there "
+                            f"and {json.dumps(value)} here")
+
+
+def trained_detector(run_dir: Path, overrides: Sequence[str] = (), others: Sequence[Path] = ()) -> TrainedDetector:
+    """The detector of a run: that of its last round of self-training, where it has some.
+
+    With other runs it gives the mean of the outputs of all of them.
+    """
+    beside = [trained_detector(other) for other in others]
     detector = TrainedDetector(run_dir / WEIGHTS, overrides)
     rounds = detector.own_config.finetune.self_training.rounds
-    return TrainedDetector(round_dir(run_dir, rounds) / WEIGHTS, overrides) if rounds else detector
+    if not rounds and not beside:
+        return detector
+    folder = round_dir(run_dir, rounds) if rounds else run_dir
+    return TrainedDetector(folder / WEIGHTS, overrides, others=beside)
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:
@@ -109,8 +142,8 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 @torch.no_grad()
 def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
-                chosen: Sequence[int] | None = None) -> Iterator[Heatmaps]:
-    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch.
+                chosen: Sequence[int] | None = None, views: int = 1) -> Iterator[Heatmaps]:
+    """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch, averaged over `views`.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
     that overlap by settings.window_overlap; outputs are averaged, weighted by the distance from a window's border.
@@ -119,9 +152,12 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     indices = list(range(len(images.records))) if chosen is None else list(chosen)
     precision = resolve_precision(precision, device)
 
-    def outputs_of(inputs: Tensor) -> Tensor:
+    def outputs_of_view(inputs: Tensor) -> Tensor:
         with autocast(device, precision):
-            return model(inputs.to(device)).float()
+            return model(inputs).float()
+
+    def outputs_of(inputs: Tensor) -> Tensor:
+        return over_views(outputs_of_view, inputs.to(device), views)
 
     if images.fits:
         for first in range(0, len(indices), batch):
@@ -196,8 +232,8 @@ def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: flo
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
 
     `maps` (B, D, D + 1) lead from stored to network pixels; `sigma` is the heatmaps' in network pixels. With `shape`
-    (N, D), the labelled shapes' mean, points are decoded again under settings.shape_prior; confidences are those of the
-    network's own maps there. `decoder` replaces settings.decoder.
+    (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under settings.shape_prior;
+    confidences are those of the network's own maps there. `decoder` replaces settings.decoder.
     """
     decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)

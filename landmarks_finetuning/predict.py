@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,13 +38,13 @@ def collect_images(paths: list[Path]) -> list[Record]:
 
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
-            overrides: tuple[str, ...] = ()) -> Path:
+            overrides: tuple[str, ...] = (), others: Sequence[Path] = ()) -> Path:
     """Write out/predictions.csv (image, landmark, x, y[, z], confidence), out/overlays/ and, of volumes, out/markups/.
 
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
-    whole. Returns the table's path.
+    whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. Returns the table's path.
     """
-    detector = trained_detector(run_dir, overrides)
+    detector = trained_detector(run_dir, overrides, others)
     records, some = collect_images(paths), detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:
@@ -67,11 +68,14 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
+                        help="runs on the same data whose heatmaps are averaged with those of run_dir, such as others "
+                        "of finetune.seeds")
     parser.add_argument("--no-overlays", action="store_true", help="write the CSV only")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     table = predict(arguments.run_dir, arguments.images, arguments.out, not arguments.no_overlays,
-                    tuple(arguments.set))
+                    tuple(arguments.set), arguments.others)
     print(f"predictions in {table}")
 
 

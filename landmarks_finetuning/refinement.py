@@ -20,6 +20,7 @@ from core.data.records import Record
 from core.data.windows import cut_windows
 from core.formats.geometry import apply_maps
 from core.training.device import autocast, resolve_device, resolve_precision
+from landmarks_finetuning.ensemble import over_views
 from landmarks_finetuning.inference import locate
 from landmarks_finetuning.shape import add_shape_prior
 
@@ -78,14 +79,20 @@ def guessed_errors(size: tuple[int, ...]) -> np.ndarray:
 
 
 @torch.no_grad()
-def run_crops(model: nn.Module, images: ImageSet, answers: np.ndarray, config: Config) -> Iterator[CropMaps]:
+def run_crops(model: nn.Module, images: ImageSet, answers: np.ndarray, config: Config, views: int = 1
+              ) -> Iterator[CropMaps]:
     """Yield the second network's maps in crops about `answers` (M, N, D), stored pixels, of all `images`.
 
-    `config` is the second stage's. CROPS_FOR_AN_IMAGE crops go through at once for each image of
-    evaluation.batch_size; answers that are NaN have none.
+    They are averaged over `views` of each crop. `config` is the second stage's. CROPS_FOR_AN_IMAGE crops go through at
+    once for each image of evaluation.batch_size; answers that are NaN have none.
     """
     device, size = resolve_device(config.experiment.device), images.network_size
     precision = resolve_precision(config.experiment.precision, device)
+
+    def outputs_of(inputs: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return model(inputs).float()
+
     pairs = np.argwhere(np.isfinite(answers).all(axis=2))
     places = apply_maps(answers, images.maps)  # in pixels of the canvas
     some = config.evaluation.batch_size * CROPS_FOR_AN_IMAGE
@@ -94,8 +101,7 @@ def run_crops(model: nn.Module, images: ImageSet, answers: np.ndarray, config: C
         centres = places[image, landmark]
         corners = np.rint(centres - (np.array(size) - 1) / 2).astype(np.int64)
         chosen, at = (torch.from_numpy(each).to(images.images.device) for each in (image, corners))
-        with autocast(device, precision):
-            outputs = model(cut_windows(images.images, chosen, at, size).to(device)).float()
+        outputs = over_views(outputs_of, cut_windows(images.images, chosen, at, size).to(device), views)
         own = outputs[torch.arange(len(image)), torch.from_numpy(landmark)][:, None]
         maps = images.maps[image].copy()
         maps[:, :, -1] -= corners
@@ -124,7 +130,8 @@ def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spr
     second, some = second_stage(config), config.evaluation.batch_size
     for first in range(0, len(records), some):
         part = slice(first, first + some)
-        for crops in run_crops(model, load_images(records[part], second.dataset), answers[part], second):
+        for crops in run_crops(model, load_images(records[part], second.dataset), answers[part], second,
+                               config.evaluation.views):
             where = (first + crops.image, crops.landmark)
             points[where], confidence[where] = decode_crops(crops, spread, config)
     return points, confidence

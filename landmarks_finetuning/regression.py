@@ -24,6 +24,7 @@ from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
+from landmarks_finetuning.shape import stored_shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
 MARGIN = 1.5  # of a crop: what is cut out before it is turned and scaled
@@ -59,7 +60,7 @@ class HeatmapRegression:
         self.training, self.order = training.images.to(self.device), training.order
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
-        self.shape = np.array(header["shape"], dtype=np.float64)
+        self.shape = stored_shape(header)
         self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False, weights: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class Config(Section):
         decoders = {entry.decoder for entry in (self.finetune, *self.finetune.losses)}
         if self.is_3d and "contour_centroid" in decoders:
             raise ValueError('finetune.decoder "contour_centroid" is 2D only; choose component_centroid, argmax, '
-                             "local_expectation or window_mass")
+                             "local_expectation, window_mass or quadratic")
         levels = len(self.unet.channel_multipliers)
         check_divisible(self.dataset.image_size, levels)
         if self.finetune.refine.zoom is not None:

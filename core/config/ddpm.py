@@ -24,15 +24,20 @@ from core.config.section import (
 class DDPM(Section):
     """Denoising diffusion pre-training."""
 
-    num_train_timesteps: int = setting(500, "steps of the noise schedule", gt=1)
+    objective: Literal["noise", "flow"] = setting(
+        "noise", "what the network learns: the noise that a schedule added (Ho et al. 2020), or the velocity of a "
+        "straight line from the image to noise (flow matching, Lipman et al. 2023)", before="noise")
+    num_train_timesteps: int = setting(500, "steps of the noise schedule; of a flow the largest number that the "
+                                       "network is told as its time", gt=1)
     min_timestep: Index = setting(0, "smallest timestep drawn in training (the published code: 1)")
     schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] = setting(
-        "linear", "how the noise grows with the timestep; cosine knows no beta_start and beta_end")
+        "linear", "how the noise grows with the timestep; cosine knows no beta_start and beta_end",
+        acts=[only("objective", "noise")])
     beta_start: float = setting(1e-4, "variance of the noise that the first timestep adds", gt=0, lt=1,
-                                acts=[unless("schedule", "cosine")])
+                                acts=[only("objective", "noise"), unless("schedule", "cosine")])
     beta_end: float = setting(0.02, "variance of the noise that the last timestep adds", gt=0, lt=1,
-                              acts=[unless("schedule", "cosine")])
-    loss: Literal["l1", "l2", "huber"] = setting("l2", "distance between the noise and its prediction")
+                              acts=[only("objective", "noise"), unless("schedule", "cosine")])
+    loss: Literal["l1", "l2", "huber"] = setting("l2", "distance of the prediction from the noise, or the velocity")
     iterations: Count = setting(10000, "optimiser steps", counts_for=FREE)
     checkpoint_iterations: tuple[int, ...] = setting(
         (4000, 6000, 8000, 10000), "steps at which the averaged weights are kept; fine-tuning starts from the last one",
@@ -56,8 +61,8 @@ class DDPM(Section):
     save_every: Count = setting(500, "steps between saved states, from which a run can be continued", counts_for=FREE)
     sampler: Literal["ddpm", "ddim"] = setting(
         "ddim", "how images are sampled: ddpm goes through every timestep, ddim through sampling_steps of them",
-        counts_for=FREE)
-    sampling_steps: Count = setting(50, "timesteps that DDIM goes through", counts_for=FREE,
+        counts_for=FREE, acts=[only("objective", "noise")])
+    sampling_steps: Count = setting(50, "timesteps that DDIM goes through, or Euler's steps of a flow", counts_for=FREE,
                                     acts=[only("sampler", "ddim")])
     sample_count: Count = setting(8, "images sampled for a picture", counts_for=FREE)
 

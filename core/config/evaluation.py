@@ -14,6 +14,9 @@ class Evaluation(Section):
     split: Literal["test", "validation"] = setting(
         "test", "images that are scored: choose settings on validation, test once", counts_for=("scoring",))
     batch_size: Count = setting(16, "images, or windows, that go through a network at once")
+    views: Count = setting(1, "looks at each image whose heatmaps are averaged: itself, then a little turned, zoomed, "
+                           "shifted and with other contrast; 1 = itself alone", counts_for=("scoring",),
+                           backbones=tuple(BACKBONES), before=1)
     leaked: Literal["keep", "drop"] = setting(
         "keep", "images with a twin in train, validation or pre-training: drop = they are not scored",
         counts_for=("scoring",), before="keep")

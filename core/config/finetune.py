@@ -71,12 +71,14 @@ class LossSettings(Section):
         "gaussian", "heatmap of a label: a Gaussian, the disk where it is above half its maximum, or the one pixel",
         slug="target")
     sigma: float = setting(2.5, "width of the Gaussian in pixels of a 256-pixel image, scaled with dataset.image_size; "
-                           "with dataset.resample_mm or canvas_size in those pixels, whatever the size of the crop",
+                           "with dataset.resample_mm or canvas_size in those pixels, whatever the size of the crop. It "
+                           "is also the measure of the decoder's and the confidence's windows, whatever the target",
                            slug="sigma", gt=0)
-    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass"] = setting(
+    decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass",
+                     "quadratic"] = setting(
         "local_expectation", "the landmark in a heatmap: centroid of the largest part above half the maximum, the same "
-        "as the published code does it, the maximum, the mean around the maximum, or the mean in the window of most "
-        "mass", counts_for=("scoring",), slug="decoder")
+        "as the published code does it, the maximum, the mean around the maximum, the mean in the window of most "
+        "mass, or the top of a parabola through the log map about the maximum", counts_for=("scoring",), slug="decoder")
     shape_prior: float | None = setting(
         0.2, "how far a landmark may lie from where the others' common shape puts it, of the shape's size (standard "
         "deviation); null = each landmark by itself", counts_for=("scoring",), slug="prior", null_slug="off", gt=0,
@@ -132,6 +134,10 @@ class Finetune(LossSettings):
     selection: Literal["first", "random", "coverage"] = setting(
         "random", "first k images (the paper), a seeded draw, or those whose diffusion features cover the images of "
         "the pre-training best", backbones=(MEAN_SHAPE, *BACKBONES), slug="pick")
+    shape_modes: Index = setting(
+        0, "most ways in which the common shape may bend, those in which the labels differ most; fewer with few labels "
+        "(one for two beside the first); 0 = moved, turned and scaled only", slug="modes", before=0,
+        acts=[unless("shape_prior", None), unless("decoder", "contour_centroid")])
     ema_decay: Fraction | None = setting(None, "decay of a moving average of the weights, each step; null = none",
                                          slug="ema")
     batch_size: Count = setting(8, "images of a micro-batch", slug="batch")

@@ -89,7 +89,7 @@ class NormClip(Clip):
 
 
 class Augmentation(Section):
-    """Random similarity applied to image and landmarks together, and intensity changes."""
+    """Random movement of image and landmarks together, and changes of intensity."""
 
     probability: Share = setting(0.5, "share of the images that are moved")
     rotation_degrees: Degrees | tuple[Degrees, Degrees, Degrees] = setting(
@@ -99,3 +99,8 @@ class Augmentation(Section):
     translation: Fraction = setting(0.02, "largest shift as a fraction of the size, along each axis",
                                     acts=[unless("probability", 0)])
     intensity: Fraction = setting(0.0, "strength of random brightness, contrast and gamma, of every image; 0 = off")
+    elastic: float = setting(
+        0.0, "largest smooth random displacement as a fraction of the size, along each axis, less where it would fold; "
+        "of the images that probability says; 0 = off", ge=0, le=0.1, before=0.0, acts=[unless("probability", 0)])
+    artefacts: Share = setting(0.0, "share of the images with uneven exposure, with a dark border, and with a bright "
+                               "marker, each drawn by itself; 0 = off", before=0.0)

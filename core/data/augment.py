@@ -1,4 +1,4 @@
-"""Joint random similarity of images and landmarks in any dimension, and intensity changes, batched on the device."""
+"""Joint random movement of images and landmarks in any dimension, and intensity changes, batched on the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config.section import Augmentation
+from core.data.artefacts import add_artefacts
+from core.data.elastic import displacement_field, draw_knots, undo_displacement
 
 
 @lru_cache(maxsize=256)
@@ -66,8 +68,12 @@ def move_points(points: Tensor, affines: Tensor) -> Tensor:
     return points @ affines[:, :, :-1].transpose(1, 2) + affines[:, None, :, -1]
 
 
-def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-    """(B, C, *old) resampled (linear, border replicated) to (B, C, *size) so that what was at p lies at affine(p)."""
+def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = None,
+                bent: Tensor | None = None) -> Tensor:
+    """(B, C, *old) resampled (linear, border replicated) to (B, C, *size) so that what was at p lies at affine(p).
+
+    With `bent` (B, D, *size), displacements of the size of each axis, it lies at the q where q + bent(q) = affine(p).
+    """
     size = size or tuple(images.shape[2:])
     old_half, half = (constant(tuple(lengths), images.device) / 2 for lengths in (images.shape[2:], size))
     inverse, _ = torch.linalg.inv_ex(affines[:, :, :-1])  # inv would wait for a GPU, to raise for a singular one
@@ -81,6 +87,8 @@ def warp_images(images: Tensor, affines: Tensor, size: tuple[int, ...] | None = 
     for axis in reversed(range(len(size))):  # affine_grid, axis by axis: only the last product is of the grid's size
         steps = (torch.arange(size[axis], device=images.device, dtype=images.dtype) * 2 + 1) / size[axis] - 1
         grid = torch.addcmul(grid, steps.view(-1, *(1,) * (len(size) - axis - 1)), matrix[:, :, axis].reshape(place))
+    for axis, along in enumerate(() if bent is None else bent.unbind(dim=1)):  # the frame is 2 long
+        grid = torch.addcmul(grid, along[:, None], matrix[:, :, axis].reshape(place), value=2)
     return F.grid_sample(images, grid.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -121,7 +129,16 @@ def augment(images: Tensor, points: Tensor | None, settings: Augmentation, gener
     if crops is not None:
         corners = crops.corners if isinstance(crops.corners, Tensor) else crops.corners(generator)
         affines = torch.cat((affines[:, :, :-1], affines[:, :, -1:] - affines[:, :, :-1] @ corners[..., None]), dim=2)
-    images = warp_images(images, affines, crop)
+    knots, bent = None, None
+    if settings.elastic:
+        knots = draw_knots(len(images), len(crop), settings.elastic, settings.probability, generator)
+        bent = displacement_field(knots, crop).to(images.dtype)
+    images = warp_images(images, affines, crop, bent)
+    if settings.artefacts:
+        images = add_artefacts(images, settings.artefacts, generator)
     if settings.intensity:
         images = change_intensity(images, settings.intensity, generator)
-    return images, None if points is None else move_points(points, affines)
+    if points is not None:
+        points = move_points(points, affines)
+        points = points if knots is None else undo_displacement(knots, points, crop, settings.elastic)
+    return images, points

@@ -25,7 +25,7 @@ from landmarks_finetuning.inference import sigma_pixels
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"
 sizes = pytest.mark.parametrize("size", [(24, 20), (14, 12, 16)], ids=["2d", "3d"])
 any_dimension = pytest.mark.parametrize("decoder", ["component_centroid", "argmax", "local_expectation",
-                                                        "window_mass"])
+                                                        "window_mass", "quadratic"])
 
 
 def points_inside(size, count=3, batch=2, margin=4, seed=0):
@@ -127,7 +127,7 @@ def test_round_trip_through_a_gaussian(decoder, loss, size):
     points = points_inside(size)
     decoded, sure = decode(10 * draw_target(points, size, "gaussian", 2.0), decoder, loss, 2.0)
     tolerance = {"argmax": 0.5, "component_centroid": 0.5, "local_expectation": 0.05,
-                 "window_mass": 0.05}[decoder]
+                 "window_mass": 0.05, "quadratic": 0.05}[decoder]
     if loss == CHANNELS:  # neighbours bend the softmax over landmarks
         tolerance = 2.0
     assert decoded.dtype == torch.float64 and decoded.shape == points.shape
@@ -190,6 +190,38 @@ def test_local_expectation_equals_a_naive_weighted_mean_also_at_the_border(size)
         window = list(itertools.product(*ranges))
         weights = np.exp([heatmap[pixel] for pixel in window])
         np.testing.assert_allclose(point, np.average(window, axis=0, weights=weights), atol=1e-5)
+
+
+@sizes
+@pytest.mark.parametrize("slanted", [False, True])
+@pytest.mark.parametrize("margin", [3, 0])
+def test_quadratic_is_exact_for_gaussians(size, slanted, margin):
+    """At every position, in corners too, of slanted ones whose log has mixed terms; to float32."""
+    dims, points = len(size), points_inside(size, count=20, margin=margin)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dims, dims)))[0] if slanted else np.eye(dims)
+    precision = torch.from_numpy(turn @ np.diag([1.0, 0.5, 0.7][:dims]) @ turn.T)
+    pixels = torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), dim=-1).double()
+    away = pixels - points[(..., *(None,) * dims, slice(None))]
+    outputs = (-0.5 * (away @ precision * away).sum(dim=-1) + 3).float()
+    decoded, _ = decode(outputs, "quadratic", PIXELS, 1.5)
+    assert (decoded - points).abs().max() < 1e-4
+
+
+@sizes
+def test_quadratic_without_a_top_stays_at_the_argmax_or_on_its_axis(size):
+    """A plateau, a lone pixel at the border and a saddle, by hand: then each axis has its own parabola."""
+    dims = len(size)
+    outputs = torch.zeros(1, 4, *size)
+    outputs[(0, 1, *(0,) * dims)] = 50.0
+    ridge = torch.tensor([[-20.0, 1.0, 3.0], [1.0, 4.0, 2.0], [3.9, 2.0, -20.0]])  # mixed: -11.7
+    outputs[(0, 2, slice(4, 7), slice(4, 7), *(5,) * (dims - 2))] = ridge
+    outputs[(0, 3, *(5,) * dims)] = float(2**20)
+    decoded, _ = decode(outputs, "quadratic", PIXELS, 1.0)
+    assert decoded[0, 0].tolist() == [0.0] * dims
+    assert decoded[0, 1].tolist() == [0.0] * dims
+    # along an axis f = (1, 4, 2): slope 0.5, curvature -5
+    np.testing.assert_allclose(decoded[0, 2], [5.1, 5.1, 5.0][:dims], atol=1e-5)
+    assert decoded[0, 3].tolist() == [5.0] * dims
 
 
 @sizes

@@ -1,14 +1,33 @@
 """The shape prior: exact similarities, robust to outliers, missing landmarks, and what it does to heatmaps."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from core.config.finetune import LossSettings
+from core.data.dataset import load_images
+from core.data.shots import labelled_subset
+from core.data.source import load_source
+from core.runs.places import Cell
 from landmarks_finetuning.heatmaps import decode
-from landmarks_finetuning.inference import locate
-from landmarks_finetuning.shape import SCALES, add_shape_prior, fit_shape, mean_shape, shape_size
+from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.predictions import find_landmarks
+from landmarks_finetuning.shape import (
+    SCALES,
+    SCATTER,
+    _bend,
+    add_shape_prior,
+    fit_shape,
+    mean_shape,
+    shape_modes,
+    shape_size,
+    stored_shape,
+)
+from landmarks_finetuning.train import finetune_cell
 
 NAN = float("nan")
 dims = pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
@@ -200,3 +219,125 @@ def test_degenerate_shapes_do_not_spoil_the_mean_nor_the_size():
     assert np.isfinite(mean).all()
     assert shape_size(np.full((4, 2), NAN)) == 0.0
     np.testing.assert_allclose(fit_shape(shape, shape + 4, np.zeros(12)), shape + 4)  # nothing is certain
+
+
+# ---- modes
+
+
+def known_model(dims, count, spreads, landmarks=14):
+    """(mean, modes, shapes): shapes mean + sum b modes with b normal, moved, turned and scaled at random.
+
+    No mode has a part that a small similarity has too. Modes are as long as `spreads` times the mean's size.
+    """
+    rng, mean = np.random.default_rng(0), shape_of(dims, landmarks)
+    centred = mean - mean.mean(axis=0)
+    turns = [np.zeros((dims, dims)) for _ in range(dims * (dims - 1) // 2)]
+    for turn, (i, j) in zip(turns, itertools.combinations(range(dims), 2), strict=True):
+        turn[i, j], turn[j, i] = 1, -1
+    moves = [np.tile(axis, (landmarks, 1)) for axis in np.eye(dims)] + [centred] + [centred @ turn for turn in turns]
+    columns = [way.ravel() for way in moves] + list(rng.normal(size=(len(spreads), mean.size)))
+    directions = np.linalg.qr(np.stack(columns, axis=1))[0].T[len(moves) :].reshape(-1, *mean.shape)
+    modes = directions * np.array(spreads)[:, None, None] * shape_size(mean)
+    plain = mean + np.tensordot(rng.normal(size=(count, len(spreads))), modes, axes=1)
+    shapes = np.stack([rng.uniform(0.7, 1.4) * one @ rotation(dims, rng) + rng.normal(size=dims) * 20 for one in plain])
+    return mean, modes, shapes
+
+
+@dims
+def test_modes_of_a_known_linear_model_are_recovered(dims):
+    """Their directions, their lengths, and what they are for: other shapes of the model are fitted."""
+    mean, modes, shapes = known_model(dims, 430, (0.5, 0.25))
+    shapes, others = shapes[:400], shapes[400:]
+    found_mean = mean_shape(shapes)
+    found = shape_modes(shapes, found_mean, 5)
+    assert found.shape == (2, *mean.shape)  # no more are needed
+    turned = best_similarity(found_mean, mean, np.ones(len(mean)))  # in the known one's pose
+    for mode, known in zip(found, modes, strict=True):
+        back = (best_similarity(found_mean + 0.01 * mode, turned, np.ones(len(mean))) - turned) / 0.01
+        likeness = abs((back * known).sum()) / np.linalg.norm(back) / np.linalg.norm(known)
+        assert likeness > 0.97
+        assert np.linalg.norm(back) == pytest.approx(np.linalg.norm(known), rel=0.1)
+        assert np.linalg.norm(mode) / shape_size(found_mean) == pytest.approx(
+            np.linalg.norm(known) / shape_size(mean), rel=0.1)
+    model = np.stack([found_mean, *found])
+    bent, rigid = [], []
+    for shape in others:
+        size = shape_size(shape)
+        bent.append(np.linalg.norm(fit_shape(model, shape, np.ones(14)) - shape, axis=1).mean() / size)
+        rigid.append(np.linalg.norm(fit_shape(found_mean, shape, np.ones(14)) - shape, axis=1).mean() / size)
+    assert np.mean(bent) < 0.25 * np.mean(rigid)
+
+
+@dims
+def test_an_outlier_is_put_right_better_than_by_the_rigid_fit(dims):
+    _, _, shapes = known_model(dims, 90, (0.5, 0.3, 0.2))
+    mean, rng = mean_shape(shapes[:60]), np.random.default_rng(2)
+    model = np.stack([mean, *shape_modes(shapes[:60], mean, 5)])
+    bent, rigid = [], []
+    for shape in shapes[60:]:
+        size, seen = shape_size(shape), shape.copy()
+        seen += rng.normal(size=seen.shape) * 0.02 * size
+        wrong = rng.integers(14)
+        seen[wrong] = shape[(wrong + 5) % 14]  # on another landmark
+        bent.append(np.linalg.norm(fit_shape(model, seen, np.ones(14))[wrong] - shape[wrong]) / size)
+        rigid.append(np.linalg.norm(fit_shape(mean, seen, np.ones(14))[wrong] - shape[wrong]) / size)
+    assert np.median(bent) < 0.7 * np.median(rigid) and np.mean(bent) < 0.8 * np.mean(rigid)
+
+
+def test_the_number_of_modes():
+    """One for two labels beside the first, no more than asked for, and none where the labels are alike."""
+    _, _, shapes = known_model(2, 20, (0.4, 0.35, 0.3, 0.25, 0.2, 0.15))
+    shapes += np.random.default_rng(0).normal(size=shapes.shape) * 0.5
+    counts = [len(shape_modes(shapes[:labels], mean_shape(shapes[:labels]), most))
+              for labels, most in ((20, 0), (20, 3), (1, 9), (2, 9), (3, 9), (4, 9), (5, 9), (20, 99))]
+    assert counts[:-1] == [0, 3, 0, 0, 1, 1, 2] and 5 <= counts[-1] < 9
+    moved = np.stack([s * shapes[0] @ rotation(2, np.random.default_rng(9)) for s in (1.0, 0.6, 1.8, 1.2, 1.0)])
+    assert shape_modes(moved, mean_shape(moved), 3).shape == (0, 14, 2)
+
+
+def test_a_coefficient_is_shrunk_by_its_variance_by_hand():
+    """b = (sum w mode off) / (sum w mode^2 + scatter^2): the least squares divided by 1 + scatter^2 / variance."""
+    mean = np.array([[-3.0, -4.0], [3.0, -4.0], [3.0, 4.0], [-3.0, 4.0], [NAN, NAN]])  # of size 5
+    mode, weights = np.zeros((1, 5, 2)), np.array([1.0, 0.5, 1.0, 0.0, 1.0])
+    mode[0, 0, 0], mode[0, 1, 1], mode[0, 3, 0] = 0.2, 0.1, 7.0
+    points = mean + np.array([[0.4, 0.0], [0.0, 0.6], [0.3, 0.3], [5.0, 5.0], [0.0, 0.0]])
+    scatter = (SCATTER * 5) ** 2
+    b = (0.2 * 0.4 + 0.5 * 0.1 * 0.6) / (0.2**2 + 0.5 * 0.1**2 + scatter)
+    np.testing.assert_allclose(_bend(mean, mode, points, weights), mean + b * mode[0])
+
+
+@dims
+def test_gaps_and_nothing_known(dims):
+    """Missing landmarks do not count; where too few are known there is no fit, with modes as without."""
+    mean, _, shapes = known_model(dims, 40, (0.5, 0.3))
+    shapes[::3, 2], shapes[:, 7] = NAN, NAN
+    mean = mean_shape(shapes)
+    model = np.stack([mean, *shape_modes(shapes, mean, 4)])
+    assert np.isfinite(model[1:]).all() and (model[1:, 7] == 0).all()
+    fitted = fit_shape(model, np.nan_to_num(shapes[1], nan=3.0), np.where(np.arange(14) == 7, 0.0, 1.0))
+    assert np.isnan(fitted[7]).all() and np.isfinite(np.delete(fitted, 7, axis=0)).all()
+    few = np.full_like(mean, NAN)
+    few[:dims] = shapes[0, :dims]
+    assert np.isnan(fit_shape(model, few, np.ones(14))).all()
+    assert shape_size(model) == shape_size(mean)
+
+
+def test_the_header_holds_the_model():
+    mean, modes = [[1.0, 2.0], [None, None]], [[[0.1, 0.2], [0.0, 0.0]]]
+    assert stored_shape({}) is None
+    np.testing.assert_array_equal(stored_shape({"shape": mean}), [[1, 2], [NAN, NAN]])
+    whole = stored_shape(json.loads(json.dumps({"shape": mean, "shape_modes": modes})))
+    np.testing.assert_array_equal(whole, [[[1, 2], [NAN, NAN]], *modes])
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_trained_detector_has_the_modes_that_its_labels_give(make_config, tmp_path, most):
+    config = make_config(tmp_path, finetune={"shape_modes": most, "backbones": ["scratch"], "shots": [4]})
+    run_dir = finetune_cell(config, Cell("scratch", 4, 0, 0))
+    detector = TrainedDetector(run_dir / "best.safetensors")
+    assert ("shape_modes" in detector.header) == bool(most)
+    labels = load_images(labelled_subset(load_source(config.dataset), config.finetune, 4, 0)[0], config.dataset)
+    mean = mean_shape(labels.truth.numpy())
+    expected = np.stack([mean, *shape_modes(labels.truth.numpy(), mean, 1)]) if most else mean
+    np.testing.assert_allclose(detector.shape, expected)
+    assert np.isfinite(find_landmarks(detector, labels).points).all()

@@ -11,7 +11,8 @@ SSL_METHODS = ("mocov3", "simclrv2", "dino")
 VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
                 "timestep": "t", "pretraining_iteration": "iter", "checkpoint": "from", "encoder": "encoder",
                 "encoder_weights": "weights", "iterations": "steps", "epochs": "epochs",
-                "learning_rate": "lr", "validation": "val", "selection": "pick", "ema_decay": "ema",
+                "learning_rate": "lr", "validation": "val", "selection": "pick", "shape_modes": "modes",
+                "ema_decay": "ema",
                 "batch_size": "batch", "scheduler": "schedule"}  # fmt: skip
 STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fine", "refine.sigma": "fine-sigma",
                "refine.prior": "fine-prior", "refine.iterations": "fine-steps", "refine.batch_size": "fine-batch",
@@ -30,7 +31,8 @@ CELL_FREE = (*PLACES, "finetune.backbones", "finetune.shots", "finetune.draws", 
              "finetune.save_every", "finetune.decoder", "finetune.shape_prior", "finetune.losses",
              "finetune.transfer_from", "finetune.refine.prior")  # fmt: skip
 SCORING = {"evaluation.split", "evaluation.sdr_thresholds", "evaluation.leaked"}
-OF_A_DETECTOR = {"evaluation.window_overlap", "finetune.decoder", "finetune.shape_prior", "finetune.refine.prior"}
+OF_A_DETECTOR = {"evaluation.window_overlap", "evaluation.views", "finetune.decoder", "finetune.shape_prior",
+                 "finetune.refine.prior"}
 
 
 def below(sections, free=()):
@@ -80,7 +82,10 @@ def test_names_in_variants_as_before():
             owners = {backbone for backbone, keys in OWN_KEYS.items()
                       if {name, key.removeprefix("finetune.")} & set(keys)}
             assert set(each.backbones) - {"mean_shape"} == (owners or set(BACKBONES)), key
-    assert [key for key, each in all_settings().items() if each.before is not None] == ["evaluation.leaked"]
+    assert {key: each.before for key, each in all_settings().items() if each.before is not None} == {
+        "evaluation.leaked": "keep", "evaluation.views": 1, "ddpm.objective": "noise", "finetune.shape_modes": 0,
+        **{f"{stage}.augmentation.{name}": 0.0 for stage in ("ddpm", "finetune", "finetune.refine")
+           for name in ("elastic", "artefacts")}}
 
 
 def test_every_setting_has_a_role_and_a_meaning():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.config.section import Augmentation
-from core.data.augment import augment, change_intensity, draw_affines, move_points, warp_images
+from core.data.augment import Crops, augment, change_intensity, draw_affines, draw_crops, move_points, warp_images
 
 STRONG = Augmentation(probability=1, rotation_degrees=20, scale=0.1, translation=0.05)
 SIZES = pytest.mark.parametrize("size", [(48, 64), (28, 36, 32)], ids=["2D", "3D"])
@@ -154,3 +154,38 @@ def test_intensity():
     still = Augmentation(probability=0, intensity=0.4)
     out, moved = augment(images, points, still, seeded())
     assert torch.equal(moved, points) and not torch.allclose(out, images, atol=0.01)
+
+
+@SIZES
+@pytest.mark.parametrize("cropped", [False, True])
+def test_without_elastic_and_artefacts_it_is_the_similarity_and_the_intensity_alone(size, cropped):
+    """Bit for bit, and no number more is drawn."""
+    settings = STRONG.model_copy(update={"probability": 0.7, "intensity": 0.3})
+    count, dims, first, second = 6, len(size), seeded(), seeded()
+    images = torch.rand(count, 1, *size, generator=seeded(1))
+    points = torch.rand(count, 3, dims, generator=seeded(2), dtype=torch.float64) * 20
+    crop = tuple(n - 4 for n in size) if cropped else size
+    crops = Crops(crop, lambda generator: draw_crops(torch.zeros(count, dims, dtype=torch.float64),
+                                                     torch.tensor(size).expand(count, dims), crop, generator))
+    out, moved = augment(images, points, settings, first, crops if cropped else None)
+    affines = draw_affines(count, crop, settings, second)
+    if cropped:
+        corners = crops.corners(second)
+        affines = torch.cat((affines[:, :, :-1], affines[:, :, -1:] - affines[:, :, :-1] @ corners[..., None]), dim=2)
+    assert torch.equal(out, change_intensity(warp_images(images, affines, crop), 0.3, second))
+    assert torch.equal(moved, move_points(points, affines))
+    assert torch.equal(first.get_state(), second.get_state())
+
+
+def test_recorded_numbers():
+    """What the version before elastic and artefacts gave."""
+    generator = seeded(3)
+    images = torch.arange(2 * 12 * 10, dtype=torch.float32).view(2, 1, 12, 10) / 240
+    points = torch.tensor([[[3.0, 4.0], [6.5, 2.25]]] * 2, dtype=torch.float64)
+    settings = Augmentation(probability=0.8, rotation_degrees=20, scale=0.1, translation=0.05, intensity=0.3)
+    out, moved = augment(images, points, settings, generator)
+    np.testing.assert_allclose(moved.flatten(), [3.1397211384300476, 4.951083419541052, 6.047504287217353,
+                                                 2.0228549848335833, 3.0, 4.0, 6.5, 2.25], rtol=1e-12)
+    np.testing.assert_allclose(out[:, 0, 3::5, 2::5].flatten(), [
+        0.20642568, 0.16866733, 0.39544472, 0.34925839, 0.40702602, 0.42637548, 0.60714567, 0.62791306], rtol=1e-5)
+    assert torch.rand(1, generator=generator).item() == pytest.approx(0.1808772087097168)
