@@ -70,9 +70,9 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
         chosen = records[first : first + some]
         images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
         for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
-            points, confidence = timed("decode heatmaps", partial(
+            located = timed("decode heatmaps", partial(
                 locate, outputs, maps, config.finetune, detector.sigma))
-        predictions = Predictions(images, detector.landmark_names, points, confidence)
+        predictions = Predictions(images, detector.landmark_names, *located)
         with (folder / "parts.csv").open("ab") as table:
             timed("write", partial(append_predictions, table, predictions))
     return seconds

@@ -13,7 +13,7 @@ import numpy as np
 from core.config.config import Config
 from core.config.dataset import Dataset
 from core.config.starts import MEAN_SHAPE
-from core.data.dataset import load_images
+from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
@@ -27,6 +27,7 @@ from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, image
 from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
+from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
 from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
@@ -68,7 +69,12 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
     records = scored_records(source, config.evaluation, config.dataset)
     scored = load_images(records, config.dataset)
-    predictions = find_landmarks(detector, scored, decoder)
+    validation = validation_images(detector, source) if own_data else None
+    if validation is None:
+        errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)
+    else:
+        errors, calibration = calibrate(detector, validation, decoder)
+    predictions = find_landmarks(detector, scored, decoder, calibration=calibration, unit=source.unit)
     seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
@@ -76,8 +82,12 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
                 "decoder": decoder or config.finetune.decoder,
                 **({"averaged_with": list(map(str, others))} if others else {}),
-                "validation_mre": validation_error(detector, source, decoder) if own_data else None,
+                "validation_mre": None if errors is None else float(np.nanmean(errors)),
+                "calibration": None if calibration is None else {
+                    "images": calibration.images, "landmarks": calibration.landmarks,
+                    "of_scored": validation is not None and share_images(validation, scored)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
+    write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
 
 
@@ -94,16 +104,17 @@ def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
     return not image_changes(training, {"training": data_digests(images, source.landmark_names, dataset)})
 
 
-def validation_error(detector: TrainedDetector, source: DataSource, decoder: str | None) -> float | None:
-    """Mean radial error on the images that chose the detector's weights, decoded as those scored; None without any."""
+def validation_images(detector: TrainedDetector, source: DataSource) -> ImageSet | None:
+    """The images that chose the detector's weights, and that calibrate its expected errors; None without any."""
     header = detector.header
     _, records = labelled_subset(source, detector.config.finetune, header["shots"], header["draw"],
                                  header.get("chosen_images"))
-    if not records:
-        return None
-    images = load_images(records, detector.config.dataset)
-    points = find_landmarks(detector, images, decoder).points
-    return float(np.nanmean(physical_errors(points, images.original_points(), images.spacings())))
+    return load_images(records, detector.config.dataset) if records else None
+
+
+def share_images(one: ImageSet, other: ImageSet) -> bool:
+    """Whether an image is in both."""
+    return not {record.id for record in one.records}.isdisjoint(record.id for record in other.records)
 
 
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
@@ -120,11 +131,12 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     run_dir = cell_dir(config, cell)
     identity = {"backbone": MEAN_SHAPE, "variant": variant(config, MEAN_SHAPE), "shots": cell.shots,
                 "draw": cell.draw, "seed": cell.seed, "training_images": [record.id for record in chosen],
-                "validation_labels": 0, "decoder": None, "seconds": None}
+                "validation_labels": 0, "decoder": None, "seconds": None, "calibration": None}
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     inputs = {"training": data_digests(chosen, source.landmark_names, config.dataset)}
     write_inputs(run_dir, inputs, chosen_by=None if order is None else choosing_path(config))
-    guess = Predictions(test_images, source.landmark_names, points, np.full(points.shape[:2], np.nan), scorer_points)
+    unknown = np.full(points.shape[:2], np.nan)
+    guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)
     return run_dir
 
@@ -198,6 +210,8 @@ def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: st
     for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
         name = predictions.images.records[index].id
         title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
+        expected = predictions.expected_error[index]
+        title += "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
         shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
         path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])

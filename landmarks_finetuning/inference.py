@@ -1,4 +1,4 @@
-"""A trained detector on images: batches or windows, decoded to points and confidences."""
+"""A trained detector on images: batches or windows, decoded to points and how far off these may be."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.ensemble import MeanOutputs, over_views
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
+from landmarks_finetuning.uncertainty import Calibration, measure_spread
 
 WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
@@ -227,22 +228,60 @@ def sigma_pixels(sigma: float, dataset: Dataset) -> float:
     return sigma if dataset.makes_windows else sigma * float(np.mean(dataset.image_size)) / 256
 
 
-def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
-           shape: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels and confidences (B, N).
+class Decoded(NamedTuple):
+    """In the pixels of the maps: points (B, N, D), float64 on the CPU, and the scores (B, N, *size) they were read off.
 
-    `maps` (B, D, D + 1) lead from stored to network pixels; `sigma` is the heatmaps' in network pixels. With `shape`
-    (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under settings.shape_prior;
-    confidences are those of the network's own maps there. `decoder` replaces settings.decoder.
+    The scores, on the outputs' device, are log-probabilities up to a constant for each map, under the shape prior.
+    confidence (B, N) in [0, 1] is a weight: the mass of the network's own map about the point.
+    """
+
+    points: Tensor
+    scores: Tensor
+    confidence: Tensor
+
+
+def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: str | None = None,
+                shape: np.ndarray | None = None) -> Decoded:
+    """Raw outputs (B, N, *size) -> points, and the maps they come from; `sigma` is the heatmaps' in network pixels.
+
+    With `shape` (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under
+    settings.shape_prior, to whose fit each landmark counts by the mass of its map about it. `decoder` replaces
+    settings.decoder.
     """
     decoder, loss = decoder or settings.decoder, settings.loss
     seen = log_maps(outputs, loss)
     points = find_points(outputs, seen, decoder, loss, sigma)
-    sure = confidence(seen, points, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    if shape is not None and settings.shape_prior is not None and not raw:
-        fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
-        weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
-        points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
-        sure = confidence(seen, points, loss, sigma)
-    return apply_maps(points.numpy(), inverse(maps)), sure.numpy()
+    sure = confidence(seen, points, loss, sigma)
+    if shape is None or settings.shape_prior is None or raw:
+        return Decoded(points, seen.scores, sure)
+    fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
+    weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
+    points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
+    return Decoded(points, weighted, confidence(seen, points, loss, sigma))
+
+
+class Located(NamedTuple):
+    """Landmarks in stored pixels, and how far off they may be in mm where the spacing is known, else stored pixels."""
+
+    points: np.ndarray  # (B, N, D)
+    expected_error: np.ndarray  # (B, N), NaN where the loss says nothing of it
+    radius90: np.ndarray  # (B, N), the same
+    confidence: np.ndarray  # (B, N) in [0, 1], a weight: see `Decoded`
+
+
+def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
+           shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+           calibration: Calibration | None = None) -> Located:
+    """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels with expected errors and 90 % radii (B, N).
+
+    `maps` (B, D, D + 1) lead from stored to network pixels, `spacing` (B, D) is mm per stored pixel. The rest is as
+    for `decode_maps`. A softmax over landmarks says which landmark a pixel belongs to, not where one lies: NaN there.
+    """
+    decoded, to_stored = decode_maps(outputs, settings, sigma, decoder, shape), inverse(maps)
+    points = apply_maps(decoded.points.numpy(), to_stored)
+    if settings.loss != "cross_entropy_pixels":
+        nothing = np.full(points.shape[:2], np.nan)
+        return Located(points, nothing, nothing, decoded.confidence.numpy())
+    spread = measure_spread(decoded.scores, decoded.points, to_stored, spacing, calibration)
+    return Located(points, *spread, decoded.confidence.numpy())

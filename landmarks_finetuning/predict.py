@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from core.data.dataset import load_images
@@ -13,9 +15,16 @@ from core.errors import CommandParser, UserError, run_command
 from core.files import atomic_file
 from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
-from landmarks_finetuning.predictions import append_rows, find_landmarks, table_rows, write_slicer_files
+from landmarks_finetuning.predictions import (
+    Predictions,
+    append_rows,
+    find_landmarks,
+    table_rows,
+    write_slicer_files,
+)
 
 
 def collect_images(paths: list[Path]) -> list[Record]:
@@ -39,24 +48,41 @@ def collect_images(paths: list[Path]) -> list[Record]:
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
             overrides: tuple[str, ...] = (), others: Sequence[Path] = ()) -> Path:
-    """Write out/predictions.csv (image, landmark, x, y[, z], confidence), out/overlays/ and, of volumes, out/markups/.
+    """Write out/predictions.csv (image, landmark, x, y[, z], expected_error, radius90), out/overlays/ and out/markups/.
+
+    Markups are of volumes alone. Both figures are in mm, or in the image's own pixels where its spacing is not known,
+    and calibrated where the run was, by its evaluation on validation labels.
 
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
     whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. Returns the table's path.
     """
     detector = trained_detector(run_dir, overrides, others)
+    calibration = None if others else read_calibration(run_dir, detector)
+    if calibration is None:
+        print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
+              "(evaluating a run that has validation labels writes it)", file=sys.stderr)
     records, some = collect_images(paths), detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:
         for first in tqdm(range(0, len(records), some), "batches"):
             images = load_images(records[first : first + some], detector.config.dataset)
-            predictions = find_landmarks(detector, images)
+            predictions = find_landmarks(detector, images, calibration=calibration)
             append_rows(table, table_rows(predictions))
             write_slicer_files(out / "markups", predictions)
             for index, record in enumerate(images.records if overlays else ()):
-                title = f"{record.id}: lowest confidence {predictions.confidence[index].min():.2f}"
-                draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index, title)
+                draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index,
+                                 f"{record.id}{_doubt(predictions, index)}")
     return path
+
+
+def _doubt(predictions: Predictions, index: int) -> str:
+    """": largest expected error 4.2 mm (Gonion)" of image `index`; empty where there is none."""
+    expected = predictions.expected_error[index]
+    if np.isnan(expected).all():
+        return ""
+    most = int(np.nanargmax(expected))
+    how = "" if predictions.calibration is not None else ", not calibrated"
+    return f": largest {predictions.expected_text(index, most)} ({predictions.names[most]}{how})"
 
 
 def main() -> None:

@@ -15,60 +15,75 @@ from core.files import atomic_file
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.heatmaps import contour_centroid
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.inference import Located, TrainedDetector, locate
 from landmarks_finetuning.paper_scorer import round_original
 from landmarks_finetuning.refinement import refine
+from landmarks_finetuning.uncertainty import Calibration
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """points (M, N, D) in stored pixels and confidence (M, N), NaN = none, of the landmarks `names` in `images`.
+    """points (M, N, D) in stored pixels of the landmarks `names` in `images`, and how far off these may be.
 
-    `scorer_points` (M, N, 2) are network pixels for the paper's scorer, None for volumes. `detector` draws heatmaps
-    for pictures; the guess without an image has none.
+    `expected_error` and `radius90` (M, N) are in the unit of errors: `unit`, the data set's, or else mm, and stored
+    pixels for an image whose spacing is not known; NaN = none. `calibration` is theirs, None = uncalibrated.
+    `confidence` (M, N) in [0, 1] weighs landmarks against each other, and is shown to nobody.
+    `scorer_points` (M, N, 2) are network pixels for the paper's scorer, None for volumes. `detector` draws heatmaps for
+    pictures; the guess without an image has none.
     """
 
     images: ImageSet
     names: Sequence[str]
     points: np.ndarray
+    expected_error: np.ndarray
+    radius90: np.ndarray
     confidence: np.ndarray
     scorer_points: np.ndarray | None = None
     detector: TrainedDetector | None = None
+    calibration: Calibration | None = None
+    unit: str | None = None
+
+    def unit_of(self, index: int) -> str:
+        """Of distances in image `index`."""
+        return self.unit or ("px" if self.images.records[index].spacing is None else "mm")
+
+    def expected_text(self, index: int, landmark: int) -> str:
+        """"expected error 1.3 mm"; empty where there is none."""
+        value = self.expected_error[index, landmark]
+        return "" if np.isnan(value) else f"expected error {value:.1f} {self.unit_of(index)}"
 
 
-def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None, refined: bool = True
-                   ) -> Predictions:
+def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | None = None, *, refined: bool = True,
+                   calibration: Calibration | None = None, unit: str | None = None) -> Predictions:
     """Run `detector` on `images`, its second stage too where it has one, unless `refined` is false.
 
-    Heatmaps are decoded batch by batch and not kept.
+    Heatmaps are decoded batch by batch and not kept. `unit` is the data set's; `calibration` is that of the last stage.
     """
-    points, confidence, scorer_points = [], [], []
-    flat = images.images.ndim == 4
-    for _, outputs, maps in detector.heatmaps(images):
-        predicted, sure = locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape)
-        points.append(predicted)
-        confidence.append(sure)
+    second = detector.second if refined else None
+    parts, scorer_parts = [], []
+    flat, dims = images.images.ndim == 4, images.images.ndim - 2
+    spacing = np.array([record.spacing or (1.0,) * dims for record in images.records])
+    for chosen, outputs, maps in detector.heatmaps(images):
+        parts.append(locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape,
+                            spacing[chosen], calibration if second is None else None))
         if flat:
-            scorer_points.append(contour_centroid(outputs).numpy())
-    answers = np.concatenate(points), np.concatenate(confidence), np.concatenate(scorer_points) if flat else None
-    if refined and detector.second is not None:
-        answers = _refined(detector, detector.second, images, answers[0])
-    return Predictions(images, detector.landmark_names, *answers, detector)
-
-
-def _refined(detector: TrainedDetector, second: TrainedDetector, images: ImageSet, answers: np.ndarray
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Points, confidences and the scorer's points of the second stage about the first one's `answers`."""
-    points, confidence = refine(second.model, images.records, answers, second.header["spread_pixels"], detector.config)
-    side = detector.config.dataset.image_size
-    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
-    return points, confidence, round_original(points, images.original_sizes, side[0]) if square else None
+            scorer_parts.append(contour_centroid(outputs).numpy())
+    located = Located(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    scorer_points = np.concatenate(scorer_parts) if flat else None
+    if second is not None:
+        located = refine(second.model, images.records, located.points, second.header["spread_pixels"], detector.config,
+                         calibration)
+        side = detector.config.dataset.image_size
+        square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
+        scorer_points = round_original(located.points, images.original_sizes, side[0]) if square else None
+    return Predictions(images, detector.landmark_names, *located, scorer_points, detector, calibration, unit)
 
 
 def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
                published: np.ndarray | None = None, human: np.ndarray | None = None) -> list[dict[str, Any]]:
     """Rows of predictions.csv: one per image and landmark, (x, y[, z]) in stored pixels; NaN = no value.
 
+    expected_error and radius90 (of the circle that holds 90 % of the heatmap) are in the unit of `Predictions`.
     `errors` (M, N) adds truth and error columns; `published` (M, N) are the paper's scorer's, `human` (M, N) the
     distances between two annotators.
     """
@@ -82,7 +97,8 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
                 row |= {f"truth_{a}": v for a, v in zip(axes, record.truth[n, ::-1], strict=True)}
                 row |= {"error": errors[m, n], "paper_error": None if published is None else published[m, n]}
                 row |= {} if human is None else {"human_distance": human[m, n]}
-            rows.append({**row, "confidence": predictions.confidence[m, n]})
+            rows.append({**row, "expected_error": predictions.expected_error[m, n],
+                         "radius90": predictions.radius90[m, n]})
     return rows
 
 
@@ -100,12 +116,11 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_slicer_files(folder: Path, predictions: Predictions) -> None:
     """folder/<image>.mrk.json (LPS mm) for every volume that says where its voxels lie; opens in 3D Slicer on it."""
-    for record, points, sure in zip(predictions.images.records, predictions.points, predictions.confidence,
-                                    strict=True):
+    for index, record in enumerate(predictions.images.records):
         if record.geometry is not None and record.geometry.affine is not None:
-            descriptions = ["" if np.isnan(value) else f"confidence {value:.3f}" for value in sure]
-            write_markups(folder / f"{record.id}.mrk.json", predictions.names,
-                          index_to_world(points, record.geometry.affine), descriptions)
+            descriptions = [predictions.expected_text(index, n) for n in range(len(predictions.names))]
+            points = index_to_world(predictions.points[index], record.geometry.affine)
+            write_markups(folder / f"{record.id}.mrk.json", predictions.names, points, descriptions)
 
 
 

@@ -7,6 +7,7 @@ answer weighs in as a Gaussian about it (a product of both stages' beliefs).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,9 @@ from core.data.windows import cut_windows
 from core.formats.geometry import apply_maps
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.ensemble import over_views
-from landmarks_finetuning.inference import locate
+from landmarks_finetuning.inference import Located, locate
 from landmarks_finetuning.shape import add_shape_prior
+from landmarks_finetuning.uncertainty import Calibration
 
 CROPS_FOR_AN_IMAGE = 4  # that go through the second network for an image of the first one's batch
 LARGEST_OFFSET = 0.4  # of a crop: how far from its centre a landmark is put in training
@@ -108,30 +110,47 @@ def run_crops(model: nn.Module, images: ImageSet, answers: np.ndarray, config: C
         yield CropMaps(image, landmark, own, maps, (centres - corners)[:, None])
 
 
-def decode_crops(crops: CropMaps, spread: float, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Points (K, D) in stored pixels and confidences (K,) of the landmarks of `crops`.
-
-    `spread`: the first stage's root mean square error along an axis, in crop pixels; finetune.refine.prior times it is
-    the width of the prior. `config` is the study's.
-    """
-    prior, settings = config.finetune.refine.prior, second_stage(config).finetune
-    points, sure = locate(crops.weighted(None if prior is None else prior * spread), crops.maps, settings,
-                          settings.sigma)
-    return points[:, 0], sure[:, 0]
-
-
-def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spread: float, config: Config
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """The first stage's `answers` (M, N, D), stored pixels, refined, and confidences (M, N); NaN stays NaN.
-
-    Images are read a few at a time, through the cache. `config` is the study's.
-    """
-    points, confidence = answers.copy(), np.full(answers.shape[:2], np.nan)
+def crop_batches(model: nn.Module, records: Sequence[Record], answers: np.ndarray, config: Config
+                 ) -> Iterator[CropMaps]:
+    """Yield `run_crops` of all `records`, read a few at a time, through the cache. `config` is the study's."""
     second, some = second_stage(config), config.evaluation.batch_size
     for first in range(0, len(records), some):
         part = slice(first, first + some)
         for crops in run_crops(model, load_images(records[part], second.dataset), answers[part], second,
                                config.evaluation.views):
-            where = (first + crops.image, crops.landmark)
-            points[where], confidence[where] = decode_crops(crops, spread, config)
-    return points, confidence
+            yield crops._replace(image=first + crops.image)
+
+
+def crop_scores(crops: CropMaps, spread: float, config: Config) -> Tensor:
+    """The maps (K, 1, *size) that landmarks of `crops` are read off: raw outputs, under the prior where there is one.
+
+    `spread`: the first stage's root mean square error along an axis, in crop pixels; finetune.refine.prior times it is
+    the width of the prior. `config` is the study's.
+    """
+    prior = config.finetune.refine.prior
+    return crops.weighted(None if prior is None else prior * spread)
+
+
+def decode_crops(crops: CropMaps, spread: float, config: Config, spacing: np.ndarray | None = None,
+                 calibration: Calibration | None = None) -> Located:
+    """The landmarks of `crops`, (K, 1) of everything; `spacing` (K, D) is mm per stored pixel.
+
+    `spread` and `config` are as for `crop_scores`; `calibration` is that of all N landmarks.
+    """
+    if calibration is not None:
+        calibration = replace(calibration, temperatures=calibration.temperatures[crops.landmark][:, None])
+    settings = second_stage(config).finetune
+    return locate(crop_scores(crops, spread, config), crops.maps, settings, settings.sigma, spacing=spacing,
+                  calibration=calibration)
+
+
+def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spread: float, config: Config,
+           calibration: Calibration | None = None) -> Located:
+    """The first stage's `answers` (M, N, D), stored pixels, refined; NaN stays NaN. `config` is the study's."""
+    located = Located(answers.copy(), *(np.full(answers.shape[:2], np.nan) for _ in range(3)))
+    spacing = np.array([record.spacing or (1.0,) * answers.shape[2] for record in records])
+    for crops in crop_batches(model, records, answers, config):
+        found = decode_crops(crops, spread, config, spacing[crops.image], calibration)
+        for kept, new in zip(located, found, strict=True):
+            kept[crops.image, crops.landmark] = new[:, 0]
+    return located

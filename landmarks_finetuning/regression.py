@@ -100,7 +100,7 @@ class HeatmapRegression:
                 model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
             losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points, _ = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape)
+            points = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape).points
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
@@ -161,6 +161,6 @@ class CropRegression(HeatmapRegression):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
             losses.append(self._loss(crops.outputs, at).item())
-            refined[where], _ = decode_crops(crops, self.first.spread, self.study)
+            refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}

@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals of means and rates, a paired test, and Holm's correction for several comparisons.
+"""How sure a figure is: intervals of means, rates and ROC areas, a paired test, Holm's correction for several of them.
 
 What is resampled, flipped and counted is the patient: the landmarks and images of one patient go together. P patients,
 K figures side by side.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtrit
+from scipy.special import expit, logit, stdtrit
+from scipy.stats import rankdata
 
 from core.errors import UserError
 
@@ -98,6 +99,53 @@ def rate_interval(hits: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.
     half = np.sqrt(square * (rate * (1 - rate) + square / 4))
     middle = rate + square / 2
     return 100 * (middle - half) / (1 + square), 100 * (middle + half) / (1 + square)
+
+
+# ---- ranking
+
+
+def roc_curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates, (K,) and (K,) from 0 to 1, of calling those with the highest of `scores` positive.
+
+    `scores` and `positive` (bool) are (L,); equal scores are called together. ValueError without both kinds.
+    """
+    if positive.all() or not positive.any():
+        raise ValueError("a ROC curve needs positives and negatives")
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)
+    hits = [np.append(0, np.cumsum(kind[order])[last]) / kind.sum() for kind in (~positive, positive)]
+    return hits[0], hits[1]
+
+
+def roc_area(scores: np.ndarray, positive: np.ndarray, groups: ArrayLike) -> tuple[float, float, float]:
+    """How often a positive has a higher score than a negative (ties count half), and its 95 % interval over patients.
+
+    `scores`, `positive` (bool) and the patients `groups` are (L,). The variance is that of clustered data (Obuchowski
+    1997, Nonparametric analysis of clustered ROC curve data), the interval symmetric in the logit with Student's
+    quantile for the fewer of the patients with a positive and with a negative, less one. NaN where there is none.
+    """
+    counts = int(positive.sum()), int((~positive).sum())
+    if not all(counts):
+        return np.nan, np.nan, np.nan
+    ranks = rankdata(scores)
+    won = np.empty(len(scores))  # share of the other kind that each one is on the right side of
+    won[positive] = (ranks[positive] - rankdata(scores[positive])) / counts[1]
+    won[~positive] = 1 - (ranks[~positive] - rankdata(scores[~positive])) / counts[0]
+    area = float(won[positive].mean())
+    _, patient = np.unique(np.asarray(groups), return_inverse=True)
+    sums, seen = [], []
+    for kind in (positive, ~positive):
+        number = np.bincount(patient[kind], minlength=patient.max() + 1)
+        sums.append(np.bincount(patient[kind], weights=won[kind], minlength=len(number)) - number * area)
+        seen.append(int((number > 0).sum()))
+    if min(seen) < 2 or not 0 < area < 1:
+        return area, np.nan, np.nan
+    variance = sum(each / (each - 1) * np.square(part).sum() / count**2
+                   for part, each, count in zip(sums, seen, counts, strict=True))
+    both = patient.max() + 1
+    variance += 2 * both / (both - 1) * (sums[0] @ sums[1]) / (counts[0] * counts[1])
+    half = stdtrit(min(seen) - 1, 0.975) * np.sqrt(max(variance, 0.0)) / (area * (1 - area))
+    return area, float(expit(logit(area) - half)), float(expit(logit(area) + half))
 
 
 # ---- tests

@@ -15,6 +15,7 @@ from core.formats.geometry import apply_maps, inverse, upright, upright_map
 from core.formats.images import read_image
 from landmarks_finetuning.heatmaps import draw_target, probability_maps
 from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.pictures.overlays import Doubt
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 from landmarks_finetuning.predictions import Predictions
 
@@ -27,7 +28,7 @@ class Case(NamedTuple):
 
     pixels (C, *size); found and truth (N, D) in its pixels; probabilities and targets (N, *own), None without a
     detector, cover the same field on the network's grid, targets being what training aims at; spacing along the
-    picture's axes, None where unknown.
+    picture's axes, None where unknown; doubt None where nothing is expected of any landmark.
     """
 
     pixels: np.ndarray
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     probabilities: np.ndarray | None
     targets: np.ndarray | None
     spacing: tuple[float, ...] | None
+    doubt: Doubt | None = None
 
 
 def case_of(predictions: Predictions, index: int) -> Case:
@@ -55,7 +57,18 @@ def case_of(predictions: Predictions, index: int) -> Case:
     probabilities, targets = None, None
     if predictions.detector is not None:
         probabilities, targets = _heatmaps(predictions.detector, images, index)
-    return Case(pixels, apply_maps(predictions.points[index], to_picture), truth, probabilities, targets, spacing)
+    return Case(pixels, apply_maps(predictions.points[index], to_picture), truth, probabilities, targets, spacing,
+                _doubt(predictions, index, steps))
+
+
+def _doubt(predictions: Predictions, index: int, steps: np.ndarray) -> Doubt | None:
+    """`steps` (D, D): stored pixels along each stored axis of a step along each axis of the picture."""
+    radii, spacing = predictions.radius90[index], predictions.images.records[index].spacing
+    if np.isnan(radii).all():
+        return None
+    lengths = steps.sum(axis=0) if spacing is None else np.array(spacing) @ steps  # of a picture's pixel
+    notes = [predictions.expected_text(index, n) for n in range(len(predictions.names))]
+    return Doubt(radii[:, None] / lengths, notes)
 
 
 def _part(first: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
@@ -86,7 +99,7 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
     geometry = record.geometry
     sides = geometry is not None and geometry.affine is not None
     picture = draw_case(case.pixels, case.found, None if errors is None else case.truth, predictions.names,
-                        case.probabilities, title, case.spacing, errors, sides)
+                        case.probabilities, title, case.spacing, errors, sides, case.doubt)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = PngInfo()
     text.add_itxt(ID_KEY, record.id)

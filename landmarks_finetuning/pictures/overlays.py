@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import contourpy
 import matplotlib
@@ -26,14 +27,26 @@ MARGIN = 12
 CROSS_HALF_LENGTH = 5.0
 CIRCLE_RADIUS = 8.0
 CONTOUR_OVERSAMPLING = 3
+CIRCLE = "90 % circle"
+DASHES = 24  # of a 90 % circle
+
+
+class Doubt(NamedTuple):
+    """How far off predictions may be: half axes (N, D) of the 90 % circle in pixels of the image, NaN where there is
+    none, and what is said of each landmark: "expected error 1.3 mm", or nothing.
+    """
+
+    reach: np.ndarray
+    notes: Sequence[str]
 
 
 def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
-                 heatmaps: np.ndarray | None, title: str, width: int = 900) -> Image.Image:
+                 heatmaps: np.ndarray | None, title: str, width: int = 900, doubt: Doubt | None = None) -> Image.Image:
     """One picture, `width` pixels wide: a title strip of TITLE_HEIGHT, the image, a legend with the landmarks' names.
 
     `image` (C, H, W) of any range is shown min-max; `predicted` and `truth` (N, 2) are (y, x) pixels of it, NaN where
-    there is none; `heatmaps` (N, h, w) get a contour at half of each one's maximum.
+    there is none; `heatmaps` (N, h, w) get a contour at half of each one's maximum;
+    `doubt` is shown as thin dashed circles and beside the names.
     """
     size = np.array(image.shape[-2:])
     shape = (max(1, round(size[0] * width / size[1])), width)
@@ -41,13 +54,18 @@ def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | N
     if heatmaps is not None:
         draw_contours(canvas, [map_points(line, heatmap.shape, shape) for heatmap in heatmaps
                                for line in half_maximum_lines(heatmap, heatmap.max())])
+    if doubt is not None:
+        circles = (dashed_circle(*pair) for pair in zip(predicted, doubt.reach, strict=True))
+        draw_contours(canvas, [map_points(dash, size, shape) for circle in circles for dash in circle])
     drawn = map_points(predicted, size, shape)
     drawn_truth = np.full_like(drawn, np.nan) if truth is None else map_points(truth, size, shape)
     for point, target in zip(drawn, drawn_truth, strict=True):
         draw_marks(canvas, point, target)
     picture = as_image(canvas)
     draw_numbers(picture, drawn, drawn_truth)
-    legend = legend_strip(width, truth is not None, heatmaps is not None)
+    legend = legend_strip(width, truth is not None, heatmaps is not None, circles=doubt is not None)
+    if doubt is not None:
+        names = [f"{name}  {note}" for name, note in zip(names, doubt.notes, strict=True)]
     return stacked([title_strip(title, width), picture, legend, names_strip(names, width)])
 
 
@@ -84,6 +102,14 @@ def half_maximum_lines(heatmap: np.ndarray, maximum: float) -> list[np.ndarray]:
         return []
     padded = np.pad(np.asarray(heatmap, dtype=np.float64), 1)  # a peak at the border still gives a closed line
     return [np.asarray(line)[:, ::-1] - 1 for line in contourpy.contour_generator(z=padded).lines(maximum / 2)]
+
+
+def dashed_circle(centre: np.ndarray, reach: np.ndarray) -> list[np.ndarray]:
+    """Dashes (K, 2), (y, x) pixels, of the ellipse with half axes `reach` (2,) about `centre`; none where it is NaN."""
+    if not (np.isfinite(centre).all() and np.isfinite(reach).all()):
+        return []
+    angles = np.arange(DASHES)[:, None] * 2 * np.pi / DASHES + np.linspace(0, np.pi / DASHES, 5)
+    return list(centre + reach * np.stack([np.sin(angles), np.cos(angles)], axis=-1))
 
 
 def draw_contours(canvas: np.ndarray, lines: Sequence[np.ndarray]) -> None:
@@ -204,10 +230,10 @@ def title_strip(title: str, width: int) -> Image.Image:
     return strip
 
 
-def legend_strip(width: int, has_truth: bool, has_maps: bool, hollow: str = "") -> Image.Image:
+def legend_strip(width: int, has_truth: bool, has_maps: bool, hollow: str = "", circles: bool = False) -> Image.Image:
     """The symbols of the pictures and their meaning; `hollow` is that of a hollow cross, empty where there is none."""
     face, texts = font(13), ["prediction", *[hollow] * bool(hollow), *["truth", "error"] * has_truth,
-                             *["half maximum"] * has_maps]
+                             *["half maximum"] * has_maps, *[CIRCLE] * circles]
     places: list[tuple[float, int]] = []
     x: float = MARGIN
     y = 22
@@ -236,6 +262,8 @@ def _draw_symbol(canvas: np.ndarray, kind: str, centre: np.ndarray) -> None:
         draw_marks(canvas, nothing, centre)
     elif kind == "error":
         _segment(canvas, centre - (0, 9), centre + (0, 9), INK, 0.6)
+    elif kind == CIRCLE:
+        draw_contours(canvas, dashed_circle(centre, np.full(2, 9.0)))
     else:
         window, y, x = _window(canvas, centre, centre, 12)
         distance = np.abs(np.hypot((y - centre[0]) * 1.4, x - centre[1]) - 9)

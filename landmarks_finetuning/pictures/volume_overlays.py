@@ -18,7 +18,9 @@ from landmarks_finetuning.pictures.overlays import (
     INK,
     MARGIN,
     PAPER,
+    Doubt,
     as_image,
+    dashed_circle,
     draw_contours,
     draw_marks,
     draw_numbers,
@@ -48,31 +50,34 @@ MOST_VOXELS = 1_000_000  # that the percentiles are taken of
 
 def draw_case(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
               heatmaps: np.ndarray | None, title: str, spacing: Sequence[float] | None = None,
-              errors: np.ndarray | None = None, sides: bool = False) -> Image.Image:
+              errors: np.ndarray | None = None, sides: bool = False, doubt: Doubt | None = None) -> Image.Image:
     """The picture of one case: `draw_overlay` of an image (C, H, W), `draw_volume_overlay` of a volume (C, D, H, W)."""
     if image.ndim == 3:
-        return draw_overlay(image, predicted, truth, names, heatmaps, title)
-    return draw_volume_overlay(image, predicted, truth, names, heatmaps, title, spacing, errors, sides)
+        return draw_overlay(image, predicted, truth, names, heatmaps, title, doubt=doubt)
+    return draw_volume_overlay(image, predicted, truth, names, heatmaps, title, spacing, errors, sides, doubt=doubt)
 
 
 def draw_volume_overlay(volume: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
                         heatmaps: np.ndarray | None, title: str, spacing: Sequence[float] | None,
-                        errors: np.ndarray | None = None, sides: bool = False, width: int = 1200) -> Image.Image:
+                        errors: np.ndarray | None = None, sides: bool = False, width: int = 1200,
+                        doubt: Doubt | None = None) -> Image.Image:
     """One picture, `width` pixels wide: a title, three maximum projections with all points, close-ups, a legend.
 
     `volume` (C, D, H, W) of any range has axes up, back and to the patient's left; `predicted` and `truth` (N, 3) are
     (z, y, x) pixels of it, truth NaN where there is none; `heatmaps` (N, d, h, w) of any size cover the same field.
     `spacing` is (z, y, x) mm per voxel, without one voxels are taken as cubes; `sides`: the patient's are known.
     `errors` (N,) are in mm, or pixels without spacing; None: distances of `predicted` from `truth`. Each close-up is
-    the slice through the truth, or the prediction where there is none, at the nearest voxel.
+    the slice through the truth, or the prediction where there is none, at the nearest voxel; dashed in it is where the
+    sphere of `doubt` about the prediction meets the slice.
     """
-    case = _Case.of(volume, predicted, truth, heatmaps, spacing, errors, sides)
+    case = _Case.of(volume, predicted, truth, heatmaps, spacing, errors, sides, doubt)
     unit, half = case.unit, case.half_width
     hollow = f"prediction off the slice: {unit} towards {', '.join('/'.join(e[::-1]) for e in case.ends)}"
     note = f"Slices through the {'prediction' if truth is None else 'truth'} at the nearest voxel: " \
            f"{', '.join(PLANES)}, {2 * half:.3g} {unit} wide" + ("" if truth is None else ", the largest error first")
     note += ". Sides as the file's header names them" if sides else ". The axes are the file's"
-    legend = legend_strip(width, truth is not None, heatmaps is not None, "" if truth is None else hollow)
+    legend = legend_strip(width, truth is not None, heatmaps is not None, "" if truth is None else hollow,
+                          doubt is not None)
     return stacked([title_strip(title, width), _projections(case, width), _note_strip(note, width),
                     _cards(case, names, width), legend])
 
@@ -90,10 +95,12 @@ class _Case:
     unit: str
     ends: tuple[tuple[str, str], ...]
     window: tuple[float, float]
+    doubt: Doubt | None
 
     @classmethod
     def of(cls, volume: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, heatmaps: np.ndarray | None,
-           spacing: Sequence[float] | None, errors: np.ndarray | None, sides: bool) -> _Case:
+           spacing: Sequence[float] | None, errors: np.ndarray | None, sides: bool,
+           doubt: Doubt | None) -> _Case:
         """The case of `draw_volume_overlay`'s arguments."""
         predicted = np.asarray(predicted, dtype=np.float64)
         truth = np.full_like(predicted, np.nan) if truth is None else np.asarray(truth, dtype=np.float64)
@@ -102,7 +109,7 @@ class _Case:
         errors = distances if errors is None else np.where(np.isnan(distances), np.nan, errors)
         ends = PATIENT_ENDS if sides else FILE_ENDS
         return cls(volume, predicted, truth, heatmaps, steps, errors, "px" if spacing is None else "mm", ends,
-                   _window(volume))
+                   _window(volume), doubt)
 
     @property
     def size(self) -> np.ndarray:
@@ -207,6 +214,8 @@ def _card_header(grid: Image.Image, case: _Case, corner: tuple[int, int], width:
     text = f"error {error:.2f} {case.unit}" if np.isfinite(error) else ""
     if not text and np.isfinite(case.truth).any():
         text = "not annotated"
+    note = "" if case.doubt is None else case.doubt.notes[index]
+    text = ", ".join(part for part in (text, note) if part)
     middle = corner[1] + CARD_HEADER / 2
     draw = ImageDraw.Draw(grid)
     label = fitted(f"{index + 1}  {name}", face, width - face.getlength(text) - 10)
@@ -233,6 +242,11 @@ def _close_up(case: _Case, index: int, through: int, side: int) -> Image.Image:
         draw_contours(canvas, [place(map_points(line, cut.shape, plane.shape[1:]))
                                for line in half_maximum_lines(cut, heatmap.max())])
     off = (predicted - centre)[through]
+    if case.doubt is not None:
+        reach = case.doubt.reach[index]
+        square = 1 - ((here - predicted[through]) / reach[through]) ** 2  # of the radius in the slice, of 1 in all
+        radii = np.sqrt(square if square > 0 else np.nan) * np.delete(reach, through)
+        draw_contours(canvas, [place(line) for line in dashed_circle(case.flat(predicted, through), radii)])
     hollow = abs(off) > 0.5
     draw_marks(canvas, place(case.flat(predicted, through)), place(case.flat(truth, through)), hollow)
     tile = as_image(canvas)

@@ -23,6 +23,8 @@ from landmarks_finetuning.report.collect import (
     read_experiment,
     sdr_columns,
 )
+from landmarks_finetuning.report.confidence import confidences
+from landmarks_finetuning.report.confidence_figure import confidence_figure
 from landmarks_finetuning.report.filters import page_filters, published_names, row_keys
 from landmarks_finetuning.report.findings import (
     HUMAN,
@@ -49,6 +51,7 @@ from landmarks_finetuning.report.iterations import (
     with_chosen,
 )
 from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
+from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
 from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
 
@@ -176,11 +179,14 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     bars = landmarks.drop(columns=UNTRAINED, errors="ignore") if len(landmarks.columns) > 1 else landmarks
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     curves, heatmaps = figures.within_curves(runs, thresholds), _heatmaps(runs, slug, output)
+    sure, rounds = confidences(runs), round_rows(runs)
     cases = worst_cases(experiment, slug, runs, output.pictures)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", compared.assign(**identity))
     output.add_table("pretraining_iterations", iterations.drop(columns="paths", errors="ignore").assign(**identity))
+    output.add_table("confidence", pd.DataFrame([{**identity, **each.row, "unit": unit} for each in sure]))
+    output.add_table("rounds", pd.DataFrame([{**identity, **row, "unit": unit} for row in rounds]))
     output.add_table("per_landmark", landmarks.reset_index().assign(shots=shots, unit=unit, **identity))
     return {
         **identity, "unit": unit, "images": int(first["images"]), "volumes": bool(first["volumes"]),
@@ -195,6 +201,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
+        "confidence": _coloured([each.row for each in sure]), "rounds": _coloured(rounds),
         "landmarks": _landmark_rows(landmarks), "landmark_columns": list(landmarks.columns), "landmark_shots": shots,
         "overlays": cases, "heatmaps": heatmaps, "curves": figures.page_curves(curves, unit),
         "figures": {
@@ -204,6 +211,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
                                         paper_figures.error_against_iterations(tried, unit)),
             "cumulative": output.figure(f"{slug}_cumulative", figures.cumulative_errors(curves, unit)),
             "finetuning": output.figure(f"{slug}_finetuning", figures.finetuning_curves(runs, unit)),
+            "confidence": output.figure(f"{slug}_confidence", confidence_figure(sure, unit)),
             "landmarks": output.figure(f"{slug}_landmarks", figures.landmark_bars(bars, unit, shots)),
         },
     }
@@ -218,6 +226,12 @@ def _summary_rows(summary: pd.DataFrame, slug: str, cases: list[dict[str, Any]])
     rows = records(ordered.assign(best=ordered["mre"] == best, colour=colours, first=~ordered["shots"].duplicated()))
     return [{**row, **find_cases(row, cases), "id": f"{slug}:{row['backbone']}:{row['variant']}:{row['shots']}"}
             for row in rows]
+
+
+def _coloured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the colour of their start."""
+    backbones = sorted({row["backbone"] for row in rows})
+    return [{**row, "colour": figures.colour(row["backbone"], backbones)} for row in rows]
 
 
 def _human_row(runs: pd.DataFrame) -> dict[str, Any] | None:

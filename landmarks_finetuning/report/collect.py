@@ -33,7 +33,7 @@ from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, ra
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
-           "confidence")
+           "expected_error", "radius90", "confidence")  # the last one of earlier versions
 SLUGS = {key: each.slug for key, each in all_settings().items() if each.slug is not None}
 SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(SLUGS.values())})-)")
 LOSS_SLUGS = {SLUGS[f"finetune.{key}"] for key in LossSettings.model_fields}
@@ -110,6 +110,8 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
         rest = metrics["without_leaks"]
         row |= {"leaked": metrics["leaked"], "leaked_images": len(rest["left_out"]),
                 "without_leaks_mre": np.nan if rest["mre"] is None else rest["mre"]}
+    calibration = metrics.get("calibration") or {"landmarks": 0, "of_scored": False}
+    row |= {"calibration_landmarks": calibration["landmarks"], "calibrated_on_scored": calibration["of_scored"]}
     start = starting_point(folder, row["backbone"])
     if metrics.get("validation_mre") is not None:  # of runs scored before there was one, what training logged
         start["validation_mre"] = metrics["validation_mre"]

@@ -126,7 +126,7 @@ def test_the_interval_is_over_patients(tmp_path, named):
     test_images = load_images(source.require("test"), config.dataset)
     points = test_images.original_points()
     points[:, 0, 1] += [errors[record.id] for record in test_images.records]
-    predictions = Predictions(test_images, source.landmark_names, points, np.ones((12, 1)))
+    predictions = Predictions(test_images, source.landmark_names, points, *np.ones((3, 12, 1)))
     metrics = score(tmp_path / "run", config, source, predictions, {"backbone": "scratch", "decoder": "argmax"})
     values = np.array(list(errors.values()))[::2 if named else 1, None]
     expected = bootstrap_interval(values, range(len(values)), seed=5)
@@ -139,7 +139,7 @@ def test_the_interval_is_over_patients(tmp_path, named):
 
 @pytest.mark.parametrize("dataset, reason", [
     ({}, None),
-    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm resamples them"),
+    ({"resample_mm": 5.0, "image_size": [24, 24]}, "dataset.resample_mm or canvas_size crops them"),
     ({"image_size": [48, 40]}, "dataset.image_size is 48 x 40"),
     ({"image_size": [32, 32]}, "its disk is a single pixel"),
     ({"spacing_mm": 2.0}, "240 x 193.5 mm"),

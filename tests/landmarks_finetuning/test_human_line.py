@@ -89,7 +89,7 @@ def experiment(dataset, tmp_path_factory):
     run = folder / "landmarks/ddpm/default/shots001_draw0_seed0"
     identity = {"backbone": "ddpm", "variant": "default", "shots": 1, "draw": 0, "seed": 0, "validation_labels": 0,
                 "decoder": None}
-    score(run, config, source, Predictions(held, source.landmark_names, points, np.ones((2, 19))), identity)
+    score(run, config, source, Predictions(held, source.landmark_names, points, *np.ones((3, 2, 19))), identity)
     return run
 
 

@@ -59,26 +59,27 @@ def test_table_of_volumes(tmp_path):
     truth = np.array([[1.0, 2, 3], [NAN] * 3])
     images = loaded(tmp_path, write_nifti(tmp_path / "a.nii"), landmarks=truth, patient="p", image_size=(4, 4, 4))
     points = np.array([[[1.5, 2.25, 3.00004], [4, 5, 6]]])
-    found = Predictions(images, ["tip", "base"], points, np.array([[0.5, 1]]))
+    found = Predictions(images, ["tip", "base"], points, np.array([[0.5, 1]]), np.array([[1.25, 2]]), np.ones((1, 2)))
     write_table(tmp_path / "t/errors.csv", table_rows(found, np.array([[0.75, NAN]])))
     assert (tmp_path / "t/errors.csv").read_text().splitlines() == [
-        "image,patient,landmark,x,y,z,truth_x,truth_y,truth_z,error,paper_error,confidence",
-        "a.nii,p,tip,3.0000,2.2500,1.5000,3.0000,2.0000,1.0000,0.7500,,0.5000",
-        "a.nii,p,base,6.0000,5.0000,4.0000,,,,,,1.0000",
+        "image,patient,landmark,x,y,z,truth_x,truth_y,truth_z,error,paper_error,expected_error,radius90",
+        "a.nii,p,tip,3.0000,2.2500,1.5000,3.0000,2.0000,1.0000,0.7500,,0.5000,1.2500",
+        "a.nii,p,base,6.0000,5.0000,4.0000,,,,,,1.0000,2.0000",
     ]
     write_table(tmp_path / "plain.csv", table_rows(found))
     assert (tmp_path / "plain.csv").read_text().splitlines()[:2] == [
-        "image,patient,landmark,x,y,z,confidence", "a.nii,p,tip,3.0000,2.2500,1.5000,0.5000"]
+        "image,patient,landmark,x,y,z,expected_error,radius90",
+        "a.nii,p,tip,3.0000,2.2500,1.5000,0.5000,1.2500"]
 
 
 def test_table_of_images(tmp_path):
     Image.new("L", (9, 7)).save(tmp_path / "a.png")
     images = loaded(tmp_path, tmp_path / "a.png", landmarks=np.array([[1.0, 2]]), image_size=(4, 4))
-    found = Predictions(images, ["tip"], np.array([[[3.0, 4]]]), np.array([[NAN]]))
+    found = Predictions(images, ["tip"], np.array([[[3.0, 4]]]), *np.full((3, 1, 1), NAN))
     write_table(tmp_path / "t.csv", table_rows(found, np.array([[2.5]]), np.array([[2.0]])))
     assert (tmp_path / "t.csv").read_text().splitlines() == [
-        "image,patient,landmark,x,y,truth_x,truth_y,error,paper_error,confidence",
-        "a.png,,tip,4.0000,3.0000,2.0000,1.0000,2.5000,2.0000,"]
+        "image,patient,landmark,x,y,truth_x,truth_y,error,paper_error,expected_error,radius90",
+        "a.png,,tip,4.0000,3.0000,2.0000,1.0000,2.5000,2.0000,,"]
 
 
 def positions(path):
@@ -95,10 +96,11 @@ def test_markups_only_where_voxels_have_a_place(tmp_path):
     paths = write_nifti(tmp_path / "a.nii"), tmp_path / "bare.npy", tmp_path / "spaced.npz"
     images = loaded(tmp_path, *paths, image_size=(4, 4, 4))
     points = np.broadcast_to(np.array([[1, 4, 17], [NAN] * 3, [0.5, 3, 2]]), (3, 3, 3))
-    write_slicer_files(tmp_path / "m", Predictions(images, ["a", "b", "c"], points, np.array([[0.25, NAN, 1]] * 3)))
+    doubts = np.array([[[0.25, NAN, 1]] * 3] * 3)
+    write_slicer_files(tmp_path / "m", Predictions(images, ["a", "b", "c"], points, *doubts, unit="mm"))
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["a.nii.mrk.json"]
     seen = positions(tmp_path / "m/a.nii.mrk.json")
-    assert seen["b"] == (None, "") and (seen["a"][1], seen["c"][1]) == ("confidence 0.250", "confidence 1.000")
+    assert seen["b"] == (None, "") and [seen[n][1] for n in "ac"] == ["expected error 0.2 mm", "expected error 1.0 mm"]
     for label, voxel in (("a", VOXEL), ("c", (2, 3, 0.5))):
         assert seen[label][0] == pytest.approx(nib.affines.apply_affine(OBLIQUE, voxel) * LPS)
 
@@ -107,7 +109,7 @@ def test_markups_only_where_voxels_have_a_place(tmp_path):
 def pictures(monkeypatch):
     """What is given to `draw_case`, in place of a picture."""
     given = []
-    keys = ("pixels", "found", "truth", "names", "maps", "title", "spacing", "errors", "sides")
+    keys = ("pixels", "found", "truth", "names", "maps", "title", "spacing", "errors", "sides", "doubt")
 
     def draw_case(*arguments):
         given.append(SimpleNamespace(**dict(zip(keys, arguments, strict=True))))
@@ -132,7 +134,7 @@ def seeing_itself(**dataset):
     def heatmaps(images, chosen=None):
         return run_batched(lambda inputs: 20 * inputs, images, config.evaluation, torch.device("cpu"), "auto", chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None,
+    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None, second=None,
                            sigma=sigma_pixels(config.finetune.sigma, config.dataset))
 
 
@@ -155,7 +157,8 @@ def test_pictures_show_the_stored_volume_upright(tmp_path, pictures, dataset):
     images = loaded(tmp_path, path, landmarks=stored, spacing=read_geometry(path).spacing_mm, **dataset)
     assert images.fits == ("resample_mm" not in dataset)
     detector = seeing_itself(**dataset)
-    found = Predictions(images, ["a"], stored[None] + (0, 2, 0), np.ones((1, 1)), detector=detector)
+    doubts = np.array([1.5, 3.0, 1]).reshape(3, 1, 1)
+    found = Predictions(images, ["a"], stored[None] + (0, 2, 0), *doubts, detector=detector)
     draw_predictions(tmp_path / "out/a.png", found, 0, "title", np.array([3.0]))
     [seen] = pictures
     volume, steps = upright_by_nibabel(path)
@@ -165,6 +168,8 @@ def test_pictures_show_the_stored_volume_upright(tmp_path, pictures, dataset):
     # 2 voxels along the file's y: 2 mm of (-0.8, 0.6, 0), so mostly to the left, the picture's +x (of 1 mm)
     assert np.linalg.norm((seen.found - seen.truth) * seen.spacing) == pytest.approx(2)
     assert (seen.found - seen.truth)[0].tolist() == [0, 0, 2]
+    assert seen.doubt.reach[0] * seen.spacing == pytest.approx([3, 3, 3])  # mm, along each axis
+    assert list(seen.doubt.notes) == ["expected error 1.5 mm"]
     peak = np.unravel_index(seen.maps[0].argmax(), seen.maps[0].shape)
     scale = np.array(volume.shape) / seen.maps[0].shape
     assert np.abs((np.array(peak) + 0.5) * scale - 0.5 - place).max() <= scale.max() / 2 + 0.5
@@ -182,7 +187,7 @@ def test_pictures_of_a_pack_show_the_network_image(tmp_path, pictures):
     write_pack(config, tmp_path / "pack.npz")
     packed = config.model_copy(update={"root": str(tmp_path / "pack.npz")})
     images = load_images(load_source(packed).require("train"), packed)
-    found = Predictions(images, ["tip_of it"], images.original_points(), np.ones((1, 1)))
+    found = Predictions(images, ["tip_of it"], images.original_points(), *np.ones((3, 1, 1)))
     draw_predictions(tmp_path / "a.png", found, 0, "title", np.zeros(1))
     [seen] = pictures
     volume, steps = upright_by_nibabel(path)
@@ -190,6 +195,7 @@ def test_pictures_of_a_pack_show_the_network_image(tmp_path, pictures):
     assert seen.pixels.shape == (1, 6, 8, 10) and np.array_equal(seen.found, seen.truth)
     assert seen.truth[0] == pytest.approx((bright + 0.5) * (6, 8, 10) / volume.shape - 0.5)
     assert np.abs(np.unravel_index(seen.pixels[0].argmax(), (6, 8, 10)) - seen.truth[0]).max() <= 0.5
+    assert seen.doubt.reach[0] * seen.spacing == pytest.approx([1, 1, 1])
     assert np.multiply(seen.spacing, (6, 8, 10)) == pytest.approx(np.multiply(steps, volume.shape))
     write_slicer_files(tmp_path / "m", found)
     assert not (tmp_path / "m").exists()

@@ -1,7 +1,11 @@
 """The second stage on images whose landmarks are bright dots, with a network that sees just brightness."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -9,7 +13,11 @@ from core.config.load import parse_config
 from core.config.second_stage import second_stage
 from core.data.dataset import load_images
 from core.data.records import Record
+from landmarks_finetuning.calibration import calibrate
+from landmarks_finetuning.inference import run_batched
+from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import decode_crops, first_errors, guessed_errors, refine, run_crops
+from landmarks_finetuning.uncertainty import Calibration
 
 SHAPE = (200, 160)  # stored pixels
 DOTS = np.array([[60.0, 50.0], [121.0, 98.0], [8.0, 150.0]])  # (y, x); the last one near a corner
@@ -48,8 +56,8 @@ def test_answers_move_to_the_dots(dotted):
     truth = np.stack([record.landmarks for record in records])
     answers = truth + np.array([[5.0, -4.0], [-6.0, 3.0], [4.0, 6.0]])
     answers[1, 0] = np.nan
-    points, confidence = refine(Brightness(), records, answers, 1.0, config)
-    assert np.isnan(points[1, 0]).all() and np.isnan(confidence[1, 0])
+    points, expected, radii, confidence = refine(Brightness(), records, answers, 1.0, config)
+    assert np.isnan(points[1, 0]).all() and all(np.isnan(each[1, 0]) for each in (expected, radii, confidence))
     there = np.isfinite(answers)
     assert np.abs(points - truth)[there].max() < 0.1 < 3 < np.abs(answers - truth)[there].max()
 
@@ -61,11 +69,11 @@ def test_the_first_answer_decides_between_two_dots(dotted):
     Image.fromarray(rows.clip(0, 255).astype(np.uint8)).save(records[0].image)
     answer = np.full((1, 3, 2), np.nan)
     answer[0, 0] = DOTS[0] + [0, 3]
-    far, _ = refine(Brightness(), records[:1], answer, 2.0, config)
+    far = refine(Brightness(), records[:1], answer, 2.0, config).points
     assert np.abs(far[0, 0] - DOTS[0] - [0, 14]).max() < 0.5
     weighing = config.finetune.refine.model_copy(update={"prior": 1.5})  # 3 pixels of the crop
     config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"refine": weighing})})
-    near, _ = refine(Brightness(), records[:1], answer, 2.0, config)
+    near = refine(Brightness(), records[:1], answer, 2.0, config).points
     assert np.abs(near[0, 0] - DOTS[0]).max() < 0.5
 
 
@@ -81,8 +89,47 @@ def test_each_crop_knows_where_it_lies(dotted):
             dot = maps[:, :2] @ records[image].landmarks[landmark] + maps[:, 2]
             row, column = np.unravel_index(output[0].argmax().item(), output.shape[1:])
             assert np.abs(dot - [row, column]).max() <= 0.5
-        points, _ = decode_crops(crops, 1.0, config)
-        assert points.shape == (len(crops.image), 2)
+        points = decode_crops(crops, 1.0, config).points
+        assert points.shape == (len(crops.image), 1, 2)
+
+
+def test_crops_measure_in_mm_at_their_landmarks_temperature(dotted):
+    config, records = dotted
+    answers = np.stack([record.landmarks for record in records])
+
+    def expected(temperatures, scale=1.0, given=records):
+        calibration = Calibration(np.array(temperatures, dtype=float), scale, 1.0, 1, 1)
+        return refine(Brightness(), given, answers, 1.0, config, calibration).expected_error
+
+    each = expected([2, 4, 8])
+    for n, heat in enumerate((2, 4, 8)):
+        np.testing.assert_allclose(each[:, n], expected([heat] * 3)[:, n], rtol=1e-6)
+    np.testing.assert_allclose(refine(Brightness(), records, answers, 1.0, config)[1], expected([1] * 3))
+    larger = [replace(record, spacing=(1.0, 0.5)) for record in records]
+    np.testing.assert_allclose(expected([2, 4, 8], given=larger), 2 * each, rtol=1e-5)
+    np.testing.assert_allclose(expected([2, 4, 8], scale=3.0), 3 * each, rtol=1e-6)
+
+
+def test_two_stages_are_calibrated_on_the_maps_of_the_second(dotted):
+    """On their own validation images the mean expected error is the mean error; a truth outside a crop counts as one.
+
+    Its map does not know of it, so that temperatures are those of the other landmarks.
+    """
+    config, records = dotted
+    wrong = [replace(record, landmarks=record.landmarks + [[0.5, 1], [1, -0.5], [0, 40]]) for record in records]
+    images = load_images(wrong, config.dataset)
+
+    def heatmaps(images, chosen=None):
+        return run_batched(lambda inputs: 40 * inputs.expand(-1, 3, -1, -1), images, config.evaluation,
+                           torch.device("cpu"), "auto", chosen)
+
+    second = SimpleNamespace(model=Brightness(), header={"spread_pixels": 1.0})
+    detector = SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a", "b", "c"], shape=None, sigma=0.5,
+                               second=second)
+    errors, calibration = calibrate(detector, images, "argmax")
+    again = find_landmarks(detector, images, "argmax", calibration=calibration)
+    assert calibration.landmarks == 6 and again.expected_error.mean() == pytest.approx(errors.mean())
+    assert (errors <= again.radius90 + 1e-9).all()  # of fewer than nine labels the largest ratio
 
 
 def test_errors_of_the_first_stage_in_pixels_of_the_second(dotted):
@@ -111,5 +158,5 @@ def test_the_same_in_volumes(tmp_path):
                                                       "cache_dir": str(tmp_path / "cache")},
                            "unet": {"channel_multipliers": [1, 2]}, "experiment": {"device": "cpu"},
                            "finetune": {"refine": {"zoom": 2.0, "crop": 16, "prior": None}}}, "c.json")  # fmt: skip
-    points, _ = refine(Brightness(), [record], dot + [3.0, -2.0, 2.5], 1.0, config)
+    points = refine(Brightness(), [record], dot + [3.0, -2.0, 2.5], 1.0, config).points
     assert np.abs(points - dot).max() < 0.1

@@ -126,7 +126,7 @@ def there_and_back(images, names, folder):
     pixels, points = augment(images.images, images.points, STILL, torch.Generator().manual_seed(0))
     torch.testing.assert_close(pixels, images.images, rtol=0, atol=1e-4)
     stored = apply_maps(points.numpy(), inverse(images.maps))
-    write_slicer_files(folder, Predictions(images, names, stored, np.ones(stored.shape[:2])))
+    write_slicer_files(folder, Predictions(images, names, stored, *np.ones((3, *stored.shape[:2]))))
 
 
 def compare(path, names, truth):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -158,3 +159,15 @@ def test_predict_uses_the_last_round(staged, phantom, tmp_path, run_main, monkey
     shutil.rmtree(copy / "round1/fine")
     status, _, error = run_main(PREDICT, copy, image, "--out", tmp_path / "c", "--no-overlays")
     assert status == 2 and "round1/fine/best.safetensors does not exist" in error
+
+
+def test_the_report_shows_every_round(staged, run_main):
+    path, run_dir = staged
+    home = path.parent / "runs/tiny"
+    status, _, error = run_main("landmarks_finetuning.report.__main__", home)
+    assert status == 0, error
+    page, table = (home / "report/index.html").read_text(), pd.read_csv(home / "report/tables/rounds.csv")
+    assert "Rounds of self-training" in page
+    taught = json.loads((run_dir / "pseudo_labels.json").read_text())
+    assert table["round"].tolist() == [0, 1] and table["images"].tolist()[1] == 6 and np.isnan(table["images"][0])
+    assert table["certainty"][1] == pytest.approx(taught["certainty"], rel=1e-5)

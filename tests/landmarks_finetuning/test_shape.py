@@ -127,10 +127,11 @@ def test_locate_uses_the_prior_but_for_the_published_decoder():
         outputs[0, number, y - 1 : y + 2, x - 1 : x + 2] = 20.0
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
-    assert locate(outputs, same, settings, sigma)[0][0, 0].tolist() == [28, 15]
-    points, confidence = locate(outputs, same, settings, sigma, shape=shape)
+    assert locate(outputs, same, settings, sigma).points[0, 0].tolist() == [28, 15]
+    points, expected, radii, confidence = locate(outputs, same, settings, sigma, shape=shape)
     np.testing.assert_allclose(points[0], shape, atol=1)
     assert confidence[0, 0] < confidence[0, 1] / 2  # the network's own belief in that place
+    assert expected[0, 0] == pytest.approx(expected[0, 1], rel=1e-3) and radii.max() < 4  # of the map under the prior
     published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
     np.testing.assert_array_equal(*published)
 
@@ -152,7 +153,7 @@ def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays
     y, x = shape[0].astype(int)
     outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
     settings = LossSettings(decoder="argmax", shape_prior=share)
-    points, _ = locate(outputs, np.eye(2, 3)[None], settings, 1.0, shape=shape)
+    points = locate(outputs, np.eye(2, 3)[None], settings, 1.0, shape=shape).points
     assert points[0, 0].tolist() == [y, x - off if stays else x]
     np.testing.assert_array_equal(points[0, 1:], shape[1:])
 

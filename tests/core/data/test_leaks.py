@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, shift, zoom
 
 import core.data.leaks
-import landmarks_finetuning.train
+import landmarks_finetuning.stages
 from core.config.dataset import Dataset
 from core.config.load import parse_config
 from core.data.dataset import load_images
@@ -228,7 +228,7 @@ def scored(tmp_path, dataset, leaked, errors):
     held = load_images(scored_records(source, config.evaluation, config.dataset), dataset)
     points = held.original_points() + np.array([[[errors[record.id], 0]] for record in held.records])
     run_dir = tmp_path / "run"
-    score(run_dir, config, source, Predictions(held, source.landmark_names, points, np.ones((len(points), 1))),
+    score(run_dir, config, source, Predictions(held, source.landmark_names, points, *np.ones((3, len(points), 1))),
           {"backbone": "ddpm", "decoder": None})
     return json.loads((run_dir / "metrics.json").read_text())
 
@@ -288,8 +288,8 @@ def test_test_images_choose_neither_labels_nor_checkpoint(phantom, tmp_path, mon
         seen.extend(record.id for record in records)
         return load_images(records, config)
 
-    monkeypatch.setattr(landmarks_finetuning.train, "load_images", load)
-    monkeypatch.setattr(landmarks_finetuning.train, "train", lambda *arguments: SimpleNamespace())
+    monkeypatch.setattr(landmarks_finetuning.stages, "load_images", load)
+    monkeypatch.setattr(landmarks_finetuning.stages, "train", lambda *arguments: SimpleNamespace())
     finetune_cell(config, Cell("scratch", 5, 0, 0))  # all that the loop gets
     assert len(seen) == 5 + 20 * (validation == "official") and not set(seen) & allowed["test"]
 

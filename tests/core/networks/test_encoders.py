@@ -354,7 +354,7 @@ def test_refused_in_one_line(small, config_file, run_main, arguments, message):
 
 def test_missing_weights_are_told_before_images_are_read(make_config, tmp_path, monkeypatch):
     config = make_config(tmp_path, dataset=SIZE, finetune={"encoder_weights": {"imagenet": "gone.pth"}})
-    monkeypatch.setattr("landmarks_finetuning.train.load_images", None)
+    monkeypatch.setattr("landmarks_finetuning.stages.load_images", None)
     assert "gone.pth does not exist" in error_of(finetune_cell, config, Cell("imagenet", 2, 0, 0))
 
 

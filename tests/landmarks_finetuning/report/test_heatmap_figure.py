@@ -104,7 +104,8 @@ def test_file_of_an_oblique_volume(tmp_path, dataset):
     volume, _ = upright_by_nibabel(path)
     z, y, _ = np.unravel_index(volume.argmax(), volume.shape)
     images = loaded(tmp_path, path, landmarks=np.array([[1.0, 4, 17]]), spacing=(2.0, 1.0, 0.5), **dataset)
-    found = Predictions(images, ["a"], np.array([[[1.0, 4, 17]]]), np.ones((1, 1)), detector=seeing_itself(**dataset))
+    points, doubts = np.array([[[1.0, 4, 17]]]), np.ones((3, 1, 1))
+    found = Predictions(images, ["a"], points, *doubts, detector=seeing_itself(**dataset))
     write_heatmaps(tmp_path / "run/heatmaps.npz", found)
     [(name, flat)] = read_heatmaps(tmp_path / "run/heatmaps.npz").items()
     scale = np.array(flat.picture.shape) / volume.shape[:2]
@@ -128,7 +129,7 @@ def test_a_cropped_pack_shows_its_own_part(tmp_path):
     bare = [record.__class__(record.id, None, record.landmarks, record.spacing) for record in images.records]
     found = Predictions(images.__class__(tuple(bare), images.images, images.points, images.maps, images.firsts,
                                          images.sizes, images.original_sizes, images.network_size),
-                        ["a"], np.full((2, 1, 2), 1.0), np.ones((2, 1)))
+                        ["a"], np.full((2, 1, 2), 1.0), *np.ones((3, 2, 1)))
     case = case_of(found, 1)
     assert case.pixels.shape == (1, 6, 4) and case.truth.tolist() == [[1, 2]] and case.found.tolist() == [[1, 1]]
 
