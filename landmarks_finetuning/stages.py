@@ -45,6 +45,8 @@ class CellData(NamedTuple):
     digests: GroupedImages
     answered: tuple[Record, ...] = ()
     certainty: np.ndarray | None = None  # (answered images, N)
+    chosen: tuple[str, ...] | None = None  # under finetune.selection "coverage": ids, and the weights that chose them
+    chosen_by: Path | None = None
 
     def load(self, config: Config) -> tuple[WeightedImages, ImageSet | None]:
         """Training and validation images as `config` has them."""
@@ -72,7 +74,7 @@ class Stage(NamedTuple):
             name: str = "") -> None:
         """Train `model`, or continue where it stopped, beside a record of what it is made from."""
         write_run_config(self.folder, config.plain(), {"stage": "finetune", **task.header})
-        write_inputs(self.folder, self.data.digests, start)
+        write_inputs(self.folder, self.data.digests, start, self.data.chosen_by)
         resume = "last" if self.resume is None and (self.folder / "last.pt").exists() else self.resume
         training = Training(model, task, plan, fitting(model, config, loop_settings(config, self.cell, plan, name)))
         train(training, self.folder, resume, self.command)
@@ -114,7 +116,8 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
         "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
         **({"shape_modes": modes.tolist()} if len(modes) else {}),
-        "training_images": [record.id for record in data.training], "validation_labels": len(data.validation)}
+        "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
+        **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 
 
 def cell_seed(config: Config, cell: Cell) -> int:
