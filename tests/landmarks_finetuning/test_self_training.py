@@ -110,7 +110,7 @@ def staged(make_values, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged")
     path = folder / "study.json"
     path.write_text(json.dumps(make_values(folder / "runs", finetune={
-        "backbones": ["ddpm"], "refine": {"zoom": 2, "crop": 16, "iterations": 2}, "validate_every": 1,
+        "backbones": ["ddpm"], "validate_every": 1, "refine": {"zoom": 2, "crop": 16, "iterations": 2, "start": "crops"},
         "self_training": {"rounds": 1, "images": 6}})))
     run_study(load_config(path), ("pretrain", "finetune"))
     return path, next(folder.glob("runs/tiny/landmarks/ddpm/*/shots002_draw0_seed0"))
