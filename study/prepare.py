@@ -98,7 +98,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, test=test))
             continue
         order = orders[run.chosen_by] if run.chosen_by is not None else None
-        records = cell_records(source, run.config, cell.shots, cell.draw, order)
+        records = cell_records(source, run.config, cell.backbone, cell.shots, cell.draw, order)
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
         extended.append(replace(run, inputs=inputs, test=test))

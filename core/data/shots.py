@@ -58,15 +58,15 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
             tuple(r for i, r in enumerate(chosen) if i in held_out))
 
 
-def cell_records(source: DataSource, config: Config, shots: int, draw: int, order: Sequence[str] | None = None
-                 ) -> dict[str, tuple[Record, ...]]:
+def cell_records(source: DataSource, config: Config, backbone: str, shots: int, draw: int,
+                 order: Sequence[str] | None = None) -> dict[str, tuple[Record, ...]]:
     """The images that a run is made from, by their use: training, validation, and unlabelled where it answers some.
 
     `order`: see `select_shots`.
     """
     training, validation = labelled_subset(source, config.finetune, shots, draw, order)
     records, settings = {"training": training, "validation": validation}, config.finetune.self_training
-    if settings.rounds:
+    if settings.rounds or settings.matches(backbone, shots):
         labelled = {record.id for record in (*training, *validation)}
         records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
     return records
