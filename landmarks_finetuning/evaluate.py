@@ -79,7 +79,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
-                "decoder": decoder or config.finetune.decoder,
+                "decoder": used_decoder(detector, decoder),
                 **({"averaged_with": list(map(str, others))} if others else {}),
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
@@ -88,6 +88,11 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
+
+
+def used_decoder(detector: TrainedDetector, decoder: str | None) -> str | None:
+    """What reads landmarks off heatmaps, None for a detector without them."""
+    return None if detector.kind.heatmaps is None else decoder or detector.recipe.finetune.decoder
 
 
 def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
@@ -177,7 +182,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(folder / "markups", predictions)
     _write_overlays(folder / "overlays", config.evaluation.overlays, predictions, source.unit, errors)
-    if config.evaluation.overlays and predictions.detector is not None:
+    if config.evaluation.overlays:
         write_heatmaps(folder / "heatmaps.npz", predictions)
     settings = scoring_settings(config, identity["backbone"], identity["decoder"])
     write_json(folder / SCORED, {"images": images, "settings": settings})

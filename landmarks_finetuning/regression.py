@@ -1,4 +1,4 @@
-"""The fine-tuning tasks: heatmaps of whole images or random crops, and of crops around a first stage's answers."""
+"""The fine-tuning tasks: landmarks in whole images or random crops, and in crops around a first stage's answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.second_stage import second_stage
+from core.config.recipes import recipe
 from core.data.augment import Crops, augment
 from core.data.dataset import ImageSet
 from core.data.windows import cut_windows
@@ -19,11 +19,10 @@ from core.formats.geometry import apply_maps
 from core.networks.weights import save_weights
 from core.training.batches import gather, on_device
 from core.training.device import resolve_device
-from landmarks_finetuning.heatmaps import draw_target
-from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
-from landmarks_finetuning.losses import LOSSES
+from landmarks_finetuning.detectors.interface import Kind
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
+from landmarks_finetuning.running import run_batched
 from landmarks_finetuning.shape import stored_shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
@@ -50,27 +49,29 @@ class WeightedImages:
         return np.stack([self.order[chosen], landmarks], axis=1)
 
 
-class HeatmapRegression:
-    """Heatmaps of the labelled landmarks in whole images, or in random crops of larger ones."""
+class LandmarkRegression:
+    """The labelled landmarks in whole images, or in random crops of larger ones, by a detector of `kind`.
+
+    `config` is the one that weights files record, `self.config` is as the kind has it.
+    """
 
     def __init__(self, config: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
-                 validation: ImageSet | None) -> None:
-        self.config, self.run_dir, self.header = config, run_dir, header
+                 validation: ImageSet | None, kind: Kind) -> None:
+        self.recorded, self.run_dir, self.header, self.kind = config, run_dir, header, kind
+        self.config = recipe(config, header["backbone"])
         self.device = resolve_device(config.experiment.device)
         self.training, self.order = training.images.to(self.device), training.order
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = stored_shape(header)
-        self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
 
-    def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False, weights: Tensor | None = None) -> Tensor:
-        finetune = self.config.finetune
-        target = draw_target(points, outputs.shape[2:], finetune.target, self.sigma)
-        absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
-        return LOSSES[finetune.loss](outputs.float(), target, absent, weights)
+    @property
+    def count(self) -> int:
+        """Images, or what else an index of the batch plan means."""
+        return len(self.order)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
+        """Loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
         return self.loss_of(model, *self.draw(indices, generator))
 
     def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -81,9 +82,9 @@ class HeatmapRegression:
         return (images, points) if self.weights is None else (images, points, self.weights[chosen])
 
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
-        """Heatmap loss of drawn images and landmarks, and the landmarks' weights where they have some."""
+        """Loss of drawn images and landmarks, and the landmarks' weights where they have some."""
         images, points, *weights = drawn
-        return self._loss(model(images), points, not self.training.fits, *weights)
+        return self.kind.loss(model(images), points, self.config, not self.training.fits, *weights)
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -97,10 +98,11 @@ class HeatmapRegression:
         losses, errors = [], []
         truth, spacings = validation.original_points(), validation.spacings()
         for chosen, outputs, maps in run_batched(
-                model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
+                model, validation, self.config.evaluation, self.device, self.config.experiment.precision,
+                whole=self.kind.heatmaps is None):
             seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape).points
+            losses += [self.kind.loss(outputs, seen, self.config).item()] * len(chosen)
+            points = self.kind.locate(outputs, maps, self.config, shape=self.shape).points
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
@@ -113,19 +115,19 @@ class HeatmapRegression:
         self._save(model, step)
 
     def _save(self, model: nn.Module, step: int) -> None:
-        save_weights(self.run_dir / "best.safetensors", model, self.config.plain(), {**self.header, "iteration": step})
+        save_weights(self.run_dir / "best.safetensors", model, self.recorded.plain(), {**self.header, "iteration": step})
 
 
-class CropRegression(HeatmapRegression):
+class CropRegression(LandmarkRegression):
     """Heatmaps of the landmarks in crops about one of them, as far off as the first stage's answers are.
 
-    Image sets are those of the second stage; `first` are the first stage's answers on the validation images and the
-    errors that it makes.
+    `config` and image sets are those of the second stage of `study`; `first` are the first stage's answers on the
+    validation images and the errors that it makes.
     """
 
-    def __init__(self, study: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
-                 validation: ImageSet | None, first: FirstAnswers) -> None:
-        super().__init__(second_stage(study), run_dir, header, training, validation)
+    def __init__(self, config: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
+                 validation: ImageSet | None, kind: Kind, study: Config, first: FirstAnswers) -> None:
+        super().__init__(config, run_dir, header, training, validation, kind)
         self.study, self.first = study, first
         self.errors = torch.from_numpy(first.errors).to(self.device)
         self.pairs = training.pairs()
@@ -160,7 +162,7 @@ class CropRegression(HeatmapRegression):
         for crops in run_crops(model, validation, answers, self.config):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
-            losses.append(self._loss(crops.outputs, at).item())
+            losses.append(self.kind.loss(crops.outputs, at, self.config).item())
             refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
         return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.second_stage import FOLDER
+from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES
 from core.data.digests import data_digests
 from core.data.records import Record
@@ -60,7 +60,7 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
     trainings = {"": train_first}
-    if config.finetune.refine.zoom is not None:
+    if second_of(config, cell.backbone) is not None:
         trainings[FOLDER] = train_second
     folders = [round_dir(run_dir, number) / name for number in range(rounds + 1) for name in trainings]
     begun = [folder for folder in folders if (folder / "last.pt").exists()][-1:]
