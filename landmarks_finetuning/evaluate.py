@@ -12,7 +12,7 @@ import numpy as np
 
 from core.config.config import Config
 from core.config.dataset import Dataset
-from core.config.starts import MEAN_SHAPE
+from core.config.starts import MEAN_SHAPE, SOFTMAX_STARTS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
@@ -54,6 +54,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
+    check_decoder(detector, decoder)
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     own_data = has_data_of(run_dir, source, config.dataset)
@@ -88,6 +89,16 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
+
+
+def check_decoder(detector: TrainedDetector, decoder: str | None) -> None:
+    """UserError for a decoder of heatmaps that the detector's outputs are not."""
+    backbone = detector.header["backbone"]
+    if decoder is not None and detector.kind.heatmaps is None:
+        raise UserError(f'--decoder {decoder}: backbone "{backbone}" has no heatmaps, and one way to answer; leave it away')
+    if decoder == "contour_centroid" and backbone not in SOFTMAX_STARTS:
+        raise UserError(f'--decoder {decoder} thresholds raw outputs, which "{backbone}" has as logarithms; choose '
+                        "component_centroid")
 
 
 def used_decoder(detector: TrainedDetector, decoder: str | None) -> str | None:

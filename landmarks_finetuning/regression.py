@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.config.config import Config
 from core.config.recipes import recipe
+from core.config.section import Augmentation
 from core.data.augment import Crops, augment
 from core.data.dataset import ImageSet
 from core.data.windows import cut_windows
@@ -115,7 +116,31 @@ class LandmarkRegression:
         self._save(model, step)
 
     def _save(self, model: nn.Module, step: int) -> None:
-        save_weights(self.run_dir / "best.safetensors", model, self.recorded.plain(), {**self.header, "iteration": step})
+        header = {**self.header, "iteration": step}
+        save_weights(self.run_dir / "best.safetensors", model, self.recorded.plain(), header)
+
+
+def cut_about(images: ImageSet, chosen: Tensor, centres: Tensor, points: Tensor, settings: Augmentation,
+              generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented crops (B, C, *size) of the `chosen` images about `centres` (B, D), and `points` (B, K, D) in them.
+
+    Both are given in pixels of the canvas.
+    """
+    size, device = images.network_size, centres.device
+    window = tuple(int(np.ceil(length * MARGIN)) for length in size)
+    corners = (centres - (torch.tensor(window, device=device) - 1) / 2).round()
+    windows = cut_windows(images.images, chosen, corners.long(), window)
+    crops = Crops(size, centres - corners - (torch.tensor(size, device=device) - 1) / 2)
+    return augment(windows, points - corners[:, None], settings, generator, crops)
+
+
+def draw_errors(errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, D) displacements of a crop's centre: `errors` (K, D) of the first stage, mirrored and stretched."""
+    device = errors.device
+    drawn = errors[torch.randint(len(errors), (count,), generator=generator, device=device)]
+    signs = torch.randint(2, drawn.shape, generator=generator, device=device) * 2 - 1
+    stretch = torch.rand((count, 1), generator=generator, device=device, dtype=drawn.dtype) + 0.5
+    return drawn * signs * stretch
 
 
 class CropRegression(LandmarkRegression):
@@ -135,23 +160,12 @@ class CropRegression(LandmarkRegression):
 
     def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Augmented crops (B, C, *size) and the landmarks (B, N, D) in them."""
-        size, (image, landmark) = self.training.network_size, on_device(self.pairs[indices].T.copy(), self.device)
+        image, landmark = on_device(self.pairs[indices].T.copy(), self.device)
         points = self.training.truth[image]
-        centres = points[torch.arange(len(image), device=self.device), landmark] + self._offsets(len(image), generator)
-        window = tuple(int(np.ceil(length * MARGIN)) for length in size)
-        corners = (centres - (torch.tensor(window, device=self.device) - 1) / 2).round()
-        windows = cut_windows(self.training.images, image, corners.long(), window)
-        crops = Crops(size, centres - corners - (torch.tensor(size, device=self.device) - 1) / 2)
-        drawn = augment(windows, points - corners[:, None], self.config.finetune.augmentation, generator, crops)
+        own = points[torch.arange(len(image), device=self.device), landmark]
+        centres = own + draw_errors(self.errors, len(image), generator)
+        drawn = cut_about(self.training, image, centres, points, self.config.finetune.augmentation, generator)
         return drawn if self.weights is None else (*drawn, self.weights[image])
-
-    def _offsets(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, D) displacements of a crop's centre: errors of the first stage, mirrored at random."""
-        device = self.device
-        drawn = self.errors[torch.randint(len(self.errors), (count,), generator=generator, device=device)]
-        signs = torch.randint(2, drawn.shape, generator=generator, device=device) * 2 - 1
-        stretch = torch.rand((count, 1), generator=generator, device=device, dtype=drawn.dtype) + 0.5
-        return drawn * signs * stretch
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Loss, and physical mean radial error after refinement, on the first stage's answers in validation images."""

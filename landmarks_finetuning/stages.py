@@ -130,7 +130,7 @@ def batch_plan(config: Config, cell: Cell, count: int, kind: Kind) -> BatchPlan:
     finetune = recipe(config, cell.backbone).finetune
     plan = BatchPlan(count, finetune.batch_size, finetune.accumulation, finetune.sampling, False,
                      cell_seed(config, cell))
-    check_batches(config, cell, plan, kind.halvings)
+    check_batches(config, cell, plan, None if kind.deepest is None else kind.deepest(config))
     return plan
 
 
@@ -168,11 +168,9 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
 
 
-def check_batches(config: Config, cell: Cell, plan: BatchPlan, halvings: int | None) -> None:
-    """UserError where batch normalisation would see a single value for each channel, after so many halvings."""
-    if halvings is None or plan.smallest_batch > 1:
-        return
-    if math.prod(-(-length // 2**halvings) for length in config.dataset.image_size) == 1:
+def check_batches(config: Config, cell: Cell, plan: BatchPlan, deepest: tuple[int, ...] | None) -> None:
+    """UserError where batch normalisation would see a single value for each channel of its `deepest` map."""
+    if deepest is not None and plan.smallest_batch == 1 and math.prod(deepest) == 1:
         raise UserError(f'backbone "{cell.backbone}" cannot be trained on one image of '
                         f"{list(config.dataset.image_size)} pixels at a time; choose a larger dataset.image_size, or "
                         'finetune.sampling "stream" with a finetune.batch_size above 1')

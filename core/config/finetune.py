@@ -86,8 +86,8 @@ class LossSettings(Section):
         backbones=HEATMAP_STARTS, slug="decoder")
     shape_prior: float | None = setting(
         0.2, "how far a landmark may lie from where the others' common shape puts it, of the shape's size (standard "
-        "deviation); null = each landmark by itself", counts_for=("scoring",), backbones=HEATMAP_STARTS, slug="prior", null_slug="off", gt=0,
-        acts=[unless("decoder", "contour_centroid")])
+        "deviation); null = each landmark by itself", counts_for=("scoring",), backbones=HEATMAP_STARTS, slug="prior",
+        null_slug="off", gt=0, acts=[unless("decoder", "contour_centroid")])
 
     @model_validator(mode="after")
     def _loss_fits(self) -> LossSettings:
@@ -191,8 +191,8 @@ class Finetune(LossSettings):
             raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
         needs_validation = self.scheduler == "plateau" or self.early_stop_patience is not None
         if self.validation == "none" and needs_validation:
-            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine, constant, cyclic or restarts, '
-                             "early_stop_patience null")
+            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine, constant, cyclic or '
+                             "restarts, early_stop_patience null")
         if self.pretraining_iteration == "best" and self.validation == "none":
             raise ValueError('finetune.pretraining_iteration "best" is chosen by the validation error, and '
                              'finetune.validation is "none"; give an iteration, or validation labels')

@@ -31,6 +31,8 @@ def recipe(config: Config, backbone: str) -> Config:
 def _gu2net(config: Config) -> dict[str, Any]:
     """Its sigmoid maps are read like those of a softmax over pixels: only what they are to each other counts."""
     own, changes = config.finetune.gu2net, {"loss": "cross_entropy_pixels"}
+    if config.finetune.decoder == "contour_centroid":  # thresholds raw outputs; this is the same on probabilities
+        changes["decoder"] = "component_centroid"
     if own.preset == "tuned":
         return changes
     scale = 1.0 if config.dataset.makes_windows else float(np.mean(config.dataset.image_size)) / 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 SSL_METHODS = ("mocov3", "simclrv2", "dino")
 BACKBONES = {"ddpm": "unet", "scratch": "unet", "imagenet": "encoder_unet", "random": "encoder_unet",
              **dict.fromkeys(SSL_METHODS, "encoder_unet"),
-             }  # start: network
+             "gu2net": "gu2net", "global_to_local": "global_to_local"}  # start: network
 
 
 def _starts(*networks: str) -> tuple[str, ...]:

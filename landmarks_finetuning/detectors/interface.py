@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from core.config.config import Config
 from core.data.records import Record
 from core.networks.encoders import EncoderUNet
+from core.networks.gu2net import GU2Net
+from core.networks.patches import GlobalNetwork, LocalNetworks
 from core.networks.weights import Weights
 from core.training.loop import SplitTask
 from landmarks_finetuning.decoding import Located
 from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.uncertainty import Calibration
 
-Detector = HeatmapUNet | EncoderUNet
+Detector = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
 
 
 class Loss(Protocol):
@@ -79,8 +81,8 @@ class Kind(NamedTuple):
     start: (config, backbone, channels, landmarks) -> a fresh network, which knows its channels, its out_channels and
     the `identity` that a weights file must say for it to be rebuilt; rebuild: (weights, size of its input) -> that
     network; loss and locate: what it learns from and how its outputs are read; heatmaps: outputs -> maps that the
-    published decoder can threshold, None where the outputs are no heatmaps; halvings: of an image's size before the
-    deepest batch normalisation, None without any; second: how its answers are refined, None where it is a second stage.
+    published decoder can threshold, None where the outputs are no heatmaps; deepest: the size of the map at its deepest
+    batch normalisation, None without any; second: how its answers are refined, None where it is a second stage.
     """
 
     start: Callable[[Config, str, int, int], Detector]
@@ -88,5 +90,5 @@ class Kind(NamedTuple):
     loss: Loss
     locate: Locate
     heatmaps: Callable[[Tensor], Tensor] | None
-    halvings: int | None
+    deepest: Callable[[Config], tuple[int, ...]] | None
     second: SecondStage | None

@@ -27,8 +27,8 @@ class Case(NamedTuple):
     """One image as pictures show it: the stored image upright, or the network's where that is all a pack has.
 
     pixels (C, *size); found and truth (N, D) in its pixels; probabilities and targets (N, *own), None without a
-    detector and for one without heatmaps, cover the same field on the network's grid, targets being what training aims at; spacing along the
-    picture's axes, None where unknown; doubt None where nothing is expected of any landmark.
+    detector and for one without heatmaps, cover the same field on the network's grid, targets being what training aims
+    at; spacing along the picture's axes, None where unknown; doubt None where nothing is expected of any landmark.
     """
 
     pixels: np.ndarray
