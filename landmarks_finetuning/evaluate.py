@@ -95,7 +95,8 @@ def check_decoder(detector: TrainedDetector, decoder: str | None) -> None:
     """UserError for a decoder of heatmaps that the detector's outputs are not."""
     backbone = detector.header["backbone"]
     if decoder is not None and detector.kind.heatmaps is None:
-        raise UserError(f'--decoder {decoder}: backbone "{backbone}" has no heatmaps, and one way to answer; leave it away')
+        raise UserError(f'--decoder {decoder}: backbone "{backbone}" has no heatmaps, and one way to answer; leave '
+                        "it away")
     if decoder == "contour_centroid" and backbone not in SOFTMAX_STARTS:
         raise UserError(f'--decoder {decoder} thresholds raw outputs, which "{backbone}" has as logarithms; choose '
                         "component_centroid")

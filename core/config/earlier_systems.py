@@ -1,4 +1,4 @@
-"""The config's `finetune.gu2net` and `finetune.global_to_local` sections: two earlier systems, trained by this study."""
+"""The config's `finetune.gu2net` and `finetune.global_to_local` sections: two earlier systems."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class GlobalToLocal(Section):
 
     preset: Literal["tuned", "released"] = setting(
         "tuned", "tuned: this section's networks and losses with finetune's own training; released: as the authors' "
-        "code trains them (AMSGrad, batches of 4, no augmentation, windows drawn evenly), for as many steps as finetune "
-        "and local say", slug="preset")
+        "code trains them (AMSGrad, batches of 4, no augmentation, windows drawn evenly), for as many steps as "
+        "finetune and local say", slug="preset")
     patch: Literal[2, 4, 8, 16, 32] | None = setting(
         None, "sides in pixels of what one answer of the first step is about; null = 32 of images, 8 of volumes",
         slug="patch")
