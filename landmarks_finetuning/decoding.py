@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from core.config.dataset import Dataset
 from core.config.finetune import LossSettings
 from core.formats.geometry import apply_maps, inverse
-from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
+from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
 from landmarks_finetuning.uncertainty import Calibration, measure_spread
 
@@ -48,13 +49,21 @@ def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: 
     seen = log_maps(outputs, loss)
     points = find_points(outputs, seen, decoder, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    sure = confidence(seen, points, loss, sigma)
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
     if shape is None or settings.shape_prior is None or raw:
         return Decoded(points, seen.scores, sure)
-    fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
+    fitted = fit_shape(shape, points.numpy(), sure.numpy())
     weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
     points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
-    return Decoded(points, weighted, confidence(seen, points, loss, sigma))
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
+    return Decoded(points, weighted, sure)
+
+
+def _copied(points: Tensor, sure: Tensor, maps: LogMaps) -> tuple[Tensor, Tensor]:
+    """Points (B, N, D) and confidences (B, N) on the CPU, by one copy: one wait for the device."""
+    copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu()
+    require_finite(copied[..., -1] > 0)
+    return copied[..., :-2], copied[..., -2]
 
 
 class Located(NamedTuple):
@@ -68,15 +77,16 @@ class Located(NamedTuple):
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
            shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
-           calibration: Calibration | None = None) -> Located:
+           calibration: Calibration | None = None, measure: bool = True) -> Located:
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels with expected errors and 90 % radii (B, N).
 
     `maps` (B, D, D + 1) lead from stored to network pixels, `spacing` (B, D) is mm per stored pixel. The rest is as
-    for `decode_maps`. A softmax over landmarks says which landmark a pixel belongs to, not where one lies: NaN there.
+    for `decode_maps`. A softmax over landmarks says which landmark a pixel belongs to, not where one lies: NaN there,
+    and where they are not to be measured.
     """
     decoded, to_stored = decode_maps(outputs, settings, sigma, decoder, shape), inverse(maps)
     points = apply_maps(decoded.points.numpy(), to_stored)
-    if settings.loss != "cross_entropy_pixels":
+    if settings.loss != "cross_entropy_pixels" or not measure:
         nothing = np.full(points.shape[:2], np.nan)
         return Located(points, nothing, nothing, decoded.confidence.numpy())
     spread = measure_spread(decoded.scores, decoded.points, to_stored, spacing, calibration)

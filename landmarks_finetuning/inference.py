@@ -27,6 +27,7 @@ from landmarks_finetuning.ensemble import MeanOutputs
 from landmarks_finetuning.running import Outputs, run_batched
 from landmarks_finetuning.shape import stored_shape
 
+JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 

@@ -76,11 +76,12 @@ class LocalRegression(LandmarkRegression):
         truth, found, losses = validation.original_points(), answers.copy(), []
         for chosen, outputs, maps in run_windows(model, validation, answers, self.config):
             own = apply_maps(truth[chosen][:, :, None], maps)[:, :, 0]
-            losses.append(self.kind.loss(outputs, torch.from_numpy(own).to(self.device), self.config).item())
-            found[chosen] = self.kind.locate(outputs, maps, self.config).points
+            losses.append(self.kind.loss(outputs, torch.from_numpy(own).to(self.device), self.config))
+            found[chosen] = self.kind.locate(outputs, maps, self.config, measure=False).points
         found[np.isnan(answers)] = np.nan
         error = physical_errors(found, truth, validation.spacings())
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(error))}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from core.data.windows import cut_windows
 from core.formats.geometry import apply_maps
 from core.networks.weights import save_weights
 from core.training.batches import gather, on_device
+from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device
 from landmarks_finetuning.detectors.interface import Kind
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
-from landmarks_finetuning.running import run_batched
+from landmarks_finetuning.running import Outputs, joined, run_batched
 from landmarks_finetuning.shape import stored_shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
@@ -65,6 +67,8 @@ class LandmarkRegression:
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = stored_shape(header)
+        self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
+        self.validating: Replayed | None = None
 
     @property
     def count(self) -> int:
@@ -87,6 +91,13 @@ class LandmarkRegression:
         images, points, *weights = drawn
         return self.kind.loss(model(images), points, self.config, not self.training.fits, *weights)
 
+    def terms(self, *drawn: Tensor) -> Tensor | int:
+        """See core.training.loop.SplitTask; images, where a detector's steps are never split."""
+        images, points = drawn[:2]
+        if self.kind.terms is None:
+            return len(images)
+        return self.kind.terms(points, images.shape[2:], self.config, not self.training.fits)
+
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
         return [self.training.records[i].image.name for i in self.order[indices]]
@@ -96,16 +107,33 @@ class LandmarkRegression:
         validation = self.validation
         if validation is None:
             return {}
-        losses, errors = [], []
+        losses: list[Tensor] = []  # on the device, one for each image
+        errors = []
         truth, spacings = validation.original_points(), validation.spacings()
-        for chosen, outputs, maps in run_batched(
-                model, validation, self.config.evaluation, self.device, self.config.experiment.precision,
-                whole=self.kind.heatmaps is None):
-            seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self.kind.loss(outputs, seen, self.config).item()] * len(chosen)
-            points = self.kind.locate(outputs, maps, self.config, shape=self.shape).points
+        batches = run_batched(self._replayed(model), validation, self.config.evaluation, self.device,
+                              self.config.experiment.precision, whole=self.kind.heatmaps is None)
+        for chosen, outputs, maps in joined(self._with_losses(batches, truth, losses)):
+            points = self.kind.locate(outputs, maps, self.config, shape=self.shape, measure=False).points
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+
+    def _with_losses(self, batches: Iterable[Outputs], truth: np.ndarray, losses: list[Tensor]) -> Iterator[Outputs]:
+        """The `batches`, with the loss of each added to `losses` for each of its images."""
+        for chosen, outputs, maps in batches:
+            if chosen[0] not in self.seen:
+                self.seen[chosen[0]] = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
+            losses += [self.kind.loss(outputs, self.seen[chosen[0]], self.config)] * len(chosen)
+            yield Outputs(chosen, outputs, maps)
+
+    def _replayed(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network of all validations of this run, on a GPU from a shape's fourth batch on as a CUDA graph."""
+        if self.device.type != "cuda" or not self.config.experiment.cuda_graphs:
+            return model
+        if self.validating is None:
+            self.validating = Replayed(lambda batches: model(batches[0][0]).float())
+        replayed = self.validating
+        return lambda inputs: replayed([[inputs]]).clone()  # the next batch overwrites it
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """The last step of a fixed schedule without validation: these weights are the result."""
@@ -144,7 +172,7 @@ def draw_errors(errors: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 
 class CropRegression(LandmarkRegression):
-    """Heatmaps of the landmarks in crops about one of them, as far off as the first stage's answers are.
+    """Outputs of the landmarks in crops about one of them, as far off as the first stage's answers are.
 
     `config` and image sets are those of the second stage of `study`; `first` are the first stage's answers on the
     validation images and the errors that it makes.
@@ -172,11 +200,13 @@ class CropRegression(LandmarkRegression):
         validation, answers = self.validation, self.first.validation
         if validation is None or answers is None:
             return {}
-        truth, refined, losses = validation.original_points(), answers.copy(), []
+        truth, refined = validation.original_points(), answers.copy()
+        losses: list[Tensor] = []  # on the device
         for crops in run_crops(model, validation, answers, self.config):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
-            losses.append(self.kind.loss(crops.outputs, at, self.config).item())
+            losses.append(self.kind.loss(crops.outputs, at, self.config))
             refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(error))}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config.evaluation import Evaluation
 from core.data.dataset import ImageSet
 from core.training.device import autocast, resolve_precision
 from landmarks_finetuning.ensemble import over_views
+
+JOINED_BYTES = 2**27  # of outputs that are decoded together
 
 
 class Outputs(NamedTuple):
@@ -26,8 +28,9 @@ class Outputs(NamedTuple):
 
 
 @torch.no_grad()
-def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
-                chosen: Sequence[int] | None = None, views: int = 1, whole: bool = False) -> Iterator[Outputs]:
+def run_batched(model: Callable[[Tensor], Tensor], images: ImageSet, settings: Evaluation, device: torch.device,
+                precision: str, chosen: Sequence[int] | None = None, views: int = 1, whole: bool = False
+                ) -> Iterator[Outputs]:
     """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch, averaged over `views`.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
@@ -39,7 +42,7 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     precision = resolve_precision(precision, device)
 
     def outputs_of_view(inputs: Tensor) -> Tensor:
-        with autocast(device, precision):
+        with autocast(device, precision, keep_casts=False):
             return model(inputs).float()
 
     def outputs_of(inputs: Tensor) -> Tensor:
@@ -48,7 +51,8 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     if images.fits:
         for first in range(0, len(indices), batch):
             some = indices[first : first + batch]
-            yield Outputs(some, outputs_of(images.images[some]), images.maps[some])
+            inputs = images.images[first : first + batch] if chosen is None else images.images[some]
+            yield Outputs(some, outputs_of(inputs), images.maps[some])
         return
     for index in indices:
         part, maps = images.seen(index), images.maps[[index]]
@@ -56,6 +60,25 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
         image = images.images[(slice(index, index + 1), slice(None), *part)]
         outputs = outputs_of(image) if whole else _over_windows(outputs_of, image, size, settings.window_overlap, batch)
         yield Outputs([index], outputs, maps)
+
+
+def joined(batches: Iterable[Outputs], most_bytes: int = JOINED_BYTES) -> Iterator[Outputs]:
+    """Batches of one size put together while they are small: what decodes them waits for the device less often."""
+    group: list[Outputs] = []
+    for batch in batches:
+        together = sum(each.outputs.nbytes for each in group) + batch.outputs.nbytes
+        if group and (together > most_bytes or batch.outputs.shape[1:] != group[0].outputs.shape[1:]):
+            yield _together(group)
+            group = []
+        group.append(batch)
+    if group:
+        yield _together(group)
+
+
+def _together(group: Sequence[Outputs]) -> Outputs:
+    chosen = [index for batch in group for index in batch.chosen]
+    outputs = group[0].outputs if len(group) == 1 else torch.cat([batch.outputs for batch in group])
+    return Outputs(chosen, outputs, np.concatenate([batch.maps for batch in group]))
 
 
 def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +18,8 @@ from core.files import content_digest, write_atomically
 from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
+from core.formats.volumes import PARSING
 
-PARSING = Lock()  # of .npy headers: CPython 3.11 counts the depth of its parser for all threads together
 CACHE_VERSION = "2"  # of decoding and resizing together
 WHOLE_NUMBERS = (".png", ".jpg", ".jpeg", ".bmp")  # formats without fractions
 

@@ -124,7 +124,8 @@ class DataSource:
 def image_id(name: str | Path) -> str:
     """The id of an image: its file name or relative path without its image suffix, with forward slashes."""
     text = name.as_posix() if isinstance(name, Path) else name.replace("\\", "/")
-    return text[: -len(image_suffix(text) or "")] if image_suffix(text) else text
+    suffix = image_suffix(text)
+    return text[: -len(suffix)] if suffix else text
 
 
 def patient_group(image: str, patient: str | None) -> str:

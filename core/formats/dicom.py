@@ -8,6 +8,7 @@ with row cosines X, column cosines Y and position S, pixel (column i, row j) lie
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -93,12 +94,13 @@ def series_geometry(folder: Path) -> Geometry:
 
 def dicom_files(folder: Path) -> Iterator[Path]:
     """Files right in `folder` named .dcm, and those without a suffix (or a number for one) with DICOM's mark."""
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or not file.is_file():
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name.upper() == "DICOMDIR":
             continue
-        suffix = file.suffix.lower()
-        if suffix == ".dcm" or ((not suffix or suffix[1:].isdigit()) and is_dicom(file)):
-            yield file
+        suffix = entry.name.rpartition(".")[2].lower() if "." in entry.name else ""
+        may_be = suffix in ("", "dcm") or suffix.isdigit()
+        if may_be and entry.is_file() and (suffix == "dcm" or is_dicom(folder / entry.name)):
+            yield folder / entry.name
 
 
 def is_series(folder: Path) -> bool:

@@ -128,14 +128,14 @@ def locate_patches(outputs: Tensor, maps: np.ndarray, patch: int) -> Located:
 
 def locate_global(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
                   shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
-                  calibration: Calibration | None = None) -> Located:
+                  calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The first step's answers; see interface.Locate."""
     return locate_patches(outputs, maps, patch_of(config))
 
 
 def locate_local(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
                  shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
-                 calibration: Calibration | None = None) -> Located:
+                 calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The second step's answers; see interface.Locate. `maps` (B, N, D, D + 1) lead to each landmark's window."""
     return locate_patches(outputs, maps, LOCAL_PATCH)
 

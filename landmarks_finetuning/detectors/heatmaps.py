@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -26,12 +28,22 @@ def heatmap_loss(outputs: Tensor, points: Tensor, config: Config, crop: bool = F
     return LOSSES[finetune.loss](outputs.float(), target, absent, weights)
 
 
+def heatmap_terms(points: Tensor, size: Sequence[int], config: Config, crop: bool) -> Tensor | int:
+    """What `heatmap_loss` averages over: images, or the landmarks that the softmax over pixels has; interface.Terms."""
+    finetune = config.finetune
+    if finetune.loss == "cross_entropy_channels":
+        return len(points)
+    target = draw_target(points, size, finetune.target, sigma_pixels(finetune.sigma, config.dataset))
+    present = target.flatten(2).any(dim=2)
+    return (present | ~points.isnan().any(dim=2) if crop else present).sum().clamp(min=1)
+
+
 def locate_heatmaps(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
                     shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
-                    calibration: Calibration | None = None) -> Located:
+                    calibration: Calibration | None = None, measure: bool = True) -> Located:
     """Raw heatmaps (B, N, *size) read as `config` says; see interface.Locate."""
     sigma = sigma_pixels(config.finetune.sigma, config.dataset)
-    return locate(outputs, maps, config.finetune, sigma, decoder, shape, spacing, calibration)
+    return locate(outputs, maps, config.finetune, sigma, decoder, shape, spacing, calibration, measure)
 
 
 def as_they_are(outputs: Tensor) -> Tensor:

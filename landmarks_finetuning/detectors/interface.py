@@ -35,15 +35,22 @@ class Loss(Protocol):
                  weights: Tensor | None = None) -> Tensor: ...
 
 
+class Terms(Protocol):
+    """Over how many terms a loss is the mean, for landmarks (B, N, D) in inputs of `size`; see core.training.loop."""
+
+    def __call__(self, points: Tensor, size: Sequence[int], config: Config, crop: bool) -> Tensor | int: ...
+
+
 class Locate(Protocol):
     """Outputs (B, ...) of a network and `maps` (B, D, D + 1) from stored to its pixels -> landmarks in stored pixels.
 
-    `shape` is the labelled shapes' mean, `spacing` (B, D) mm per stored pixel; a detector may have no use for them.
+    `shape` is the labelled shapes' mean, `spacing` (B, D) mm per stored pixel, `measure` whether expected errors are
+    wanted; a detector may have no use for them.
     """
 
     def __call__(self, outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
                  shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
-                 calibration: Calibration | None = None) -> Located: ...
+                 calibration: Calibration | None = None, measure: bool = True) -> Located: ...
 
 
 class Refine(Protocol):
@@ -80,7 +87,8 @@ class Kind(NamedTuple):
 
     start: (config, backbone, channels, landmarks) -> a fresh network, which knows its channels, its out_channels and
     the `identity` that a weights file must say for it to be rebuilt; rebuild: (weights, size of its input) -> that
-    network; loss and locate: what it learns from and how its outputs are read; heatmaps: outputs -> maps that the
+    network; loss and locate: what it learns from and how its outputs are read; terms:
+    None where a step may not be split, for batch normalisation; heatmaps: outputs -> maps that the
     published decoder can threshold, None where the outputs are no heatmaps; deepest: the size of the map at its deepest
     batch normalisation, None without any; second: how its answers are refined, None where it is a second stage.
     """
@@ -88,6 +96,7 @@ class Kind(NamedTuple):
     start: Callable[[Config, str, int, int], Detector]
     rebuild: Callable[[Weights, tuple[int, ...]], Detector]
     loss: Loss
+    terms: Terms | None
     locate: Locate
     heatmaps: Callable[[Tensor], Tensor] | None
     deepest: Callable[[Config], tuple[int, ...]] | None
