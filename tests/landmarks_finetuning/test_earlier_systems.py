@@ -123,5 +123,5 @@ def test_settings_of_another_start_are_refused(make_values, tmp_path, config_fil
     tuned = {"backbones": ["gu2net"], "gu2net": {"cycle_iterations": 100}}
     assert 'finetune.gu2net.preset is "tuned" and acts only with "released"' in error_of(
         load_config, config_file("b.json", finetune=tuned))
-    alone = {"backbones": ["global_to_local"], "decoder": "argmax"}
+    alone = {"backbones": ["global_to_local"], "sigma": 2.5, "decoder": "argmax"}
     assert 'finetune.decoder "argmax" acts for' in error_of(load_config, config_file("c.json", finetune=alone))
