@@ -33,7 +33,7 @@ from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import FirstAnswers, first_errors, guessed_errors
-from landmarks_finetuning.regression import LandmarkRegression, WeightedImages
+from landmarks_finetuning.regression import WeightedImages
 from landmarks_finetuning.self_training import mixed_order
 from landmarks_finetuning.shape import mean_shape, shape_modes
 
@@ -87,7 +87,7 @@ def train_first(config: Config, stage: Stage) -> None:
     images, validation = stage.data.load(config)
     kind = kind_of(stage.cell.backbone)
     model, header = fresh_detector(config, stage.cell, stage.data, images, kind)
-    task = LandmarkRegression(config, stage.folder, header, images, validation, kind)
+    task = kind.task(config, stage.folder, header, images, validation, kind)
     plan = batch_plan(config, stage.cell, task.count, kind)
     stage.run(config, task, model, plan, start_path(config, stage.cell.backbone))
 

@@ -25,6 +25,9 @@ class GU2Net(Section):
                                   acts=[RELEASED])
     cycle_iterations: Count = setting(2000, "steps in which it rises, and in which it falls again", slug="cycle",
                                       acts=[RELEASED])
+    together: tuple[str, ...] = setting(
+        (), "config files of other studies: their labelled training images are learned from as well, by kernels of "
+        "their own and shared ones, as many shots of each as of the study's own", slug="with")
 
 
 class LocalStep(Section):

@@ -34,7 +34,8 @@ def second_stage(config: Config) -> Config:
         "refine": Refine(), "self_training": SelfTraining(), "checkpoint": None, "losses": (),
         "loss": "cross_entropy_pixels", "target": "gaussian", "sigma": refine.sigma,
         "decoder": "local_expectation", "shape_prior": None, "iterations": refine.iterations, "epochs": None,
-        "batch_size": refine.batch_size, "accumulation": 1, "augmentation": refine.augmentation})
+        "batch_size": refine.batch_size, "accumulation": 1,
+        "gu2net": config.finetune.gu2net.model_copy(update={"together": ()}), "augmentation": refine.augmentation})
     return config.model_copy(update={
         "experiment": experiment.model_copy(update={"output_dir": str(config.experiment_dir), "name": FOLDER}),
         "dataset": dataset.model_copy(update={"image_size": crop, **grid}),

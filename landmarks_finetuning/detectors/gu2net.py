@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from core.config.config import Config
+from core.config.load import load_config
+from core.data.source import load_source
 from core.networks.gu2net import HALVINGS, GU2Net
 from core.networks.weights import Weights
 from landmarks_finetuning.decoding import sigma_pixels
@@ -18,8 +20,10 @@ LARGEST_LOG = -1e-6  # of a probability: its complement must have a logarithm, a
 
 
 def start_gu2net(config: Config, _backbone: str, channels: int, landmarks: int) -> GU2Net:
-    """A fresh GU2Net for one data set, random weights."""
-    return GU2Net(len(config.dataset.image_size), channels, (landmarks,))
+    """A fresh GU2Net for the study's data set and those of finetune.gu2net.together, random weights."""
+    others = [load_source(load_config(path).dataset) for path in config.finetune.gu2net.together]
+    return GU2Net(len(config.dataset.image_size), channels,
+                  (landmarks, *(len(source.landmark_names) for source in others)))
 
 
 def rebuild_gu2net(weights: Weights, size: tuple[int, ...]) -> GU2Net:

@@ -65,10 +65,13 @@ class Refine(Protocol):
 
 
 class StageTask(SplitTask, Protocol):
-    """What a stage trains: `header` is that of its weights files, `count` of what it draws from in an epoch."""
+    """What a stage trains: `header` is that of its weights files."""
 
     header: dict[str, Any]
-    count: int
+
+    @property
+    def count(self) -> int:
+        """Of what it draws from in an epoch."""
 
 
 class SecondStage(NamedTuple):
@@ -87,10 +90,10 @@ class Kind(NamedTuple):
 
     start: (config, backbone, channels, landmarks) -> a fresh network, which knows its channels, its out_channels and
     the `identity` that a weights file must say for it to be rebuilt; rebuild: (weights, size of its input) -> that
-    network; loss and locate: what it learns from and how its outputs are read; terms:
-    None where a step may not be split, for batch normalisation; heatmaps: outputs -> maps that the
-    published decoder can threshold, None where the outputs are no heatmaps; deepest: the size of the map at its deepest
-    batch normalisation, None without any; second: how its answers are refined, None where it is a second stage.
+    network; loss and locate: what it learns from and how its outputs are read; terms: None where a step may not be
+    split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold, None where the
+    outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None without any; task:
+    trains it, a class; second: how its answers are refined, None where it is a second stage.
     """
 
     start: Callable[[Config, str, int, int], Detector]
@@ -100,4 +103,5 @@ class Kind(NamedTuple):
     locate: Locate
     heatmaps: Callable[[Tensor], Tensor] | None
     deepest: Callable[[Config], tuple[int, ...]] | None
+    task: Callable[..., StageTask]
     second: SecondStage | None

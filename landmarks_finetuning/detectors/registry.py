@@ -10,19 +10,22 @@ from landmarks_finetuning.detectors.encoder_unet import deepest, rebuild_encoder
 from landmarks_finetuning.detectors.heatmap_unet import rebuild_unet, start_unet
 from landmarks_finetuning.detectors.heatmaps import CROPS, as_they_are, heatmap_loss, heatmap_terms, locate_heatmaps
 from landmarks_finetuning.detectors.interface import Detector, Kind, SecondStage
+from landmarks_finetuning.joint_training import JointRegression
 from landmarks_finetuning.local_step import LocalRegression, refine_locally
+from landmarks_finetuning.regression import LandmarkRegression
 
 DETECTORS = {
-    "unet": Kind(start_unet, rebuild_unet, heatmap_loss, heatmap_terms, locate_heatmaps, as_they_are, None, CROPS),
+    "unet": Kind(start_unet, rebuild_unet, heatmap_loss, heatmap_terms, locate_heatmaps, as_they_are, None,
+                 LandmarkRegression, CROPS),
     "encoder_unet": Kind(start_encoder_unet, rebuild_encoder_unet, heatmap_loss, heatmap_terms, locate_heatmaps,
-                         as_they_are, deepest, CROPS),
+                         as_they_are, deepest, LandmarkRegression, CROPS),
     "gu2net": Kind(gu2net.start_gu2net, gu2net.rebuild_gu2net, gu2net.gu2net_loss, None, locate_heatmaps,
-                   gu2net.probabilities, gu2net.deepest, CROPS),
+                   gu2net.probabilities, gu2net.deepest, JointRegression, CROPS),
     "global_to_local": Kind(patches.start_global, patches.rebuild_global, patches.global_loss, None,
-                            patches.locate_global, None, patches.deepest_global,
+                            patches.locate_global, None, patches.deepest_global, LandmarkRegression,
                             SecondStage("local_networks", LocalRegression, refine_locally)),
     "local_networks": Kind(patches.start_local, patches.rebuild_local, patches.local_loss, None,
-                           patches.locate_local, None, patches.deepest_local, None),
+                           patches.locate_local, None, patches.deepest_local, LocalRegression, None),
 }
 
 

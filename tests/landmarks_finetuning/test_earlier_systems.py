@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from core.config.load import load_config
+from core.networks.gu2net import GU2Net
 from core.networks.weights import read_tensors
 from core.runs.places import Cell
 from core.training.loop import Training
@@ -125,3 +127,59 @@ def test_settings_of_another_start_are_refused(make_values, tmp_path, config_fil
         load_config, config_file("b.json", finetune=tuned))
     alone = {"backbones": ["global_to_local"], "sigma": 2.5, "decoder": "argmax"}
     assert 'finetune.decoder "argmax" acts for' in error_of(load_config, config_file("c.json", finetune=alone))
+
+
+# --- several data sets at once
+
+
+@pytest.fixture
+def other_study(config_file):
+    """Another study's config: the same landmarks on larger images."""
+    return config_file("other.json", dataset={"image_size": [64, 48]})
+
+
+def test_several_data_sets_train_one_network(make_config, other_study, tmp_path):
+    """The other one's kernels and norms move as well; the weights answer for the run's own."""
+    config = make_config(tmp_path, finetune={"backbones": ["gu2net"], "gu2net": {"together": [str(other_study)]}})
+    run_dir = finetune_cell(config, Cell("gu2net", 2, 0, 0))
+    assert run_dir.parent.name.startswith("with-other") and "/" not in run_dir.parent.name
+    tensors, header = read_tensors(run_dir / "best.safetensors")
+    assert header["landmarks"] == [19, 19] and header["data_set"] == 0
+    for number in (0, 1):  # counts of the batches seen by each data set's norms
+        assert tensors[f"local_branch.down.0.first.norms.{number}.num_batches_tracked"] > 0
+    groups = json.loads((run_dir / "inputs.json").read_text())["images"]
+    assert len(groups["together 1"]) == 2 and groups["together 1"] != groups["validation"]
+    assert trained_detector(run_dir).model.out_channels == 19
+
+
+def test_losses_of_data_sets_are_added(make_config, other_study, tmp_path):
+    """As by hand, each with the network set to its data set; without another one it is the own loss."""
+    from core.data.dataset import load_images
+    from core.data.source import load_source
+    from landmarks_finetuning.detectors.gu2net import gu2net_loss
+    from landmarks_finetuning.detectors.registry import DETECTORS
+    from landmarks_finetuning.joint_training import JointRegression
+    from landmarks_finetuning.regression import WeightedImages
+
+    config = make_config(tmp_path, finetune={"backbones": ["gu2net"], "gu2net": {"together": [str(other_study)]}})
+    images = load_images(load_source(config.dataset).require("train")[:2], config.dataset)
+    header = {"backbone": "gu2net", "shots": 2, "draw": 0, "shape": None}
+    task = JointRegression(config, tmp_path, header, WeightedImages(images, np.arange(2)), None, DETECTORS["gu2net"])
+    torch.manual_seed(0)
+    model = GU2Net(2, 1, (19, 19)).eval()
+    drawn = task.draw(np.arange(2), torch.Generator().manual_seed(0))
+    assert [tuple(each.shape) for each in drawn] == [(2, 1, 64, 48), (2, 19, 2), (2, 1, 48, 48), (2, 19, 2)]
+    with torch.no_grad():
+        total = task.loss_of(model, *drawn)
+        assert model.data_set == 0
+        own = gu2net_loss(model(drawn[2]), drawn[3], task.config)
+        model.data_set = 1
+        other = gu2net_loss(model(drawn[0]), drawn[1], load_config(other_study))
+    assert total.item() == pytest.approx((own + other).item(), rel=1e-5)
+
+
+def test_other_dimensions_are_refused(make_config, config_file, tmp_path):
+    deep = config_file("deep.json", is_3d=True, dataset={"layout": "folder", "image_size": [16, 16, 16],
+                                                         "spacing_mm": None})
+    config = make_config(tmp_path, finetune={"backbones": ["gu2net"], "gu2net": {"together": [str(deep)]}})
+    assert "is_3d is true there, and false here" in error_of(finetune_cell, config, Cell("gu2net", 2, 0, 0))

@@ -20,6 +20,7 @@ STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fi
                "self_training.rounds": "rounds", "self_training.matching": "match", "self_training.images": "pseudo",
                "self_training.share": "pseudo-share", "self_training.power": "pseudo-power"}  # fmt: skip
 EARLIER_KEYS = {"gu2net.preset": "preset", "gu2net.learning_rate": "lr", "gu2net.cycle_iterations": "cycle",
+                "gu2net.together": "with",
                 **{f"global_to_local.{key}": slug for key, slug in {
                     "preset": "preset", "patch": "patch", "presence_weight": "presence", "channels": "width",
                     "local.iterations": "local-steps", "local.window": "window", "local.window_mm": "window-mm",
