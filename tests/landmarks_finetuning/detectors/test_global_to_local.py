@@ -8,10 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core.config.load import parse_config
+from core.config.load import CONFIG_DIR, load_config, parse_config
+from core.config.recipes import recipe
 from core.config.second_stage import local_step
 from core.data.records import Record
-from landmarks_finetuning.detectors.global_to_local import decode_patches, locate_patches, patch_loss, patch_targets
+from landmarks_finetuning.detectors.global_to_local import (
+    decode_patches,
+    locate_patches,
+    patch_loss,
+    patch_of,
+    patch_targets,
+)
 from landmarks_finetuning.local_step import refine_locally
 from tests.conftest import error_of
 
@@ -142,3 +149,13 @@ def test_millimetres_need_a_layout_that_has_them():
                                                            "global_to_local": {"local": {"window_mm": 8.0}}}}
     message = error_of(parse_config, values, "c")
     assert 'window_mm needs images in mm: layout "folder" or "cephalo", not "chest"' in message
+
+
+@pytest.mark.parametrize("name, patch, weight, window_mm", [
+    ("cephalometric", 32, 20, 1.6), ("ccta", 8, 8, 24.0), ("olfactory", 8, 2, 7.5)])
+def test_templates_have_the_published_settings(name, patch, weight, window_mm):
+    config = load_config(CONFIG_DIR / f"global_to_local/{name}.json")
+    own, second = config.finetune.global_to_local, local_step(config)
+    assert (own.preset, patch_of(config), own.presence_weight) == ("released", patch, weight)
+    assert second.dataset.resample_mm == pytest.approx(window_mm / 16) == config.dataset.resample_mm
+    assert recipe(config, "global_to_local").finetune.optimizer == "amsgrad" == second.finetune.optimizer
