@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from core.config.config import Config
 from core.config.finetune import Finetune, LearningRates
@@ -35,7 +34,7 @@ def _gu2net(config: Config) -> dict[str, Any]:
         changes["decoder"] = "component_centroid"
     if own.preset == "tuned":
         return changes
-    scale = 1.0 if config.dataset.makes_windows else float(np.mean(config.dataset.image_size)) / 256
+    scale = 1.0 if config.dataset.makes_windows else fmean(config.dataset.image_size) / 256
     return {**changes, **PLAIN, "target": "gaussian_window", "sigma": RELEASED_SIGMA / scale, "decoder": "argmax",
             "shape_prior": None, "optimizer": "adam", "weight_decay": 1e-4, "scheduler": "cyclic",
             "cycle_iterations": own.cycle_iterations, "learning_rate": _with_rate(config.finetune, "gu2net",
