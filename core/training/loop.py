@@ -339,7 +339,9 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     if ranks.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
     if settings.device.type == "cpu" and not training.finished:
-        print(use_threads(threads), flush=True)
+        chosen = use_threads(threads)
+        if ranks.leads:
+            print(chosen, flush=True)
     open_log = RunLog if ranks.leads else NoLog
     with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
           StopSignal(once=ranks.count > 1) as stop, writing_in_background(settings.device.type == "cuda")):
