@@ -60,7 +60,7 @@ def test_a_killed_process_ends_the_job(tmp_path, config_file):
     assert lines[0].startswith("error: rank 1 (process ") and "was killed by SIGKILL" in lines[0]
     assert read_pickle(run_dir / "last.pt")["step"] == 2
     status, out, lines = job(tmp_path, PRETRAINING, "--config", path)
-    assert (status, lines) == (0, []) and out == f"pre-training is done: {run_dir}\n"
+    assert (status, lines) == (0, []) and out == f"{THREADS}pre-training is done: {run_dir}\n"
     assert read_pickle(run_dir / "last.pt")["step"] == 6
 
 
