@@ -16,7 +16,7 @@ from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
 from core.files import content_digest, write_atomically
-from core.formats.dicom import dicom_files
+from core.formats.series import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
 
