@@ -265,6 +265,7 @@ def _words(path: Path, dataset: pydicom.Dataset, decoder: Decoder) -> tuple[np.n
     except RuntimeError as error:  # every decoder that is here failed; another may know this variant
         raise damaged(path, f"{' '.join(str(error).split())} If the file is whole, {_packages(decoder)}") from error
     dataset.BitsStored, dataset.HighBit = bits, bits - 1 + below
+    words = words.astype(words.dtype.newbyteorder("="), copy=False)
     stored = _in_words(words, bits, below, signed) if own and bits < allocated else words
     first, last = (_padding_value(dataset, key, allocated, signed) for key in
                    ("PixelPaddingValue", "PixelPaddingRangeLimit"))

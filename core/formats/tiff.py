@@ -97,7 +97,8 @@ def _check_stack(path: Path, tiff: tifffile.TiffFile, page: tifffile.TiffPage) -
     images = (tiff.imagej_metadata or {}).get("images", 1) if tiff.is_imagej else 1
     if tiff.is_shaped and tiff.shaped_metadata:
         images = max(images, math.prod(tiff.shaped_metadata[0].get("shape", ())) // max(page.size, 1))
-    images = max(images, page.imagedepth)
+    planes = page.tags.get(33629)  # UIC2, of MetaMorph
+    images = max(images, page.imagedepth, planes.count if planes is not None else 1)
     if images > 1:
         raise UserError(f"image {path} holds a stack of {images} images; save the one that is meant as a file of its "
                         "own, or the volume as NIfTI")
@@ -126,6 +127,8 @@ def _check_kind(path: Path, page: tifffile.TiffPage) -> None:
         what = "holds CMYK colours compressed as JPEG"
     elif meaning == CMYK and page.tags.valueof(332, 1) != 1:
         what = "holds inks other than CMYK"
+    elif page.compression == 1 and page.predictor != 1:
+        what = "holds differences (a predictor) without compression, which readers take in two ways"
     elif meaning == PALETTE and page.colormap is None:
         what = "has a palette without colours"
     else:
