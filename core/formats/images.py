@@ -84,7 +84,8 @@ def is_picture(path: Path) -> bool:
 def find_images(folder: Path, recursive: bool = False) -> list[Path]:
     """All images in `folder`, sorted by path; folders that are links are entered, each folder once.
 
-    Passed over: hidden files and folders, and those of file servers and systems (SYSTEM_FOLDERS). A folder that
+    Passed over: hidden files and folders, those of file servers and systems (SYSTEM_FOLDERS), and the pictures beside a
+    predictions.csv, which the program drew. A folder that
     `is_series` is one image, and the files in it are none. A file without an image suffix is one if it has DICOM's mark.
     """
     return sorted(_images_in(folder, recursive, set()))
@@ -93,7 +94,7 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
 def _images_in(folder: Path, recursive: bool, seen: set[Path]) -> Iterator[Path]:
     seen.add(folder.resolve())
     for entry in sorted(folder.iterdir()):
-        if _passed_over(entry.name):
+        if _passed_over(entry):
             continue
         if entry.is_dir():
             if is_series(entry):
@@ -104,8 +105,10 @@ def _images_in(folder: Path, recursive: bool, seen: set[Path]) -> Iterator[Path]
             yield entry
 
 
-def _passed_over(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS or name.upper() == "DICOMDIR"
+def _passed_over(entry: Path) -> bool:
+    name = entry.name
+    return (name.startswith(".") or name.casefold() in SYSTEM_FOLDERS or name.upper() == "DICOMDIR"
+            or (name in DRAWN and entry.with_name("predictions.csv").is_file()))
 
 
 def _format(path: Path) -> Format:
@@ -225,6 +228,7 @@ def _deep_colour(path: Path, file: BinaryIO) -> np.ndarray:
 # of archives of macOS, of Synology's and QNAP's file servers, of Windows, of Unix disks
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
                   "recycler", "recycled", "system volume information", "lost+found")  # fmt: skip
+DRAWN = ("overlays", "heatmaps", "markups")  # folders of pictures that belong to a table of predictions
 RASTER = Format(_read_raster, _raster_geometry)
 NIFTI = Format(read_nifti, nifti_geometry)
 DICOM = Format(read_dicom, dicom_geometry)
