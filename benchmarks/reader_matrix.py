@@ -27,6 +27,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    UID,
     RLELossless,
     generate_uid,
 )
@@ -42,7 +43,7 @@ class Kind(NamedTuple):
     """A file of one kind: how it is written, and the brightness of its pixels; `may_refuse`: for that there is none."""
 
     name: str
-    write: Callable[[Path], None]
+    write: Callable[[Path], object]
     truth: np.ndarray
     may_refuse: bool = False
 
@@ -83,7 +84,7 @@ def _values(code: str) -> np.ndarray:
         whole.min, min(whole.max, 2**53)).astype(kind)
 
 
-def _tiff(values: np.ndarray, **options: Any) -> Callable[[Path], None]:
+def _tiff(values: np.ndarray, **options: Any) -> Callable[[Path], object]:
     options.setdefault("photometric", "minisblack")
     return lambda path: tifffile.imwrite(path, values, metadata=None, **options)
 
@@ -202,7 +203,7 @@ def _dataset(shape: tuple[int, int], meaning: str = "MONOCHROME2") -> Dataset:
     return dataset
 
 
-def _with_words(dataset: Dataset, words: np.ndarray, bits: tuple[int, int, int], signed: bool, syntax: str) -> Dataset:
+def _with_words(dataset: Dataset, words: np.ndarray, bits: tuple[int, int, int], signed: bool, syntax: UID) -> Dataset:
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits
     dataset.PixelRepresentation = int(signed)
     big = syntax == ExplicitVRBigEndian
@@ -228,7 +229,7 @@ def _saved(dataset: Dataset) -> Callable[[Path], None]:
 
 
 def _word_kind(allocated: int, stored: int, high: int, signed: bool, meaning: str,
-               syntax: str = ExplicitVRLittleEndian) -> Kind:
+               syntax: UID = ExplicitVRLittleEndian) -> Kind:
     low = -(2 ** (stored - 1)) if signed else 0
     top = low + 2**stored - 1
     values = np.rint(picture(low, top)).astype(np.int64)
@@ -286,7 +287,7 @@ def judge(kind: Kind, path: Path) -> Outcome:
 
 
 def _itk(path: Path) -> str:
-    """Where SimpleITK finds the brightest pixel, (y, x); it turns neither white-is-zero nor padding nor orientations."""
+    """Where SimpleITK finds the brightest pixel, (y, x); it knows no padding and no orientation."""
     try:
         pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
     except RuntimeError:

@@ -24,7 +24,7 @@ from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
-from core.networks.weights import load_weights
+from core.networks.weights import Weights, load_weights
 from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
@@ -63,12 +63,16 @@ class TrainedDetector:
         self.config = self.own_config
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
-        self.landmark_names: list[str] = weights.header["landmark_names"]
+        self.landmark_names = landmark_names(path, weights)
         self.shape = stored_shape(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         network = DETECTORS[weights.header.get("network", "unet")]
-        model = network.rebuild(weights, self.own_config.dataset.image_size)
-        model.load_state_dict(weights.tensors)
+        try:
+            model = network.rebuild(weights, self.own_config.dataset.image_size)
+            model.load_state_dict(weights.tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: its tensors are not those of the network that its header describes "
+                            f"({' '.join(str(error).split())[:200]})") from None
         for other in others:
             check_alike(self, other, path)
         models: list[nn.Module] = [model, *(other.model for other in others)]
@@ -93,6 +97,16 @@ class TrainedDetector:
         config = self.config
         return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
                            config.evaluation.views)
+
+
+def landmark_names(path: Path, weights: Weights) -> list[str]:
+    """What the outputs of a detector stand for; UserError where its header does not name each of them once."""
+    names = weights.header.get("landmark_names")
+    if not isinstance(names, list) or len(names) != weights.out_channels or len(set(map(str, names))) < len(names):
+        count = f"{len(names)} names" if isinstance(names, list) else "no list"
+        raise UserError(f"{path} is damaged: its network has {weights.out_channels} outputs, its header's "
+                        f"landmark_names are {count}")
+    return [str(name) for name in names]
 
 
 def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:

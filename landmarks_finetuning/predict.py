@@ -13,8 +13,8 @@ from core.data.dataset import load_images
 from core.data.records import Record, own_spacing
 from core.errors import CommandParser, UserError, run_command
 from core.files import atomic_file
-from core.formats.series import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from core.formats.series import is_series
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions

@@ -56,7 +56,7 @@ class Dataset(Section):
                                        "predicted images alike; layouts cephalo and folder",
                                        gt=0, acts=[only("layout", "cephalo", "folder"), NO_PACK])
     max_megapixels: float | None = setting(
-        None, "largest image that is read, in millions of pixels or voxels, of about 8 bytes of memory each; null: 300, "
+        None, "largest image that is read, in millions of pixels or voxels of about 8 bytes of memory each; null: 300, "
         "2000 for volumes", gt=0, counts_for=FREE, before=None, acts=[NO_PACK])
     cache_dir: str = setting("runs/cache", "folder for resized images", counts_for=FREE)
     intensity: Literal["minmax", "percentile", "window"] = setting(

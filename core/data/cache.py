@@ -18,9 +18,9 @@ from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
 from core.files import content_digest, write_atomically
-from core.formats.series import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
+from core.formats.series import dicom_files
 
 PARSING = Lock()  # of .npy headers: CPython 3.11 counts the depth of its parser for all threads together
 ONE_LARGE = Lock()  # for decoders work side by side
@@ -125,8 +125,8 @@ def check_size(image: Path, size: tuple[int, ...], config: DatasetConfig) -> Non
     """UserError for an image of more pixels than dataset.max_megapixels allows, before they are read."""
     pixels = math.prod(size)
     if pixels > config.largest:
-        raise UserError(f"image {image} has {' x '.join(map(str, size[::-1]))} = {pixels / 1e6:.0f} million pixels, more "
-                        f"than dataset.max_megapixels {config.largest / 1e6:g}; reading it takes about "
+        raise UserError(f"image {image} has {' x '.join(map(str, size[::-1]))} = {pixels / 1e6:.0f} million pixels, "
+                        f"more than dataset.max_megapixels {config.largest / 1e6:g}; reading it takes about "
                         f"{pixels * 8 / 2**30:.1f} GiB of memory: raise that setting if there is as much, or save it "
                         "smaller")
 

@@ -39,8 +39,9 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     buffer = io.BytesIO()
     kind = np.uint8 if all(map(_has_8_bits, records, loaded)) else np.uint16
     ranges = np.array([(0, 255) if kind == np.uint8 else (image.pixels.min(), image.pixels.max()) for image in loaded])
-    levels = np.stack([_levels(image.pixels, *limits, kind) for image, limits in zip(loaded, ranges, strict=True)])
-    np.savez_compressed(buffer, pixels=levels, ranges=ranges, ids=np.array([record.id for record in records]), size=np.array(config.image_size),
+    levels = np.stack([_levels(image.pixels, limits[0], limits[1], kind) for image, limits in zip(loaded, ranges, strict=True)])
+    np.savez_compressed(buffer, pixels=levels, ranges=ranges,
+                        ids=np.array([record.id for record in records]), size=np.array(config.image_size),
                         original_sizes=np.array([image.original_size for image in loaded]),
                         maps=np.stack([image.map for image in loaded]),
                         digests=np.array([image.digest or "" for image in loaded]),
@@ -57,8 +58,8 @@ def _has_8_bits(record: Record, image: Loaded) -> bool:
 
 def _levels(pixels: np.ndarray, low: float, high: float, kind: type[np.unsignedinteger]) -> np.ndarray:
     """Pixels as whole numbers, `low` to 0 and `high` to the largest of `kind`: each image has a range of its own."""
-    top = np.iinfo(kind).max
-    return np.round((pixels - low) * (top / max(high - low, np.finfo(np.float32).tiny))).astype(kind)
+    top = float(np.iinfo(kind).max)
+    return np.round((pixels - low) * (top / max(high - low, 1e-30))).astype(kind)
 
 
 def _describe(record: Record) -> dict:

@@ -18,7 +18,6 @@ from core.config.dataset import Dataset as DatasetConfig
 from core.data.records import SPLITS, DataSource, Record
 from core.errors import UserError
 
-
 PACK_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, EOFError, NotImplementedError,
                RuntimeError, SyntaxError, OverflowError, MemoryError, struct.error, tokenize.TokenError, zlib.error,
                zipfile.BadZipFile)  # fmt: skip

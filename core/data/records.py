@@ -153,7 +153,7 @@ def check_unique(records: Iterable[Record]) -> None:
 
 
 def files_by_id(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """{image id: file} of all files below `folder` with one of `suffixes`, in upper or lower case, hidden ones left out.
+    """{image id: file} of all files below `folder` with one of `suffixes`, in either case, hidden ones left out.
 
     UserError where two belong to the same image.
     """

@@ -86,7 +86,7 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
 
     Passed over: hidden files and folders, those of file servers and systems (SYSTEM_FOLDERS), and the pictures beside a
     predictions.csv, which the program drew. A folder that
-    `is_series` is one image, and the files in it are none. A file without an image suffix is one if it has DICOM's mark.
+    `is_series` is one image, and the files in it are none. Without an image suffix a file with DICOM's mark is one.
     """
     return sorted(_images_in(folder, recursive, set()))
 

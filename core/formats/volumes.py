@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
@@ -54,10 +54,11 @@ def read_nifti(path: Path) -> np.ndarray:
     """(1, D, H, W) float32 of a NIfTI file, scaled by its slope and intercept. UserError: as `nifti_geometry`."""
     with _damage_told(path, NIFTI_DAMAGE), np.errstate(over="ignore"):  # beyond float32 is infinite, reported as such
         image, geometry = _open_nifti(path)
-        slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-        start, kind = int(image.dataobj.offset), image.get_data_dtype()
+        proxy: Any = image.dataobj  # an ArrayProxy, which its stub does not say
+        slope, intercept, kind = float(proxy.slope), float(proxy.inter), image.get_data_dtype()
         with (gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")) as file:
-            stored = np.frombuffer(_promised(file, start, geometry.size, kind), dtype=kind).reshape(geometry.size)
+            content = _promised(cast(IO[bytes], file), int(proxy.offset), geometry.size, kind)
+        stored = np.frombuffer(content, dtype=kind).reshape(geometry.size)
         voxels = np.empty((1, *geometry.size), dtype=np.float32)
         for index, plane in enumerate(stored):
             voxels[0, index] = plane if (slope, intercept) == (1, 0) else plane * slope + intercept
@@ -124,8 +125,8 @@ def _place(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.n
     if qform is None:
         if not scaled and (lengths > 0).all():
             raise UserError(f"image {path}: its sform steps by {lengths.round(6).tolist()}, its voxels (pixdim) are "
-                            f"{steps.round(6).tolist()} large, so readers place it differently; save it again with both "
-                            "alike")
+                            f"{steps.round(6).tolist()} large, so readers place it differently; save it "
+                            "again with both alike")
         return sform
     ends = np.stack(np.meshgrid(*((0, length - 1) for length in shape)), axis=-1).reshape(-1, 3)
     apart = float(np.abs(ends @ (sform - qform)[:3, :3].T + (sform - qform)[:3, 3]).max())
@@ -134,8 +135,8 @@ def _place(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.n
     alike = apart < SAME_PLACE * steps.min()
     if not alike:
         taken = "sform" if straight and int(header["sform_code"]) == SCANNER else "qform"
-        note_once("two places", f"note: {path} and perhaps others have two places that differ by {apart:.3g} (sform and "
-                  f"qform); this one is taken to lie where 3D Slicer shows it, by its {taken}")
+        note_once("two places", f"note: {path} and perhaps others have two places that differ by {apart:.3g} (sform "
+                  f"and qform); this one is taken to lie where 3D Slicer shows it, by its {taken}")
         return sform if taken == "sform" else qform
     return sform if straight else qform
 

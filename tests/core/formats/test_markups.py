@@ -187,7 +187,8 @@ def test_other_files(tmp_path):
 
 
 def test_is_markup(tmp_path):
-    for name, content, expected in (("a.MRK.JSON", "", True), ("b.json", '{"markups": []}', True), ("c.json", "{}", False)):
+    files = ("a.MRK.JSON", "", True), ("b.json", '{"markups": []}', True), ("c.json", "{}", False)
+    for name, content, expected in files:
         (tmp_path / name).write_text(content)
         assert is_markup(tmp_path / name) is expected
 

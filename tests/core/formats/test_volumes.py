@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from nibabel.affines import apply_affine, voxel_sizes
 
 from core import errors
 from core.errors import UserError
@@ -51,7 +50,8 @@ def test_oblique_nifti(tmp_path, name, kind):
 
 
 PLACES = {  # sforms beside a qform of OBLIQUE's kind
-    "same": np.eye(4), "mirrored": np.diag([-1.0, 1, 1, 1]), "shifted": np.eye(4) + 10 * np.eye(4)[:, [3]] * np.eye(4)[3],
+    "same": np.eye(4), "mirrored": np.diag([-1.0, 1, 1, 1]),
+    "shifted": np.eye(4) + 10 * np.eye(4)[:, [3]] * np.eye(4)[3],
     "hardly shifted": np.eye(4) + 1e-3 * np.eye(4)[:, [0]] * np.eye(4)[3],
     "skewed": np.eye(4) + 0.2 * np.eye(4)[:, [0]] * np.eye(4)[1],
     "hardly skewed": np.eye(4) + 0.005 * np.eye(4)[:, [0]] * np.eye(4)[1],
