@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.measuring import LiveBytes, parameters
+from benchmarks.measuring import parameters
 from benchmarks.networks import TrainingStep, ours
 from core.networks.convolutions import CHANNELS_LAST
 from core.networks.fused_norm import switched
+from core.training.memory import LiveBytes
 
 
 def lie_channels_last(network: nn.Module) -> None:

@@ -193,16 +193,16 @@ def pretraining() -> Iterator[Row]:
                "10,000 steps at that rate, minutes": 10000 * batch / rate / 60}
 
 
-def finetuning(workers: int = 2) -> Iterator[Row]:
-    """Ten fine-tuning runs of 400 steps x 8 images from scratch, by several processes, each run scored."""
+def finetuning() -> Iterator[Row]:
+    """Ten fine-tuning runs of 400 steps x 8 images from scratch, one after the other, each scored beside the next."""
     with tempfile.TemporaryDirectory() as folder:
         config = study_config(Path(folder), 'finetune.backbones=["scratch"]', "finetune.shots=[10]",
                               f"finetune.draws={list(range(10))}")
         source = load_source(config.dataset)
         load_images(source.require("train"), config.dataset)
         started = time.perf_counter()
-        launched(config, ("finetune",), workers, None, False)
-        yield {"runs": 10, "steps": 400, "batch": config.finetune.batch_size, "processes": workers,
+        launched(config, ("finetune",), None, None, False)
+        yield {"runs": 10, "steps": 400, "batch": config.finetune.batch_size, "processes": 1,
                "seconds": time.perf_counter() - started}
 
 

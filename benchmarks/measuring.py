@@ -7,17 +7,13 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from core.networks.convolutions import CONV
 from core.runs.record import environment
@@ -81,36 +77,6 @@ def _without_grad(function: Callable[..., Any], *inputs: torch.Tensor) -> Callab
             function(*inputs)
 
     return call
-
-
-class LiveBytes(TorchDispatchMode):
-    """`live`: bytes of all storages that operations have given out and that are still held; `peak`: its maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it gives out."""
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self.count(value.untyped_storage())
-        return out
-
-    def count(self, storage: UntypedStorage) -> None:
-        """Add a storage not seen before, and take it off again when nothing holds it any more."""
-        if storage not in self.known:
-            size = storage.nbytes()
-            self.known[storage] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.freed, size)
-
-    def freed(self, size: int) -> None:
-        """A storage of `size` bytes is gone."""
-        self.live -= size
 
 
 def peak_mib(device: torch.device) -> float:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +43,32 @@ def write_json(path: Path, values: Any) -> None:
 
 def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Place, size and time of a file, or of all files of a folder: another stamp, another content."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    statuses = [(file, file.stat()) for file in files if file.is_file()]
-    return tuple((str(file.absolute()), status.st_size, status.st_mtime_ns) for file, status in statuses)
+    place = path.absolute()
+    try:
+        status = place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    if not stat.S_ISDIR(status.st_mode):
+        return ((str(place), status.st_size, status.st_mtime_ns),) if stat.S_ISREG(status.st_mode) else ()
+    entries = []
+    for entry in walk(place):
+        with suppress(FileNotFoundError):  # a link to nowhere
+            status = entry.stat()
+            if stat.S_ISREG(status.st_mode):
+                entries.append((entry.path, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(entries))
+
+
+def walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """All files and folders below `folder`, in no order; of links to folders what they lead to is left out."""
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return
+    for entry in entries:
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(entry.path)
 
 
 def content_digest(*files: Path) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import shlex
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ from core.training.batches import BatchPlan, ReadAhead, gather, on_device, step_
 from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Job, Ranks, join, recorded
 from core.training.loop import LoopSettings, Training, train
+from core.training.memory import Step, fit_step
 from core.training.run_log import logged
 from ddpm_pretraining.diffusion import OBJECTIVES
 from ddpm_pretraining.sampling import denoising_strip, grid_picture, sample, sampler_of
@@ -92,6 +95,10 @@ class Denoising:
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
         """Mean loss of drawn images, noise and timesteps."""
         return self.process.losses(model, *drawn).mean()
+
+    def terms(self, *drawn: Tensor) -> int:
+        """See core.training.loop.SplitTask: images count alike."""
+        return len(drawn[0])
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -167,6 +174,20 @@ def loop_settings(config: Config) -> LoopSettings:
         milestones=frozenset(pictures | set(ddpm.checkpoint_iterations)))
 
 
+def fitting(model: UNet, config: Config, settings: LoopSettings) -> LoopSettings:
+    """The settings with which a step fits into the device's memory; see core.training.memory.fit_step."""
+    ddpm = config.ddpm
+
+    def inputs(images: int) -> tuple[Tensor, ...]:
+        return torch.empty(images, model.channels, *config.dataset.image_size), torch.zeros(images, dtype=torch.long)
+
+    step = Step(model, inputs, lambda outputs: F.mse_loss(outputs.float(), torch.empty(outputs.shape)),
+                settings.precision, ddpm.ema_decay is not None)
+    most = fit_step(step, ddpm.batch_size, config.experiment.activation_checkpointing, settings.device,
+                    "ddpm.batch_size")
+    return replace(settings, most_images=most)
+
+
 def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) -> Path:
     """Pre-train as the config says, with the other processes of `ranks`; returns the run's folder.
 
@@ -188,15 +209,16 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
     task = Denoising(config, run_dir, images, validation)
     channels = task.shown.shape[1]
     model = UNet(config.unet, channels, channels, config.dataset.image_size)
-    model.activation_checkpointing = config.experiment.activation_checkpointing
     ddpm, settings = config.ddpm, loop_settings(config)
     plan = BatchPlan(len(images.records), ddpm.batch_size, ddpm.accumulation, ddpm.sampling, True, settings.seed)
     training: Training[UNet]
     if ranks.count == 1 or not isinstance(ranks, Job):
+        settings = fitting(model, config, settings)
         training = Training(model, task, plan, settings)
     else:
         from core.training.parallel import TRAININGS  # imports for seconds
 
+        model.activation_checkpointing = config.experiment.activation_checkpointing is True
         training = TRAININGS[config.experiment.sharding](model, task, plan, settings, ranks)
     task.follow(training)
     if ranks.leads:

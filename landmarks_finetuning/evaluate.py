@@ -24,10 +24,11 @@ from core.files import write_json
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
-from core.runs.places import Cell, cell_dir, variant
+from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
 from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
+from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
@@ -106,7 +107,8 @@ def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
 def validation_images(detector: TrainedDetector, source: DataSource) -> ImageSet | None:
     """The images that chose the detector's weights, and that calibrate its expected errors; None without any."""
     header = detector.header
-    _, records = labelled_subset(source, detector.config.finetune, header["shots"], header["draw"])
+    _, records = labelled_subset(source, detector.config.finetune, header["shots"], header["draw"],
+                                 header.get("chosen_images"))
     return load_images(records, detector.config.dataset) if records else None
 
 
@@ -118,7 +120,8 @@ def share_images(one: ImageSet, other: ImageSet) -> bool:
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     """Score the mean of the cell's labels as a prediction for every image: what a detector must beat."""
     source = load_source(config.dataset)
-    chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw)
+    order = coverage_order(config, source, cell.shots)
+    chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw, order)
     training = load_images(chosen, config.dataset)
     test_images = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
     points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
@@ -126,11 +129,12 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
     scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
     run_dir = cell_dir(config, cell)
-    identity = {"backbone": MEAN_SHAPE, "variant": "default", "shots": cell.shots, "draw": cell.draw, "seed": cell.seed,
-                "training_images": [record.id for record in chosen], "validation_labels": 0, "decoder": None,
-                "seconds": None, "calibration": None}
+    identity = {"backbone": MEAN_SHAPE, "variant": variant(config, MEAN_SHAPE), "shots": cell.shots,
+                "draw": cell.draw, "seed": cell.seed, "training_images": [record.id for record in chosen],
+                "validation_labels": 0, "decoder": None, "seconds": None, "calibration": None}
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
-    write_inputs(run_dir, {"training": data_digests(chosen, source.landmark_names, config.dataset)})
+    inputs = {"training": data_digests(chosen, source.landmark_names, config.dataset)}
+    write_inputs(run_dir, inputs, chosen_by=None if order is None else choosing_path(config))
     unknown = np.full(points.shape[:2], np.nan)
     guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)

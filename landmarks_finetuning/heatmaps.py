@@ -94,70 +94,81 @@ class LogMaps(NamedTuple):
 
     scores: Tensor  # (B, N, *size) float32
     total: Tensor  # (B, N)
+    finite: Tensor  # (B, N): whether all of the network's outputs are
 
 
 def log_maps(outputs: Tensor, loss: str) -> LogMaps:
     """The softmax that `loss` trains, over pixels or over landmarks, of raw outputs (B, N, *size).
 
-    Raises UserError for an unknown loss and for outputs that are not finite.
+    Raises UserError for an unknown loss. Waits for nothing on a GPU: whether all is finite is for `require_finite`.
     """
-    maps = _choose(LOG_MAPS, loss, "finetune.loss")(outputs)
-    if not torch.isfinite(outputs.flatten(2).sum(dim=2)).all():  # a fiftieth of the time that looking at each takes
+    scores, total = _choose(LOG_MAPS, loss, "finetune.loss")(outputs)
+    finite = torch.isfinite(outputs.flatten(2).sum(dim=2))  # a fiftieth of the time that looking at each number takes
+    return LogMaps(scores, total, finite)
+
+
+def require_finite(finite: Tensor | np.ndarray) -> None:
+    """UserError unless all of the network's outputs are finite numbers."""
+    if not finite.all():
         raise UserError("the network's outputs are not finite numbers: its training diverged (lower the learning rate)")
-    return maps
 
 
 def probability_maps(outputs: Tensor, loss: str) -> Tensor:
     """The softmax (B, N, *size) that `loss` trains, over pixels or over landmarks, of raw outputs."""
-    scores, total = log_maps(outputs, loss)
+    scores, total, finite = log_maps(outputs, loss)
+    require_finite(finite)
     return (scores - total[(..., *(None,) * (outputs.ndim - 2))]).exp()
 
 
 def decode(outputs: Tensor, decoder: str, loss: str, sigma: float) -> tuple[Tensor, Tensor]:
     """Points (B, N, D) and confidences (B, N) in [0, 1], float64 on the CPU, from raw outputs (B, N, *size).
 
-    `decoder` is a key of DECODERS. Raises UserError as `log_maps`, `find_points` and `confidence` do.
+    `decoder` is a key of DECODERS. Raises UserError as `log_maps`, `require_finite` and `find_points` do.
     """
     maps = log_maps(outputs, loss)
+    require_finite(maps.finite)
     points = find_points(outputs, maps, decoder, loss, sigma)
-    return points, confidence(maps, points, loss, sigma)
+    return points.cpu(), confidence(maps, points, loss, sigma).cpu()
 
 
 def find_points(outputs: Tensor, maps: LogMaps, decoder: str, loss: str, sigma: float) -> Tensor:
-    """Points (B, N, D), float64 on the CPU, where `decoder`, a key of DECODERS, sees them in `maps`.
+    """Points (B, N, D), float64, where `decoder`, a key of DECODERS, sees them in `maps`.
 
-    `outputs` are raw, for the published decoder and to break ties. Raises UserError for an unknown decoder, one
+    On the maps' device, without waiting for it, or on the CPU, by a decoder of ON_CPU, which looks for components
+    there. `outputs` are raw, for the published decoder and to break ties. Raises UserError for an unknown decoder, one
     that does not go with `loss`, and a 2D decoder on a volume.
     """
     locate = _choose(DECODERS, decoder, "finetune.decoder")
     if decoder == "window_mass" and loss != "cross_entropy_pixels":
         raise UserError(f'finetune.decoder "window_mass" sums probability over pixels, which finetune.loss "{loss}" '
                         "does not learn; choose another decoder, or cross_entropy_pixels")
+    if decoder in ON_CPU:
+        require_finite(maps.finite)  # or there would be no component
     return locate(outputs, maps.scores, sigma)
 
 
 def confidence(maps: LogMaps, points: Tensor, loss: str, sigma: float) -> Tensor:
-    """Confidences (B, N) in [0, 1], float64 on the CPU, of `points` (B, N, D).
+    """Confidences (B, N) in [0, 1], float64 on the maps' device, of `points` (B, N, D).
 
     What lies in the window of +-2 sigma pixels along each axis around the point: the probability mass (softmax over
     pixels), or the mean probability that its pixels belong to this landmark (softmax over landmarks).
     """
-    last = torch.tensor(maps.scores.shape[2:]) - 1
-    centre = torch.minimum(points.round().long().clamp(min=0), last).to(maps.scores.device)
+    places, size = points.to(maps.scores.device).round().long(), maps.scores.shape[2:]
+    centre = torch.stack([places[..., axis].clamp(0, length - 1) for axis, length in enumerate(size)], dim=-1)
     values, inside = _window(maps.scores, centre, max(1, round(2 * sigma)))
     mass = (values.flatten(2) - maps.total[..., None]).exp().sum(dim=2)
     if loss == "cross_entropy_channels":
         mass = mass / inside.flatten(2).sum(dim=2)
-    return mass.clamp(0, 1).cpu().double()
+    return mass.clamp(0, 1).double()
 
 
-def _over_pixels(outputs: Tensor) -> LogMaps:
+def _over_pixels(outputs: Tensor) -> tuple[Tensor, Tensor]:
     scores = outputs.float()
-    return LogMaps(scores, scores.flatten(2).logsumexp(dim=2))
+    return scores, scores.flatten(2).logsumexp(dim=2)
 
 
-def _over_landmarks(outputs: Tensor) -> LogMaps:
-    return LogMaps(log_softmax_channels(outputs), outputs.new_zeros(outputs.shape[:2], dtype=torch.float32))
+def _over_landmarks(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    return log_softmax_channels(outputs), outputs.new_zeros(outputs.shape[:2], dtype=torch.float32)
 
 
 LOG_MAPS = {"cross_entropy_pixels": _over_pixels, "cross_entropy_channels": _over_landmarks}
@@ -168,7 +179,7 @@ LOG_MAPS = {"cross_entropy_pixels": _over_pixels, "cross_entropy_channels": _ove
 
 def argmax(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
     """The most probable pixel; where probabilities are equal (they round to 1), the one of the largest raw output."""
-    return _peak(outputs, scores).cpu().double()
+    return _peak(outputs, scores).double()
 
 
 def local_expectation(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
@@ -228,7 +239,7 @@ def _mean_about(peak: Tensor, scores: Tensor, radius: int) -> Tensor:
     weights = values.flatten(2).softmax(dim=2).view(values.shape)
     steps = torch.arange(-radius, radius + 1, device=weights.device).expand(1, 1, -1)
     moments = [(weights * _along(axis, peak.shape[-1], steps)).flatten(2).sum(dim=2) for axis in range(peak.shape[-1])]
-    return peak.cpu().double() + torch.stack(moments, dim=-1).cpu().double()
+    return peak.double() + torch.stack(moments, dim=-1).double()
 
 
 def component_centroid(outputs: Tensor, scores: Tensor, sigma: float) -> Tensor:
@@ -257,6 +268,7 @@ def contour_centroid(outputs: Tensor, scores: Tensor | None = None, sigma: float
 POOLING = {2: F.avg_pool2d, 3: F.avg_pool3d}
 DECODERS = {"component_centroid": component_centroid, "contour_centroid": contour_centroid, "argmax": argmax,
             "local_expectation": local_expectation, "window_mass": window_mass, "quadratic": quadratic}
+ON_CPU = ("component_centroid", "contour_centroid")
 
 
 def _largest_component_centroid(mask: np.ndarray) -> np.ndarray:
@@ -283,16 +295,21 @@ def _for_each_heatmap(locate: Callable[[np.ndarray], Sequence[float] | np.ndarra
 def _peak(outputs: Tensor, scores: Tensor) -> Tensor:
     """Integer position (B, N, D) of each heatmap's maximum probability; the raw outputs break ties."""
     flat, raw = scores.flatten(2), outputs.float().flatten(2)
-    if flat.data_ptr() != raw.data_ptr():
+    if scores is not outputs:
         flat = torch.where(flat == flat.amax(dim=2, keepdim=True), raw, -torch.inf)
-    return torch.stack(torch.unravel_index(flat.argmax(dim=2), scores.shape[2:]), dim=-1)
+    index, places = flat.argmax(dim=2), []
+    for length in reversed(scores.shape[2:]):  # as torch.unravel_index, which copies the size to the device and waits
+        places.append(index % length)
+        index = index // length
+    return torch.stack(places[::-1], dim=-1)
 
 
 def _window(scores: Tensor, centre: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """Scores (B, N, 2 radius + 1, ..) around integer centres (B, N, D), -inf outside; and the inside mask."""
     size = scores.shape[2:]
     steps = torch.arange(-radius, radius + 1, device=centre.device)
-    flat, inside = torch.zeros((), dtype=torch.long, device=centre.device), torch.tensor(True, device=centre.device)
+    flat = torch.zeros((), dtype=torch.long, device=centre.device)
+    inside = torch.ones((), dtype=torch.bool, device=centre.device)
     for axis, length in enumerate(size):
         index = _along(axis, len(size), centre[..., axis, None] + steps)
         inside = inside & (index >= 0) & (index < length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -29,10 +29,11 @@ from core.runs.places import round_dir
 from core.training.device import autocast, resolve_device, resolve_precision
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.ensemble import MeanOutputs, over_views
-from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
+from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size, stored_shape
 from landmarks_finetuning.uncertainty import Calibration, measure_spread
 
+JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 WEIGHTS = "best.safetensors"
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
@@ -156,8 +157,8 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
 
 
 @torch.no_grad()
-def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device: torch.device, precision: str,
-                chosen: Sequence[int] | None = None, views: int = 1) -> Iterator[Heatmaps]:
+def run_batched(model: Callable[[Tensor], Tensor], images: ImageSet, settings: Evaluation, device: torch.device,
+                precision: str, chosen: Sequence[int] | None = None, views: int = 1) -> Iterator[Heatmaps]:
     """Yield the raw outputs of `model` for all images, or the `chosen` ones, batch by batch, averaged over `views`.
 
     Images of the network's size go through in batches of settings.batch_size. Larger ones go one by one, in windows
@@ -168,7 +169,7 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     precision = resolve_precision(precision, device)
 
     def outputs_of_view(inputs: Tensor) -> Tensor:
-        with autocast(device, precision):
+        with autocast(device, precision, keep_casts=False):
             return model(inputs).float()
 
     def outputs_of(inputs: Tensor) -> Tensor:
@@ -177,7 +178,8 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
     if images.fits:
         for first in range(0, len(indices), batch):
             some = indices[first : first + batch]
-            yield Heatmaps(some, outputs_of(images.images[some]), images.maps[some])
+            inputs = images.images[first : first + batch] if chosen is None else images.images[some]
+            yield Heatmaps(some, outputs_of(inputs), images.maps[some])
         return
     for index in indices:
         part, maps = images.seen(index), images.maps[[index]]
@@ -185,6 +187,25 @@ def run_batched(model: nn.Module, images: ImageSet, settings: Evaluation, device
         image = images.images[(slice(index, index + 1), slice(None), *part)]
         outputs = _over_windows(outputs_of, image, size, settings.window_overlap, batch)
         yield Heatmaps([index], outputs, maps)
+
+
+def joined(batches: Iterable[Heatmaps], most_bytes: int = JOINED_BYTES) -> Iterator[Heatmaps]:
+    """Batches of one size put together while they are small: what decodes them waits for the device less often."""
+    group: list[Heatmaps] = []
+    for batch in batches:
+        together = sum(each.outputs.nbytes for each in group) + batch.outputs.nbytes
+        if group and (together > most_bytes or batch.outputs.shape[1:] != group[0].outputs.shape[1:]):
+            yield _together(group)
+            group = []
+        group.append(batch)
+    if group:
+        yield _together(group)
+
+
+def _together(group: Sequence[Heatmaps]) -> Heatmaps:
+    chosen = [index for batch in group for index in batch.chosen]
+    outputs = group[0].outputs if len(group) == 1 else torch.cat([batch.outputs for batch in group])
+    return Heatmaps(chosen, outputs, np.concatenate([batch.maps for batch in group]))
 
 
 def _over_windows(outputs_of: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, ...], overlap: float,
@@ -266,13 +287,21 @@ def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: 
     seen = log_maps(outputs, loss)
     points = find_points(outputs, seen, decoder, loss, sigma)
     raw = decoder == "contour_centroid"  # thresholds raw outputs, which a prior must not shift
-    sure = confidence(seen, points, loss, sigma)
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
     if shape is None or settings.shape_prior is None or raw:
         return Decoded(points, seen.scores, sure)
-    fitted = np.stack([fit_shape(shape, *pair) for pair in zip(points.numpy(), sure.numpy(), strict=True)])
+    fitted = fit_shape(shape, points.numpy(), sure.numpy())
     weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
     points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
-    return Decoded(points, weighted, confidence(seen, points, loss, sigma))
+    points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
+    return Decoded(points, weighted, sure)
+
+
+def _copied(points: Tensor, sure: Tensor, maps: LogMaps) -> tuple[Tensor, Tensor]:
+    """Points (B, N, D) and confidences (B, N) on the CPU, by one copy: one wait for the device."""
+    copied = torch.cat((points.to(sure.device), sure[..., None], maps.finite[..., None].double()), dim=2).cpu()
+    require_finite(copied[..., -1] > 0)
+    return copied[..., :-2], copied[..., -2]
 
 
 class Located(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from core.config.second_stage import second_stage
 from core.data.augment import Crops, augment
 from core.data.dataset import ImageSet
 from core.data.windows import cut_windows
-from core.formats.geometry import apply_maps
+from core.formats.geometry import apply_maps, inverse
 from core.networks.weights import save_weights
 from core.training.batches import gather, on_device
+from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device
 from landmarks_finetuning.heatmaps import draw_target
-from landmarks_finetuning.inference import locate, run_batched, sigma_pixels
+from landmarks_finetuning.inference import Heatmaps, decode_maps, joined, run_batched, sigma_pixels
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
@@ -62,12 +64,17 @@ class HeatmapRegression:
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = stored_shape(header)
         self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
+        self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
+        self.validating: Replayed | None = None
 
     def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False, weights: Tensor | None = None) -> Tensor:
-        finetune = self.config.finetune
-        target = draw_target(points, outputs.shape[2:], finetune.target, self.sigma)
-        absent = ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
-        return LOSSES[finetune.loss](outputs.float(), target, absent, weights)
+        target, absent = self._target(points, outputs.shape[2:], crop)
+        return LOSSES[self.config.finetune.loss](outputs.float(), target, absent, weights)
+
+    def _target(self, points: Tensor, size: Sequence[int], crop: bool) -> tuple[Tensor, Tensor | None]:
+        """What is learned, and of crops which landmarks are known to lie outside."""
+        target = draw_target(points, size, self.config.finetune.target, self.sigma)
+        return target, ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
         """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
@@ -85,6 +92,15 @@ class HeatmapRegression:
         images, points, *weights = drawn
         return self._loss(model(images), points, not self.training.fits, *weights)
 
+    def terms(self, *drawn: Tensor) -> Tensor | int:
+        """See core.training.loop.SplitTask: images, or the landmarks that the softmax over pixels averages over."""
+        images, points = drawn[:2]
+        if self.config.finetune.loss == "cross_entropy_channels":
+            return len(images)
+        target, absent = self._target(points, images.shape[2:], not self.training.fits)
+        present = target.flatten(2).any(dim=2)
+        return (present if absent is None else present | absent).sum().clamp(min=1)
+
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
         return [self.training.records[i].image.name for i in self.order[indices]]
@@ -94,15 +110,34 @@ class HeatmapRegression:
         validation = self.validation
         if validation is None:
             return {}
-        losses, errors = [], []
+        losses: list[Tensor] = []  # on the device, one for each image
+        errors = []
         truth, spacings = validation.original_points(), validation.spacings()
-        for chosen, outputs, maps in run_batched(
-                model, validation, self.config.evaluation, self.device, self.config.experiment.precision):
-            seen = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self._loss(outputs, seen).item()] * len(chosen)
-            points = locate(outputs, maps, self.config.finetune, self.sigma, shape=self.shape).points
+        batches = run_batched(self._replayed(model), validation, self.config.evaluation, self.device,
+                              self.config.experiment.precision)
+        for chosen, outputs, maps in joined(self._with_losses(batches, truth, losses)):
+            decoded = decode_maps(outputs, self.config.finetune, self.sigma, shape=self.shape)
+            points = apply_maps(decoded.points.numpy(), inverse(maps))
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(np.concatenate(errors)))}
+
+    def _with_losses(self, batches: Iterable[Heatmaps], truth: np.ndarray, losses: list[Tensor]) -> Iterator[Heatmaps]:
+        """The `batches`, with the loss of each added to `losses` for each of its images."""
+        for chosen, outputs, maps in batches:
+            if chosen[0] not in self.seen:
+                self.seen[chosen[0]] = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
+            losses += [self._loss(outputs, self.seen[chosen[0]])] * len(chosen)
+            yield Heatmaps(chosen, outputs, maps)
+
+    def _replayed(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network of all validations of this run, on a GPU from a shape's fourth batch on as a CUDA graph."""
+        if self.device.type != "cuda" or not self.config.experiment.cuda_graphs:
+            return model
+        if self.validating is None:
+            self.validating = Replayed(lambda batches: model(batches[0][0]).float())
+        replayed = self.validating
+        return lambda inputs: replayed([[inputs]]).clone()  # the next batch overwrites it
 
     def milestone(self, model: nn.Module, step: int) -> None:
         """The last step of a fixed schedule without validation: these weights are the result."""
@@ -156,11 +191,13 @@ class CropRegression(HeatmapRegression):
         validation, answers = self.validation, self.first.validation
         if validation is None or answers is None:
             return {}
-        truth, refined, losses = validation.original_points(), answers.copy(), []
+        truth, refined = validation.original_points(), answers.copy()
+        losses: list[Tensor] = []  # on the device
         for crops in run_crops(model, validation, answers, self.config):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
-            losses.append(self._loss(crops.outputs, at).item())
+            losses.append(self._loss(crops.outputs, at))
             refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
-        return {"validation_loss": float(np.mean(losses)), "validation_mre": float(np.nanmean(error))}
+        return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
+                "validation_mre": float(np.nanmean(error))}

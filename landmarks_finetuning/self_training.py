@@ -26,11 +26,13 @@ from core.formats.geometry import apply_maps
 from core.runs.places import round_dir
 from core.training.run_log import read_metrics
 from landmarks_finetuning.inference import TrainedDetector
+from landmarks_finetuning.matching import match_landmarks
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.shape import fit_shape, shape_size
 
 FILE, FIGURES = "pseudo_labels.npz", "pseudo_labels.json"
+MATCHES, MATCHES_FIGURES = "matches.npz", "matches.json"
 FIT = 0.1  # of the shape's size: how far from the common shape's place an answer counts half
 
 
@@ -59,16 +61,33 @@ class PseudoLabels:
             raise UserError(f"{path} is damaged ({error}); delete its folder to train that round again") from None
 
 
+def match(run_dir: Path, training: Sequence[Record], records: Sequence[Record], config: Config) -> PseudoLabels:
+    """What the diffusion features of the labelled `training` images match in `records`; read where it is there."""
+    ids = tuple(record.id for record in records)
+    labels = kept_labels(run_dir / MATCHES, ids)
+    if labels is None:
+        images = (load_images(some, config.dataset) for some in (training, records))
+        labels = PseudoLabels(ids, *match_landmarks(config, *images))
+        labels.save(run_dir / MATCHES)
+        write_json(run_dir / MATCHES_FIGURES, figures(labels, None, records))
+    return labels
+
+
+def kept_labels(path: Path, ids: tuple[str, ...]) -> PseudoLabels | None:
+    """The labels in `path`, None where they are not there or of other images."""
+    labels = PseudoLabels.load(path) if path.is_file() else None
+    return None if labels is None or labels.ids != ids else labels
+
+
 def answer(folder: Path, records: Sequence[Record], before: PseudoLabels | None, config: Config) -> PseudoLabels:
     """The answers of the detector in `folder` in `records`, kept there with figures of them; read where they are there.
 
     `before`: those of the round before, to say how far they moved. UserError for a damaged file.
     """
     ids = tuple(record.id for record in records)
-    if (folder / FILE).is_file():
-        labels = PseudoLabels.load(folder / FILE)
-        if labels.ids == ids:
-            return labels
+    kept = kept_labels(folder / FILE, ids)
+    if kept is not None:
+        return kept
     detector, points, certainty = TrainedDetector(folder / "best.safetensors"), [], []
     for first in range(0, len(records), config.evaluation.batch_size):
         images = load_images(records[first : first + config.evaluation.batch_size], config.dataset)
@@ -88,9 +107,12 @@ def round_figures(run_dir: Path, rounds: int) -> list[dict[str, Any]]:
     Empty for a run without rounds.
     """
     table = []
-    for number in range(rounds + 1 if rounds else 0):
+    matched = (run_dir / MATCHES_FIGURES).is_file()
+    for number in range(rounds + 1 if rounds or matched else 0):
         folder, taught = round_dir(run_dir, number), {}
-        if number:
+        if number == 0 and matched:
+            taught = json.loads((run_dir / MATCHES_FIGURES).read_text(encoding="utf8"))
+        elif number:
             taught = json.loads((round_dir(run_dir, number - 1) / FIGURES).read_text(encoding="utf8"))
         logs = [folder / FOLDER / "metrics.jsonl", folder / "metrics.jsonl"]
         lines = read_metrics(next(path for path in logs if path.is_file()))
@@ -119,8 +141,7 @@ def certainties(points: np.ndarray, confidence: np.ndarray, shape: np.ndarray | 
     """
     if shape is None:
         return np.nan_to_num(confidence)
-    off = np.stack([np.linalg.norm(fit_shape(shape, *pair) - pair[0], axis=1)
-                    for pair in zip(points, confidence, strict=True)]) / shape_size(shape)
+    off = np.linalg.norm(fit_shape(shape, points, confidence) - points, axis=2) / shape_size(shape)
     return np.nan_to_num(confidence / (1 + (np.nan_to_num(off) / FIT) ** 2))
 
 

@@ -31,7 +31,7 @@ def mean_shape(shapes: np.ndarray) -> np.ndarray:
     """
     mean = shapes[np.isfinite(shapes).all(axis=2).sum(axis=1).argmax()]
     for _ in range(3):
-        aligned = np.stack([_similarity(shape, mean, np.ones(len(shape))) for shape in shapes])
+        aligned = _similarity(shapes, mean, np.ones(shapes.shape[:2]))
         present = np.isfinite(aligned).all(axis=2)
         total = np.where(present[..., None], aligned, 0.0).sum(axis=0)
         mean = np.where(present.any(axis=0)[:, None], total / np.maximum(present.sum(axis=0), 1)[:, None], np.nan)
@@ -64,19 +64,21 @@ def stored_shape(header: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def fit_shape(shape: np.ndarray, points: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """`shape` (N, D) moved onto `points` (N, D) by a similarity, (N, D); NaN throughout where too few are known.
+    """`shape` (N, D) moved onto `points` (..., N, D) by similarities, (..., N, D); NaN where too few are known.
 
-    Weights are the confidences (N,), cut down for outliers by the Geman-McClure function with a scale that shrinks
+    Weights are the confidences (..., N), cut down for outliers by the Geman-McClure function with a scale that shrinks
     (graduated non-convexity, Blake & Zisserman 1987), so that a third of the points may lie anywhere. A shape with
     modes (1 + M, N, D) is bent by them as well.
     """
     mean, modes = (shape, None) if shape.ndim == 2 else (shape[0], shape[1:])
+    if modes is not None and points.ndim > 2:
+        return np.stack([fit_shape(shape, *pair) for pair in zip(points, confidence, strict=True)])
     size, weights, bent = shape_size(shape), np.asarray(confidence, dtype=np.float64), mean
     for scale in SCALES:
         if modes is not None:
             bent = _bend(mean, modes, _similarity(points, bent, weights + 1e-9), weights)
         fitted = _similarity(bent, points, weights + 1e-9)
-        off = np.linalg.norm(fitted - points, axis=1) / size
+        off = np.linalg.norm(fitted - points, axis=-1) / size
         weights = confidence / (1 + (off / scale) ** 2) ** 2
     return fitted
 
@@ -113,24 +115,26 @@ def add_shape_prior(outputs: Tensor, fitted: np.ndarray, spread_px: float) -> Te
 
 
 def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """All of `moving` (N, D) through the weighted least-squares similarity onto `fixed` (Umeyama 1991), no mirror.
+    """All of `moving` (..., N, D) through the weighted least-squares similarity onto `fixed`, no mirror (Umeyama 1991).
 
-    NaN throughout where fewer than D + 1 points are in both.
+    Either may be one for all of the other; weights (..., N). NaN throughout where fewer than D + 1 points are in both.
     """
-    dims = moving.shape[1]
-    both = np.isfinite(moving).all(axis=1) & np.isfinite(fixed).all(axis=1)
-    if both.sum() <= dims:
-        return np.full_like(moving, np.nan)
-    weights = np.where(both, weights, 0.0) / weights[both].sum()
-    source, target = (np.where(both[:, None], points, 0.0) for points in (moving, fixed))
-    source_mean, target_mean = weights @ source, weights @ target
+    dims = moving.shape[-1]
+    both = np.isfinite(moving).all(axis=-1) & np.isfinite(fixed).all(axis=-1)
+    enough = both.sum(axis=-1) > dims
+    both = both & enough[..., None]
+    weights = np.where(both, weights, 0.0)
+    weights = weights / np.where(enough, weights.sum(axis=-1), 1.0)[..., None]
+    source, target = (np.where(both[..., None], points, 0.0) for points in (moving, fixed))
+    source_mean, target_mean = (weights[..., None, :] @ points for points in (source, target))  # (..., 1, D)
     source, target = source - source_mean, target - target_mean
-    left, stretch, right = np.linalg.svd((weights[:, None] * source).T @ target)
-    signs = np.ones(dims)
-    signs[-1] = np.sign(np.linalg.det(left @ right))
-    variance = (weights[:, None] * source**2).sum()
-    scale = (stretch * signs).sum() / variance if variance > 0 else 1.0
-    return (moving - source_mean) @ ((left * signs) @ right) * scale + target_mean
+    left, stretch, right = np.linalg.svd((weights[..., None] * source).swapaxes(-1, -2) @ target)
+    signs = np.ones(stretch.shape)
+    signs[..., -1] = np.sign(np.linalg.det(left @ right))
+    variance = (weights[..., None] * source**2).sum(axis=(-1, -2))
+    scale = np.where(variance > 0, (stretch * signs).sum(axis=-1) / np.where(variance > 0, variance, 1.0), 1.0)
+    turned = (moving - source_mean) @ ((left * signs[..., None, :]) @ right)
+    return np.where(enough[..., None, None], turned * scale[..., None, None] + target_mean, np.nan)
 
 
 def mean_shape_prediction(centred: np.ndarray) -> np.ndarray:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from core.config.config import Config
 from core.config.second_stage import second_stage
@@ -15,6 +17,7 @@ from core.config.starts import BACKBONES, ENCODER_LEVELS
 from core.data.dataset import ImageSet, load_images
 from core.data.records import Record
 from core.errors import UserError
+from core.networks.unet import UNet
 from core.runs.cells import with_finetune
 from core.runs.inputs import GroupedImages, write_inputs
 from core.runs.places import Cell, second_start_path, start_path
@@ -22,8 +25,10 @@ from core.runs.record import write_run_config
 from core.training.batches import BatchPlan
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
+from core.training.memory import Step, fit_step
 from landmarks_finetuning.detectors.registry import Detector, build_detector
 from landmarks_finetuning.inference import TrainedDetector, sigma_pixels
+from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import FirstAnswers, first_errors, guessed_errors
 from landmarks_finetuning.regression import CropRegression, HeatmapRegression, WeightedImages
@@ -40,6 +45,8 @@ class CellData(NamedTuple):
     digests: GroupedImages
     answered: tuple[Record, ...] = ()
     certainty: np.ndarray | None = None  # (answered images, N)
+    chosen: tuple[str, ...] | None = None  # under finetune.selection "coverage": ids, and the weights that chose them
+    chosen_by: Path | None = None
 
     def load(self, config: Config) -> tuple[WeightedImages, ImageSet | None]:
         """Training and validation images as `config` has them."""
@@ -67,9 +74,9 @@ class Stage(NamedTuple):
             name: str = "") -> None:
         """Train `model`, or continue where it stopped, beside a record of what it is made from."""
         write_run_config(self.folder, config.plain(), {"stage": "finetune", **task.header})
-        write_inputs(self.folder, self.data.digests, start)
+        write_inputs(self.folder, self.data.digests, start, self.data.chosen_by)
         resume = "last" if self.resume is None and (self.folder / "last.pt").exists() else self.resume
-        training = Training(model, task, plan, loop_settings(config, self.cell, plan, name))
+        training = Training(model, task, plan, fitting(model, config, loop_settings(config, self.cell, plan, name)))
         train(training, self.folder, resume, self.command)
 
 
@@ -109,7 +116,8 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
         "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
         **({"shape_modes": modes.tolist()} if len(modes) else {}),
-        "training_images": [record.id for record in data.training], "validation_labels": len(data.validation)}
+        "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
+        **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 
 
 def cell_seed(config: Config, cell: Cell) -> int:
@@ -157,6 +165,22 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
         compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
         milestones=frozenset({iterations} if finetune.validation == "none" else ()))
+
+
+def fitting(model: nn.Module, config: Config, settings: LoopSettings) -> LoopSettings:
+    """The settings with which a U-Net's step fits into the device's memory; see core.training.memory.fit_step."""
+    if not isinstance(model, UNet):
+        return settings  # batch normalisation would see another batch in each part
+    finetune = config.finetune
+
+    def loss(outputs: Tensor) -> Tensor:
+        return LOSSES[finetune.loss](outputs.float(), torch.empty(outputs.shape))
+
+    step = Step(model, lambda images: (torch.empty(images, model.channels, *config.dataset.image_size),), loss,
+                settings.precision, finetune.ema_decay is not None)
+    most = fit_step(step, finetune.batch_size, config.experiment.activation_checkpointing, settings.device,
+                    "finetune.batch_size")
+    return replace(settings, most_images=most)
 
 
 def check_batches(config: Config, cell: Cell, plan: BatchPlan) -> None:

@@ -18,8 +18,9 @@ from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
 from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs
-from core.runs.places import Cell, cell_dir, is_scored, round_dir, start_path
-from landmarks_finetuning.self_training import PseudoLabels, answer, labelled_by
+from core.runs.places import Cell, cell_dir, choosing_path, is_scored, round_dir, start_path
+from landmarks_finetuning.coverage import coverage_order
+from landmarks_finetuning.self_training import PseudoLabels, answer, labelled_by, match
 from landmarks_finetuning.stages import CellData, Stage, train_first, train_second
 from landmarks_finetuning.starts import START_WEIGHTS
 
@@ -37,7 +38,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
     source = load_source(config.dataset)
-    records = cell_records(source, config, cell.shots, cell.draw)
+    order = coverage_order(config, source, cell.shots)
+    records = cell_records(source, config, cell.backbone, cell.shots, cell.draw, order)
     digests = {use: data_digests(some, source.landmark_names, config.dataset) for use, some in records.items()}
     check_inputs(run_dir, digests, start_path(config, cell.backbone))
     if resume is None and is_scored(config, cell):
@@ -46,6 +48,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
         raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '
                         'has one; choose "cross_entropy_pixels"')
     data = CellData(records["training"], records["validation"], source.landmark_names, digests)
+    if order is not None:
+        data = data._replace(chosen=order[: cell.shots], chosen_by=choosing_path(config))
     train_rounds(config, cell, data, records.get("unlabelled", ()), resume)
     return run_dir
 
@@ -68,6 +72,9 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     for number in range(rounds + 1):
         if number:
             labels = answer(round_dir(run_dir, number - 1), unlabelled, labels, config)
+        elif config.finetune.self_training.matches(cell.backbone, cell.shots):
+            labels = match(run_dir, data.training, unlabelled, config)
+        if labels is not None:
             data = data._replace(answered=labelled_by(unlabelled, labels), certainty=labels.certainty)
         for name, make in trainings.items():
             folder = round_dir(run_dir, number) / name

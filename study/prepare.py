@@ -71,7 +71,10 @@ def check_start_files(runs: Sequence[Run]) -> None:
 
 
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
-    """The runs with what the data set gives each of them now: images it is made from, and those it is scored on."""
+    """The runs with what the data set gives each of them now: images it is made from, and those it is scored on.
+
+    Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
+    """
     from core.data.digests import data_digests
     from core.data.shots import cell_records, scored_records
 
@@ -84,18 +87,34 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
 
     if any(run.is_pretraining for run in runs):
         pretraining = {"pretraining": digests(source.pretraining_records())}
-    extended = []
+    extended, orders = [], orders_of(runs, source)
     for run in runs:
         if run.is_pretraining:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        records = cell_records(source, run.config, cell.shots, cell.draw)
+        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        if run.chosen_by is not None and run.chosen_by not in orders:
+            extended.append(replace(run, test=test))
+            continue
+        order = orders[run.chosen_by] if run.chosen_by is not None else None
+        records = cell_records(source, run.config, cell.backbone, cell.shots, cell.draw, order)
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
-        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
         extended.append(replace(run, inputs=inputs, test=test))
     return extended
+
+
+def orders_of(runs: Sequence[Run], source: DataSource) -> dict[Path, tuple[str, ...]]:
+    """{weights: the images in the order in which they choose them}, for those weights of the runs that are there."""
+    orders: dict[Path, tuple[str, ...]] = {}
+    choosers = {run.chosen_by: run.config for run in runs if run.chosen_by is not None and run.chosen_by.is_file()}
+    for path, config in choosers.items():
+        from landmarks_finetuning.coverage import coverage_order  # imports for seconds
+
+        most = max(run.arguments[0].shots for run in runs if run.chosen_by == path)
+        orders[path] = coverage_order(config, source, most) or ()
+    return orders
 
 
 def check_pretraining_inputs(runs: Sequence[Run]) -> None:

@@ -10,9 +10,25 @@ from typing import Any, Literal
 from core.config.config import Config
 from core.config.second_stage import FOLDER
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
-from core.runs.cells import cells, encoder_studies, pretraining_configs, settings_compared, ssl_methods
+from core.runs.cells import (
+    cells,
+    encoder_studies,
+    needs_pretraining,
+    pretraining_configs,
+    settings_compared,
+    ssl_methods,
+)
 from core.runs.inputs import SCORED, GroupedImages, image_changes, input_changes, read_record
-from core.runs.places import Cell, cell_dir, ddpm_paths, encoder_path, second_start_path, ssl_dir, start_path
+from core.runs.places import (
+    Cell,
+    cell_dir,
+    choosing_path,
+    ddpm_paths,
+    encoder_path,
+    second_start_path,
+    ssl_dir,
+    start_path,
+)
 from core.training.run_log import logged
 
 
@@ -22,8 +38,9 @@ class Run:
 
     `stage` is run with `config` and `arguments`; the run is done when its `results` are there. Runs of one `kind` take
     the same time a step. `needs` are the folders of the runs that it starts from, `start` the weights file in one of
-    them or elsewhere, `second_start` that of its second stage. `inputs` are the images that the data set gives it now,
-    `test` those that it is scored on (None: known to be as they were).
+    them or elsewhere, `second_start` that of its second stage, `chosen_by` the one whose features choose its images.
+    `inputs` are the images that the data set gives it now, `test` those that it is scored on (None: known to be as they
+    were, or not known yet).
     """
 
     stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
@@ -36,6 +53,7 @@ class Run:
     needs: tuple[Path, ...] = ()
     start: Path | None = None
     second_start: Path | None = None
+    chosen_by: Path | None = None
     inputs: GroupedImages | None = None
     test: GroupedImages | None = None
 
@@ -66,7 +84,7 @@ class Run:
         A pre-training that has ended stands although unlabelled images were added since.
         """
         may_grow = self.is_pretraining and self.ended
-        changes = (input_changes(self.folder, self.inputs, self.start, may_grow),
+        changes = (input_changes(self.folder, self.inputs, self.start, may_grow, self.chosen_by),
                    input_changes(self.folder / FOLDER, None, self.second_start))
         return "; ".join(change for change in changes if change is not None) or None
 
@@ -115,18 +133,21 @@ def cell_run(config: Config, cell: Cell) -> Run:
     """The run of a fine-tuning cell, or of the mean shape, which takes no step."""
     folder, finetune = cell_dir(config, cell), config.finetune
     results = (folder / "metrics.json",)
+    chosen_by = choosing_path(config) if finetune.selection == "coverage" else None
+    needs: tuple[Path, ...] = ()
+    if chosen_by is not None and needs_pretraining(finetune):
+        needs = (config.experiment_dir / "ddpm",)
     if cell.backbone == MEAN_SHAPE:
-        return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0)
+        return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
     refines = finetune.refine.zoom is not None
     steps += finetune.refine.iterations if refines else 0
-    needs: tuple[Path, ...] = ()
     if cell.backbone == "ddpm":
         needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))
     elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
-        needs = (ssl_dir(config, cell.backbone),)
+        needs += (ssl_dir(config, cell.backbone),)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
     second_start = second_start_path(config, cell.backbone) if refines else None
     return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone),
-               second_start)
+               second_start, chosen_by)

@@ -90,6 +90,7 @@ def evaluate(run_dir):
 def stub(patch) -> None:
     """Put these stages in place of the real ones by `patch(module, name, value)`, without a look at data."""
     patch(runner, "perform", perform)
+    patch(runner, "trains_on_gpu", lambda run: False)
     patch(report_page, "build", build)
     patch(run, "prepare", study_runs)
     patch(run, "data_stamp", lambda dataset: "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 from pydantic import model_validator
 
 from core.config.section import FREE, Count, Section, only, setting, unless
@@ -79,7 +78,8 @@ class Dataset(Section):
             raise ValueError('dataset.resample_mm needs images in mm: layout "folder" or "cephalo", not '
                              f'"{self.layout}"')
         canvas = self.canvas_size
-        if canvas is not None and (len(canvas) != len(self.image_size) or any(np.less(canvas, self.image_size))):
+        if canvas is not None and (len(canvas) != len(self.image_size)
+                                   or any(whole < part for whole, part in zip(canvas, self.image_size, strict=True))):
             raise ValueError(f"dataset.canvas_size {list(canvas)} must be no smaller than dataset.image_size "
                              f"{list(self.image_size)}, axis by axis")
         if self.phantom is None:

@@ -22,5 +22,6 @@ class Experiment(Section):
         "none", "diffusion pre-training by several processes: full = each holds a share of the network")
     compile: bool = setting(False, "torch.compile the network's training step")
     cuda_graphs: bool = setting(True, "on a GPU: replay training steps of one shape as one launch")
-    activation_checkpointing: bool = setting(
-        False, "diffusion U-Net: recompute activations going back: less memory for about a third more time")
+    activation_checkpointing: Literal["auto"] | bool = setting(
+        "auto", "diffusion U-Net: recompute activations going back: less memory for about a third more time; auto: in "
+                "one process on a GPU, where a step does not fit otherwise, even in parts")

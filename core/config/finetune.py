@@ -102,7 +102,7 @@ class Finetune(LossSettings):
     shots: tuple[Count, ...] = setting((1, 5, 10, 25, 50), "numbers of labelled training images to compare",
                                        counts_for=FREE, min_length=1)
     draws: tuple[Index, ...] = setting((0, 1, 2), "which labelled images: each number draws others; with selection "
-                                       "first only one is run", counts_for=FREE, min_length=1)
+                                       "first or coverage only one is run", counts_for=FREE, min_length=1)
     seeds: tuple[Index, ...] = setting((0,), "initialisations and orders of the images, each a run", counts_for=FREE,
                                        min_length=1)
     losses: tuple[LossSettings, ...] = setting(
@@ -131,8 +131,9 @@ class Finetune(LossSettings):
     validation: Literal["official", "none"] | int = setting(
         "official", "official: all validation labels; N: held out of the shots; none: fixed schedule",
         backbones=(MEAN_SHAPE, *BACKBONES), slug="val")
-    selection: Literal["first", "random"] = setting("random", "first k images (the paper) or a seeded draw",
-                                                    backbones=(MEAN_SHAPE, *BACKBONES), slug="pick")
+    selection: Literal["first", "random", "coverage"] = setting(
+        "random", "first k images (the paper), a seeded draw, or those whose diffusion features cover the images of "
+        "the pre-training best", backbones=(MEAN_SHAPE, *BACKBONES), slug="pick")
     shape_modes: Index = setting(
         0, "most ways in which the common shape may bend, those in which the labels differ most; fewer with few labels "
         "(one for two beside the first); 0 = moved, turned and scaled only", slug="modes", before=0,
@@ -183,6 +184,9 @@ class Finetune(LossSettings):
         if self.transfer_from is not None and (self.checkpoint is not None or "ddpm" not in self.backbones):
             raise ValueError('finetune.transfer_from compares another study\'s DDPM with this one\'s own: it needs '
                              '"ddpm" in finetune.backbones, and no finetune.checkpoint')
+        if self.transfer_from is not None and self.selection == "coverage":
+            raise ValueError('finetune.selection "coverage" chooses images by the features of one pre-training, and '
+                             "finetune.transfer_from compares two; compare them with selection random")
         repeated = [entry for entry in self.losses if self.losses.count(entry) > 1]
         if repeated:
             raise ValueError(f"finetune.losses holds the same settings twice: {repeated[0].model_dump_json()}")

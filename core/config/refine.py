@@ -36,16 +36,16 @@ class Refine(Section):
     zoom: float | None = setting(
         None, "how many times finer the second stage's pixels are than the first one's; null = one stage", slug="zoom",
         gt=1)
-    crop: Count = setting(64, "sides of the second stage's input in its own pixels", slug="crop", acts=[ON])
-    start: Literal["crops", "images"] = setting(
-        "crops", "what the second network of backbone ddpm starts from: a pre-training of its own on crops of the "
-        "unlabelled images, or that on whole images", slug="fine", backbones=("ddpm",), acts=[ON])
+    crop: Count = setting(96, "sides of the second stage's input in its own pixels", slug="crop", acts=[ON])
+    start: Literal["images", "crops"] = setting(
+        "images", "what the second network of backbone ddpm starts from: the pre-training on whole images, or one on "
+        "crops of the unlabelled images", slug="fine", backbones=("ddpm",), acts=[ON])
     sigma: float = setting(1.5, "width of the target's Gaussian in the second stage's pixels", slug="fine-sigma", gt=0,
                            acts=[ON])
     prior: Rate | None = setting(
-        1.0, "width of the Gaussian by which the first stage's answer weighs on the second one's, in root mean square "
+        1.5, "width of the Gaussian by which the first stage's answer weighs on the second one's, in root mean square "
         "errors of the first stage on the validation images; null = it only places the crop", counts_for=("scoring",),
         slug="fine-prior", null_slug="off", acts=[ON])
     iterations: Count = setting(600, "optimiser steps of the second stage", slug="fine-steps", acts=[ON])
-    batch_size: Count = setting(16, "crops of a micro-batch", slug="fine-batch", acts=[ON])
+    batch_size: Count = setting(8, "crops of a micro-batch", slug="fine-batch", acts=[ON])
     augmentation: CropAugmentation = setting(CropAugmentation(), "random changes of crops and landmarks", acts=[ON])

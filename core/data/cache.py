@@ -21,8 +21,8 @@ from core.files import content_digest, write_atomically
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
 from core.formats.series import dicom_files
+from core.formats.volumes import PARSING
 
-PARSING = Lock()  # of .npy headers: CPython 3.11 counts the depth of its parser for all threads together
 ONE_LARGE = Lock()  # for decoders work side by side
 LARGE_PIXELS = 50_000_000
 CHECKSUM = 4  # bytes at the end of a cache entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def _unlabelled(folder: Path, known: set[Path]) -> list[Record]:
     """Records of the images below `folder` that are not `known`; the id is the path with the folder's own in front."""
     if not folder.is_dir():
         raise UserError(f"folder {folder} of unlabelled images does not exist")
-    images = [image for image in find_images(folder, recursive=True) if image.resolve() not in known]
+    resolved = lru_cache(Path.resolve)  # of the few folders, which saves a question for each part of each path
+    images = [image for image in find_images(folder, recursive=True)
+              if (image.resolve() if image.is_symlink() else resolved(image.parent) / image.name) not in known]
     return [Record(image_id(image), image, None, None) for image in images]
 
 

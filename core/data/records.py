@@ -135,7 +135,8 @@ def image_id(name: str | Path) -> str:
     Names that differ only in their Unicode form (macOS takes letters with marks apart) are one name.
     """
     text = unicodedata.normalize("NFC", name.as_posix() if isinstance(name, Path) else name.replace("\\", "/"))
-    return text[: -len(image_suffix(text) or "")] if image_suffix(text) else text
+    suffix = image_suffix(text)
+    return text[: -len(suffix)] if suffix else text
 
 
 def patient_group(image: str, patient: str | None) -> str:

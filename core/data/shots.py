@@ -16,22 +16,29 @@ from core.data.records import DataSource, Record
 from core.errors import UserError
 
 
-def select_shots(records: Sequence[Record], shots: int, draw: int, selection: str) -> tuple[Record, ...]:
-    """The few labelled images: the first k (the paper) or draw number `draw` of a seeded shuffle.
+def select_shots(records: Sequence[Record], shots: int, draw: int, selection: str, order: Sequence[str] | None = None
+                 ) -> tuple[Record, ...]:
+    """The few labelled images: the first k (the paper), draw number `draw` of a seeded shuffle, or k that cover most.
 
-    Draws are nested: a larger k contains the smaller. UserError when there are fewer records than shots.
+    These are the first of `order`, ids, without which selection "coverage" cannot do: ValueError. Draws are nested: a
+    larger k contains the smaller. UserError when there are fewer records than shots.
     """
     if shots > len(records):
         raise UserError(f"finetune.shots {shots} is above the training split's {len(records)} labelled images")
     if selection == "first":
         return tuple(records[:shots])
-    order = np.random.default_rng([draw, len(records)]).permutation(len(records))
-    return tuple(records[i] for i in sorted(order[:shots]))
+    if selection == "coverage":
+        if order is None:
+            raise ValueError('selection "coverage" needs the order of the images')
+        chosen = set(order[:shots])
+        return tuple(record for record in records if record.id in chosen)
+    shuffled = np.random.default_rng([draw, len(records)]).permutation(len(records))
+    return tuple(records[i] for i in sorted(shuffled[:shots]))
 
 
-def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int
+def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int, order: Sequence[str] | None = None
                     ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """(training, validation) records of a run, as finetune.validation says.
+    """(training, validation) records of a run, as finetune.validation says; `order`: see `select_shots`.
 
     UserError where the shots are too few to hold some out, or a split is empty.
     """
@@ -40,22 +47,26 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
     if shots < least or draw < 0:
         raise UserError(f"--shots {shots} --draw {draw}: at least {least} shots are needed (finetune.validation is "
                         f"{validation}), draws count from 0")
-    chosen = select_shots(source.require("train"), shots, draw, finetune.selection)
+    chosen = select_shots(source.require("train"), shots, draw, finetune.selection, order)
     if validation == "official":
         return chosen, source.require("validation")
     if validation == "none":
         return chosen, ()
-    order = np.random.default_rng([draw, 1]).permutation(len(chosen))
-    held_out = set(order[:validation].tolist())
+    shuffled = np.random.default_rng([draw, 1]).permutation(len(chosen))
+    held_out = set(shuffled[:validation].tolist())
     return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
             tuple(r for i, r in enumerate(chosen) if i in held_out))
 
 
-def cell_records(source: DataSource, config: Config, shots: int, draw: int) -> dict[str, tuple[Record, ...]]:
-    """The images that a run is made from, by their use: training, validation, and unlabelled where it answers some."""
-    training, validation = labelled_subset(source, config.finetune, shots, draw)
+def cell_records(source: DataSource, config: Config, backbone: str, shots: int, draw: int,
+                 order: Sequence[str] | None = None) -> dict[str, tuple[Record, ...]]:
+    """The images that a run is made from, by their use: training, validation, and unlabelled where it answers some.
+
+    `order`: see `select_shots`.
+    """
+    training, validation = labelled_subset(source, config.finetune, shots, draw, order)
     records, settings = {"training": training, "validation": validation}, config.finetune.self_training
-    if settings.rounds:
+    if settings.rounds or settings.matches(backbone, shots):
         labelled = {record.id for record in (*training, *validation)}
         records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
     return records

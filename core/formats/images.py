@@ -7,9 +7,10 @@ an entry of `FORMATS` is all that a format needs.
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,7 +24,7 @@ from core.formats.dicom import dicom_geometry, has_mark, read_dicom
 from core.formats.geometry import Geometry
 from core.formats.nrrd_files import nrrd_geometry, read_nrrd
 from core.formats.png import SIGNATURE, picture_alone
-from core.formats.series import dicom_files, is_series, read_series, series_geometry
+from core.formats.series import dicom_files, is_series, may_be_slice, read_series, series_geometry
 from core.formats.tiff import is_tiff, read_tiff, tiff_size
 from core.formats.volumes import nifti_geometry, npy_geometry, npz_geometry, read_nifti, read_npy, read_npz
 
@@ -71,8 +72,11 @@ def read_geometry(path: str | Path) -> Geometry:
 
 def image_suffix(path: str | Path) -> str | None:
     """The image suffix that the name of `path` ends in, as written there (".png", ".JPG"), or None: a series folder."""
-    name = Path(path).name
-    suffixes = [suffix for suffix in FORMATS if name.lower().endswith(suffix) and len(name) > len(suffix)]
+    name = path.name if isinstance(path, Path) else path.rstrip("/").rpartition("/")[2]
+    lower = name.lower()
+    if not lower.endswith(IMAGE_SUFFIXES):
+        return None
+    suffixes = [suffix for suffix in IMAGE_SUFFIXES if lower.endswith(suffix) and len(name) > len(suffix)]
     return name[-len(max(suffixes, key=len)) :] if suffixes else None
 
 
@@ -85,30 +89,38 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
     """All images in `folder`, sorted by path; folders that are links are entered, each folder once.
 
     Passed over: hidden files and folders, those of file servers and systems (SYSTEM_FOLDERS), and the pictures beside a
-    predictions.csv, which the program drew. A folder that
-    `is_series` is one image, and the files in it are none. Without an image suffix a file with DICOM's mark is one.
+    predictions.csv, which the program drew. A folder that `is_series` is one image, and the files in it are none.
+    Without an image suffix a file with DICOM's mark is one.
     """
-    return sorted(_images_in(folder, recursive, set()))
+    images: list[tuple[str, ...]] = []  # the parts of their names below `folder`: sorted as paths are, in less time
+    ahead, links, seen = [folder], [], {folder.resolve()}
+    while ahead or links:
+        here = ahead.pop() if ahead else links.pop(0)  # links come last: an image has the name that it has without them
+        below = here.parts[len(folder.parts) :]
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if _passed_over(entry, here):
+                continue
+            if not entry.is_dir():
+                if image_suffix(entry.name) or (may_be_slice(entry.name) and has_mark(here / entry.name)):
+                    images.append((*below, entry.name))
+            elif is_series(here / entry.name):
+                images.append((*below, entry.name))
+            elif recursive and (real := (here / entry.name).resolve()) not in seen:
+                if entry.is_symlink():
+                    links.append(here / entry.name)
+                    continue
+                seen.add(real)
+                ahead.append(here / entry.name)
+        if not ahead:
+            links = [link for link in links if link.resolve() not in seen]
+            seen |= {link.resolve() for link in links[:1]}
+    return [folder.joinpath(*parts) for parts in sorted(images)]
 
 
-def _images_in(folder: Path, recursive: bool, seen: set[Path]) -> Iterator[Path]:
-    seen.add(folder.resolve())
-    for entry in sorted(folder.iterdir()):
-        if _passed_over(entry):
-            continue
-        if entry.is_dir():
-            if is_series(entry):
-                yield entry
-            elif recursive and entry.resolve() not in seen:
-                yield from _images_in(entry, recursive, seen)
-        elif image_suffix(entry) or has_mark(entry):
-            yield entry
-
-
-def _passed_over(entry: Path) -> bool:
+def _passed_over(entry: os.DirEntry[str], folder: Path) -> bool:
     name = entry.name
     return (name.startswith(".") or name.casefold() in SYSTEM_FOLDERS or name.upper() == "DICOMDIR"
-            or (name in DRAWN and entry.with_name("predictions.csv").is_file()))
+            or (name in DRAWN and (folder / "predictions.csv").is_file()))
 
 
 def _format(path: Path) -> Format:

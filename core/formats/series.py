@@ -7,6 +7,7 @@ with row cosines X, column cosines Y and position S, pixel (column i, row j) lie
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +66,16 @@ def series_geometry(folder: Path) -> Geometry:
 
 def dicom_files(folder: Path) -> Iterator[Path]:
     """Files right in `folder` named .dcm, and those with DICOM's mark whose suffix is not another format's."""
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or not file.is_file():
-            continue
-        suffix = file.suffix.lower()
-        if suffix == ".dcm" or (suffix not in NO_SLICES and has_mark(file)):
-            yield file
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if may_be_slice(entry.name) and entry.is_file() and (
+                entry.name.lower().endswith(".dcm") or has_mark(folder / entry.name)):
+            yield folder / entry.name
+
+
+def may_be_slice(name: str) -> bool:
+    """Whether a file may be DICOM, by its name."""
+    dot, suffix = name.rpartition(".")[1:]
+    return not (name.startswith(".") or name.upper() == "DICOMDIR" or dot + suffix.lower() in NO_SLICES)
 
 
 def is_series(folder: Path) -> bool:

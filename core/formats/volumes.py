@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import nibabel as nib
@@ -32,6 +33,7 @@ ARRAY_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError,
                 zipfile.BadZipFile)  # fmt: skip
 TO_MM = {"meter": 1000.0, "micron": 0.001}  # units of a NIfTI header; everything else is mm
 ARRAY_KEYS = ("image", "spacing", "affine")  # of a .npz
+PARSING = Lock()  # of .npy headers: CPython 3.11 counts the depth of its parser for all threads together
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -218,7 +220,8 @@ def _header(file: IO[bytes]) -> ArrayHeader:
     version = np.lib.format.read_magic(file)
     if version not in HEADER_READERS:
         raise ValueError(f"NumPy's format {version} is for structured arrays")
-    return ArrayHeader(*HEADER_READERS[version](file))
+    with PARSING:
+        return ArrayHeader(*HEADER_READERS[version](file))
 
 
 def _grey_header(path: Path, file: IO[bytes]) -> ArrayHeader:

@@ -108,8 +108,8 @@ def cells(finetune: Finetune) -> list[Cell]:
 
 
 def needs_pretraining(finetune: Finetune) -> bool:
-    """Whether the study's cells start from this study's own DDPM."""
-    return "ddpm" in finetune.backbones and finetune.checkpoint is None
+    """Whether the study's cells start from this study's own DDPM, or are trained on images that it has chosen."""
+    return ("ddpm" in finetune.backbones or finetune.selection == "coverage") and finetune.checkpoint is None
 
 
 def needs_crop_pretraining(finetune: Finetune) -> bool:

@@ -41,10 +41,12 @@ def start_weights(path: Path) -> StartWeights:
     return StartWeights(str(path), content_digest(path), status.st_size, status.st_mtime_ns)
 
 
-def write_inputs(run_dir: Path, images: GroupedImages, start: Path | None = None) -> None:
-    """Leave inputs.json in `run_dir`."""
+def write_inputs(run_dir: Path, images: GroupedImages, start: Path | None = None, chosen_by: Path | None = None
+                 ) -> None:
+    """Leave inputs.json in `run_dir`; `chosen_by` are the weights whose features chose the images, if any did."""
     weights = None if start is None else asdict(start_weights(start))
-    write_json(run_dir / INPUTS, {"images": images, "start": weights})
+    chooser = {} if chosen_by is None else {"chosen_by": asdict(start_weights(chosen_by))}
+    write_json(run_dir / INPUTS, {"images": images, "start": weights, **chooser})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -68,24 +70,28 @@ def _parsed(path: Path, _size: int, _mtime_ns: int) -> dict[str, Any]:
 
 
 def input_changes(run_dir: Path, images: GroupedImages | None, start: Path | None = None,
-                  may_grow: bool = False) -> str | None:
+                  may_grow: bool = False, chosen_by: Path | None = None) -> str | None:
     """Why the run in `run_dir` is stale: how `images` or the weights in `start` differ from those it was made from.
 
-    None where nothing differs, or the folder records nothing. `images` None: they are known to be the same; with
-    `may_grow` images that were added since do not count. A start that is not there (yet) says nothing.
+    None where nothing differs, or the folder records nothing. `images` None: they are known to be the same, unless the
+    weights in `chosen_by` that choose them are others; with `may_grow` images that were added since do not count. A
+    weights file that is not there (yet) says nothing.
     """
     record = read_record(run_dir / INPUTS)
     if record is None:
         return None
     changes = [] if images is None else image_changes(record["images"], images, may_grow)
-    weights = record["start"]
-    if weights is not None and start is not None and start.is_file() and start_changed(weights, start):
+    if start is not None and start_changed(record["start"], start):
         changes.append(f"the weights in {start} are others than those it started from")
+    if images is None and chosen_by is not None and start_changed(record.get("chosen_by"), chosen_by):
+        changes.append(f"the weights in {chosen_by} are others than those that chose its images")
     return "; ".join(changes) or None
 
 
-def start_changed(record: Mapping[str, Any], path: Path) -> bool:
-    """Whether the file holds other weights than those recorded."""
+def start_changed(record: Mapping[str, Any] | None, path: Path) -> bool:
+    """Whether the file is there and holds other weights than those recorded, if any are."""
+    if record is None or not path.is_file():
+        return False
     status = path.stat()
     if (status.st_size, status.st_mtime_ns) == (record["size"], record["mtime_ns"]):
         return False

@@ -43,8 +43,8 @@ def variant(config: Config, backbone: str) -> str:
 
 
 def _variant(config: Config, backbone: str, slug_of_file: Callable[[str], str]) -> str:
-    if backbone == MEAN_SHAPE:
-        return "default"
+    if backbone == MEAN_SHAPE:  # of the studies of one data set all are alike, but for images chosen otherwise
+        return "pick-coverage" if config.finetune.selection == "coverage" else "default"
     own_ssl = backbone in SSL_METHODS and getattr(config.finetune.encoder_weights, backbone) is None
     parts = [f"ssl-{config.ssl.preset}"] if own_ssl and config.ssl.preset != SSL().preset else []
     for setting in all_settings().values():
@@ -133,6 +133,15 @@ def pretrained_path(config: Config) -> Path:
     chosen = finetune.pretraining_iteration
     iteration = chosen if isinstance(chosen, int) else max(config.ddpm.checkpoint_iterations)
     return ema_path(config.experiment_dir, iteration)
+
+
+def choosing_path(config: Config) -> Path:
+    """The weights file whose features choose images: finetune.checkpoint, or this study's last EMA checkpoint.
+
+    Whichever iteration a run starts from: all starts are compared on the same images.
+    """
+    finetune = config.finetune.model_copy(update={"pretraining_iteration": None})
+    return pretrained_path(config.model_copy(update={"finetune": finetune}))
 
 
 def second_start_path(config: Config, backbone: str) -> Path | None:

@@ -34,9 +34,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if native else "float32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The mixed-precision context of a run."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> torch.autocast:
+    """The mixed-precision context of a run.
+
+    Weights cast to bf16 are kept until the outermost context ends. A CUDA graph that is captured within another context
+    must not take them from there, for it would go on reading weights of then: keep_casts=False.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keep_casts)
 
 
 def memory_format(ndim: int, device: torch.device) -> torch.memory_format:

@@ -25,9 +25,11 @@ from core.training.batches import BatchPlan, step_generator
 from core.training.cuda_graphs import Batches, Replayed
 from core.training.device import autocast, memory_format
 from core.training.distributed import ALONE, Ranks
+from core.training.memory import parts_of
 from core.training.run_log import NoLog, RunLog
 from core.training.state import load_state, save_state
 from core.training.stop_signal import StopSignal
+from core.training.threads import use_threads
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,6 +63,9 @@ class SplitTask(Task, Protocol):
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
         """Scalar loss of what was drawn; waits for nothing and draws nothing."""
 
+    def terms(self, *drawn: Tensor) -> Tensor | int:
+        """Over how many terms `loss_of` is the mean: a part of a micro-batch counts by its share of them."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -88,6 +93,7 @@ class LoopSettings:
     compile: bool = False
     cuda_graphs: bool = True
     ema_schedule: str = "constant"
+    most_images: int | None = None  # that pass the network at once; larger micro-batches do so in parts
     milestones: frozenset[int] = frozenset()
 
 
@@ -131,7 +137,8 @@ class Training(Generic[Network]):
         return {"step": self.step, "best": self.best, "since_best": self.since_best,
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is self.model else self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "plateau": self.plateau.state_dict()}
+                "optimizer": self.optimizer.state_dict(), "plateau": self.plateau.state_dict(),
+                "threads": torch.get_num_threads() if self.settings.device.type == "cpu" else None}
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
         """Take over a saved state; UserError when it belongs to another network."""
@@ -218,10 +225,14 @@ class Training(Generic[Network]):
         assert isinstance(task, SplitTask)
         total = torch.zeros((), device=settings.device)
         for drawn in batches:
-            with autocast(settings.device, settings.precision):
-                loss = task.loss_of(self.forward, *drawn)
-            (loss * self.share(batches)).backward()
-            total += loss.detach() / len(batches)
+            parts = parts_of(drawn, settings.most_images)
+            terms = [task.terms(*part) for part in parts]
+            for part, own in zip(parts, terms, strict=True):
+                with autocast(settings.device, settings.precision):
+                    loss = task.loss_of(self.forward, *part)
+                weight = own / sum(terms) if len(parts) > 1 else 1.0
+                (loss * (self.share(batches) * weight)).backward()
+                total += loss.detach() * weight / len(batches)
         return total
 
     def recent_losses(self) -> Tensor:
@@ -302,6 +313,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     UserError for a non-finite loss or a damaged state.
     """
     settings, ranks = training.settings, training.ranks
+    threads: int | None = None
     if resume:
         state, path = load_state(run_dir, resume, resume_command), run_dir / f"{resume}.pt"
         saved = state.get("identity", settings.identity)  # older states do not say
@@ -309,10 +321,13 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             raise UserError(f"{path} is the state of {saved}, not of {settings.identity}; delete it to start this run "
                             "over")
         training.restore(state, path)
+        threads = state.get("threads")
         if training.step != ranks.told(training.step):
             raise UserError(f"{run_dir} holds another step here than on rank 0: all machines must share that folder")
     if ranks.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
+    if settings.device.type == "cpu" and not training.finished:
+        print(use_threads(threads), flush=True)
     open_log = RunLog if ranks.leads else NoLog
     with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
           StopSignal(once=ranks.count > 1) as stop, writing_in_background(settings.device.type == "cuda")):

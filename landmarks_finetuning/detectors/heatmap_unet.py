@@ -46,5 +46,4 @@ def start_unet(config: Config, backbone: str, channels: int, landmarks: int) -> 
         kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("final_conv.")}
         model.load_state_dict({**model.state_dict(), **kept})
         model.timestep = config.finetune.timestep
-    model.activation_checkpointing = config.experiment.activation_checkpointing
     return model

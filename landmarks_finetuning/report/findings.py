@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, of_variants, select
+from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, of_variants, select, slug_parts
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.statistics import SIGNIFICANCE, holm, patients_needed
 
@@ -21,6 +21,7 @@ STUDIED = "ddpm"
 VERDICTS = {"better": "clear gain", "worse": "clear loss", "open": "within the spread",
             "few": "too few test images to tell"}
 CLEAR = ("better", "worse")
+COVERAGE = "pick-coverage"  # of a variant's name, see core.runs.places.variant
 
 
 def display_name(backbone: str) -> str:
@@ -117,6 +118,25 @@ def setting_sentence(runs: pd.DataFrame) -> str:
     return (f"{len(names)} settings of the loss were run ({', '.join(names.values())}). Verdicts, bars and the curves "
             f"by distance are about {_list(list(dict.fromkeys(shown)))}; the table of results and the paper's tables "
             "have all of them.")
+
+
+def selection_sentence(summary: pd.DataFrame) -> str:
+    """Images chosen by coverage beside random draws, for every start that was run with both; empty where none was."""
+    trained = summary[summary["backbone"] != UNTRAINED]
+    drawn = {(row.backbone, row.variant, row.shots): row for row in named_rows(trained)}
+    parts = []
+    for (backbone, variant, shots), row in drawn.items():
+        others = [part for part in slug_parts(variant) if part != COVERAGE]
+        rival = drawn.get((backbone, "_".join(others) or "default", shots))
+        if COVERAGE in slug_parts(variant) and rival is not None:
+            spread = "" if np.isnan(rival.mre_spread) else f" +- {rival.mre_spread:.2f}"
+            parts.append(f"{_inline_name(backbone)} at {shots_text(shots)} {row.mre:.2f} against {rival.mre:.2f}"
+                         f"{spread}")
+    if not parts:
+        return ""
+    unit = trained["unit"].iloc[0]
+    return (f"Variants named {COVERAGE} were trained on the labelled images whose diffusion features cover the images "
+            f"of the pre-training best. Against random draws (mean and spread), {unit}: {'; '.join(parts)}.")
 
 
 def headline(table: pd.DataFrame, unit: str) -> tuple[str, str]:

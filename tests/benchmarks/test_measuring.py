@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measuring import LiveBytes, count_flops, measure_apart, peak_functions, time_interleaved
+from benchmarks.measuring import count_flops, measure_apart, peak_functions, time_interleaved
 from core.config.unet import UNet as UNetConfig
 from core.networks.unet import UNet
+from core.training.memory import LiveBytes
 
 
 def test_live_bytes_by_hand():

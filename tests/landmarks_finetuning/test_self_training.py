@@ -110,7 +110,8 @@ def staged(make_values, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged")
     path = folder / "study.json"
     path.write_text(json.dumps(make_values(folder / "runs", finetune={
-        "backbones": ["ddpm"], "refine": {"zoom": 2, "crop": 16, "iterations": 2}, "validate_every": 1,
+        "backbones": ["ddpm"], "validate_every": 1,
+        "refine": {"zoom": 2, "crop": 16, "iterations": 2, "start": "crops"},
         "self_training": {"rounds": 1, "images": 6}})))
     run_study(load_config(path), ("pretrain", "finetune"))
     return path, next(folder.glob("runs/tiny/landmarks/ddpm/*/shots002_draw0_seed0"))
@@ -171,3 +172,21 @@ def test_the_report_shows_every_round(staged, run_main):
     taught = json.loads((run_dir / "pseudo_labels.json").read_text())
     assert table["round"].tolist() == [0, 1] and table["images"].tolist()[1] == 6 and np.isnan(table["images"][0])
     assert table["certainty"][1] == pytest.approx(taught["certainty"], rel=1e-5)
+
+
+def test_the_first_training_of_few_labels_has_matches(make_values, tmp_path, run_main):
+    """Of ddpm with at most so many labels; what matched is kept, and the round after it has the detector's answers."""
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(make_values(tmp_path / "runs", finetune={
+        "backbones": ["ddpm", "scratch"], "shots": [1, 2], "validate_every": 4,
+        "self_training": {"matching": 1, "rounds": 1, "images": 5}})))
+    status, _, error = run_main(LAUNCH, "--config", path, "--stages", "pretrain", "finetune")
+    assert status == 0, error
+    for backbone, shots in (("ddpm", 1), ("ddpm", 2), ("scratch", 1)):
+        run_dir = next((tmp_path / "runs/tiny/landmarks").glob(f"{backbone}/*/shots00{shots}_draw0_seed0"))
+        first, second = json.loads((run_dir / "metrics.json").read_text())["rounds"]
+        matched = (backbone, shots) == ("ddpm", 1)
+        assert (run_dir / "matches.npz").is_file() == matched and (first.get("images") == 5) == matched
+        assert second["images"] == 5 and (run_dir / "pseudo_labels.npz").is_file()
+    header = json.loads((run_dir / "inputs.json").read_text())
+    assert len(header["images"]["unlabelled"]) == 5

@@ -16,9 +16,9 @@ VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder":
                 "batch_size": "batch", "scheduler": "schedule"}  # fmt: skip
 STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fine", "refine.sigma": "fine-sigma",
                "refine.prior": "fine-prior", "refine.iterations": "fine-steps", "refine.batch_size": "fine-batch",
-               "self_training.rounds": "rounds", "self_training.images": "pseudo",
+               "self_training.rounds": "rounds", "self_training.matching": "match", "self_training.images": "pseudo",
                "self_training.share": "pseudo-share", "self_training.power": "pseudo-power"}  # fmt: skip
-OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.start"), "random": ("encoder",),
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.start", "self_training.matching"), "random": ("encoder",),
             **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights"))}  # fmt: skip
 FILE_KEYS = ("checkpoint", "encoder_weights")
 BY_BACKBONE = ("learning_rate", "encoder_weights")

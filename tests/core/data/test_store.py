@@ -15,7 +15,7 @@ from core.data.leaks import find_leaks
 from core.data.records import DataSource, Record
 from core.errors import UserError
 from core.formats.pickles import read_pickle
-from core.training.batches import BatchPlan, ReadAhead, step_generator
+from core.training.batches import STEPS_AHEAD, BatchPlan, ReadAhead, step_generator
 from ddpm_pretraining.train import Denoising, pretrain
 
 
@@ -141,6 +141,12 @@ def test_what_is_read_ahead_never_decides_what_is_given():
         for indices in plan.groups(step):
             assert ahead.take(step, indices).tolist() == (indices * 10).tolist()
     assert ahead.take(4, np.array([1, 2])).tolist() == [10, 20]  # nobody said it would be asked for
+    for indices in reversed(plan.groups(5)):  # in another order
+        assert ahead.take(5, indices).tolist() == (indices * 10).tolist()
+    assert ahead.take(6, np.array([1, 2])).tolist() == [10, 20]  # while that step's own are there
+    for step in (20, 40, 60, 80):  # nothing is kept of places that were left
+        ahead.take(step, plan.groups(step)[0])
+    assert len(ahead.pending) < 2 * (STEPS_AHEAD + 1)
     ahead.pool.shutdown()
     assert read[:4] == [batch.tolist() for step in (0, 1) for batch in plan.groups(step)]
 

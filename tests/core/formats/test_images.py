@@ -172,3 +172,22 @@ def test_find_images_skips_what_is_hidden_or_no_image(tmp_path):
     assert find_images(tmp_path) == [tmp_path / "b.png"]
     assert find_images(tmp_path, recursive=True) == [tmp_path / "a/c.JPG", tmp_path / "b.png"]
     assert image_suffix("1.2.840.JPG") == ".JPG" and image_suffix("1.2.840") is None
+
+
+def test_find_images_is_what_a_walk_with_pathlib_finds(tmp_path):
+    """Order, hidden files and folders, links; the order is that in which runs see images."""
+    for name in ("b/10.png", "b/9.PNG", "b-1/a.nii.gz", "b.x/c.jpg", ".hidden/d.png", "b/.e.png", "__MACOSX/f.png",
+                 "z.png", "a.txt", "b/\u00fc.tif", "png", ".png", "n.nii.gz/g.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    root = tmp_path / "images"
+    (root / "link.png").symlink_to(root / "z.png")
+    (root / "nowhere.png").symlink_to(root / "gone.png")
+    (root / "linked").symlink_to(root / "b", target_is_directory=True)
+    for recursive in (False, True):
+        paths = [path for path in (root.rglob("*") if recursive else root.iterdir()) if not path.is_dir()
+                 and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)]
+        wanted = sorted(path for path in paths if path.name.lower().endswith(IMAGE_SUFFIXES)
+                        and path.name.lower() not in IMAGE_SUFFIXES)
+        assert find_images(root, recursive) == wanted and len(wanted) == (9 if recursive else 3)

@@ -4,8 +4,10 @@ import gzip
 import io
 import mmap
 import pickle
+import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +16,7 @@ import SimpleITK
 
 from core import errors
 from core.errors import UserError
+from core.formats import volumes
 from core.formats.geometry import index_to_world
 from core.formats.images import read_geometry, read_image
 from tests.conftest import DATA
@@ -352,3 +355,24 @@ def test_damaged_npz(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("image.npy", b"no array")
     refuses(path, "a.npz cannot be read, it may be cut off or damaged")
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Threads decode a large set's images; CPython 3.11 raises SystemError where two of them parse together."""
+    paths = [tmp_path / f"{number}.npy" for number in range(12)]
+    for path in paths:
+        np.save(path, np.full((4, 5), 7, np.int16))
+    read, inside, most = volumes.HEADER_READERS[1, 0], [], []
+
+    def parse(file):
+        inside.append(file)
+        most.append(len(inside))
+        time.sleep(0.005)
+        header = read(file)
+        inside.remove(file)
+        return header
+
+    monkeypatch.setitem(volumes.HEADER_READERS, (1, 0), parse)
+    with ThreadPoolExecutor(6) as pool:
+        pixels = list(pool.map(read_image, paths))
+    assert max(most) == 1 and len(most) == 12 and all((each == 7).all() for each in pixels)

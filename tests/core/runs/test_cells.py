@@ -49,6 +49,7 @@ def test_cells_in_order(tmp_path):
     assert [cell.backbone for cell in plan[:5]] == [MEAN_SHAPE] * 4 + ["ddpm"]
     assert [cell.shots for cell in plan[4:]] == [1] * 8 + [5] * 8
     assert {cell.draw for cell in cells(make(tmp_path, selection="first").finetune)} == {0}  # the first k have one
+    assert {cell.draw for cell in cells(make(tmp_path, selection="coverage").finetune)} == {0}
 
 
 def test_folder_of_a_cell(tmp_path):
