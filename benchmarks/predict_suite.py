@@ -66,7 +66,7 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
     for file in files:
         pixels = timed("decode files", partial(read_image, file))
         timed("resize", partial(resize, pixels, config.dataset.image_size))
-    records, some = collect_images(files), config.evaluation.batch_size
+    records, some = collect_images(files, folder), config.evaluation.batch_size
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
         images = timed("hash, read cache", partial(load_images, chosen, config.dataset))

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+_NOTED: set[str] = set()
 INTERRUPTED = 130  # exit status, as a shell's after Ctrl-C
 
 
@@ -44,6 +45,13 @@ def damaged(path: Path, reason: BaseException | str) -> UserError:
         return UserError(f"image {path} cannot be read: permission denied")
     said = " ".join(str(reason).split()) or type(reason).__name__
     return UserError(f"image {path} cannot be read, it may be cut off or damaged: {said}")
+
+
+def note_once(kind: str, text: str) -> None:
+    """Print `text` on stderr, the first time in this process that something of this `kind` is noted."""
+    if kind not in _NOTED:
+        _NOTED.add(kind)
+        print(text, file=sys.stderr)
 
 
 def run_command(main: Callable[[], object]) -> None:

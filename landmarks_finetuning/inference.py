@@ -18,7 +18,7 @@ from core.config.second_stage import FOLDER, second_of
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
 from core.errors import UserError
-from core.networks.weights import load_weights
+from core.networks.weights import Weights, load_weights
 from core.runs.places import round_dir
 from core.training.device import resolve_device
 from landmarks_finetuning.decoding import sigma_pixels
@@ -50,12 +50,16 @@ class TrainedDetector:
         self.config = self.own_config
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
-        self.landmark_names: list[str] = weights.header["landmark_names"]
+        self.landmark_names = landmark_names(path, weights)
         self.shape = stored_shape(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         self.kind = DETECTORS[weights.header.get("network", "unet")]
-        model = self.kind.rebuild(weights, self.own_config.dataset.image_size)
-        model.load_state_dict(weights.tensors)
+        try:
+            model = self.kind.rebuild(weights, self.own_config.dataset.image_size)
+            model.load_state_dict(weights.tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: its tensors are not those of the network that its header describes "
+                            f"({' '.join(str(error).split())[:200]})") from None
         for other in others:
             check_alike(self, other, path)
         models: list[nn.Module] = [model, *(other.model for other in others)]
@@ -86,6 +90,16 @@ class TrainedDetector:
         maps = self.kind.heatmaps is not None
         return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
                            config.evaluation.views if maps else 1, whole=not maps)
+
+
+def landmark_names(path: Path, weights: Weights) -> list[str]:
+    """What the outputs of a detector stand for; UserError where its header does not name each of them once."""
+    names = weights.header.get("landmark_names")
+    if not isinstance(names, list) or len(names) != weights.out_channels or len(set(map(str, names))) < len(names):
+        count = f"{len(names)} names" if isinstance(names, list) else "no list"
+        raise UserError(f"{path} is damaged: its network has {weights.out_channels} outputs, its header's "
+                        f"landmark_names are {count}")
+    return [str(name) for name in names]
 
 
 def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:

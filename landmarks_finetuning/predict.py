@@ -10,11 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from core.data.dataset import load_images
-from core.data.records import Record
+from core.data.records import Record, own_spacing
 from core.errors import CommandParser, UserError, run_command
 from core.files import atomic_file
-from core.formats.dicom import is_series
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from core.formats.series import is_series
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
@@ -27,14 +27,20 @@ from landmarks_finetuning.predictions import (
 )
 
 
-def collect_images(paths: list[Path]) -> list[Record]:
-    """Every image or volume named or below a named folder; UserError when there is none, or two share a name."""
+def collect_images(paths: list[Path], out: Path, spacing_mm: float | None = None) -> list[Record]:
+    """Every image or volume named or below a named folder; UserError when there is none, or two share a name.
+
+    What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training.
+    """
+    written = (out / "overlays").resolve(), (out / "markups").resolve()
     images: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist")
         inside = path.is_dir() and not is_series(path)
         for image in find_images(path, recursive=True) if inside else [path]:
+            if inside and any(folder in image.resolve().parents for folder in written):
+                continue
             name = image.relative_to(path).as_posix() if inside else image.name
             if name in images:
                 raise UserError(f"{image} and {images[name]} would both be called {name}; predict them separately")
@@ -42,8 +48,12 @@ def collect_images(paths: list[Path]) -> list[Record]:
     if not images:
         raise UserError(f"no image in {', '.join(map(str, paths))}; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
     geometries = {name: read_geometry(image) for name, image in images.items()}
-    return [Record(name, image, None, geometries[name].spacing_mm, geometry=geometries[name])
-            for name, image in images.items()]
+    records = []
+    for name, image in images.items():
+        given = None if spacing_mm is None else (spacing_mm,) * len(geometries[name].size)
+        spacing = own_spacing(geometries[name], given, image)
+        records.append(Record(name, image, None, spacing, geometry=geometries[name]))
+    return records
 
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
@@ -61,7 +71,8 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     if calibration is None:
         print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
               "(evaluating a run that has validation labels writes it)", file=sys.stderr)
-    records, some = collect_images(paths), detector.config.evaluation.batch_size
+    records = collect_images(paths, out, detector.config.dataset.spacing_mm)
+    some = detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:
         for first in tqdm(range(0, len(records), some), "batches"):

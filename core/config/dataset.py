@@ -51,8 +51,12 @@ class Dataset(Section):
                                    acts=[only("is_3d", True), NO_PACK])
     unlabelled_dirs: tuple[str, ...] = setting((), "folders with more images for pre-training", acts=[NO_PACK])
     exclude: tuple[str, ...] = setting((), "image ids that are in no split; the others keep theirs")
-    spacing_mm: float | None = setting(None, "mm per pixel in place of the data's own, layouts cephalo and folder",
+    spacing_mm: float | None = setting(None, "mm per pixel in place of the data's own, of labelled, unlabelled and "
+                                       "predicted images alike; layouts cephalo and folder",
                                        gt=0, acts=[only("layout", "cephalo", "folder"), NO_PACK])
+    max_megapixels: float | None = setting(
+        None, "largest image that is read, in millions of pixels or voxels of about 8 bytes of memory each; null: 300, "
+        "2000 for volumes", gt=0, counts_for=FREE, before=None, acts=[NO_PACK])
     cache_dir: str = setting("runs/cache", "folder for resized images", counts_for=FREE)
     intensity: Literal["minmax", "percentile", "window"] = setting(
         "minmax", "what becomes 0 and 1: each image's darkest and brightest pixel, its percentiles, or a fixed window")
@@ -86,6 +90,11 @@ class Dataset(Section):
                              f'in layout "folder"; size {list(self.phantom.size)}, image_size {list(self.image_size)}, '
                              f'layout "{self.layout}"')
         return self
+
+    @property
+    def largest(self) -> int:
+        """Pixels or voxels of the largest image that is read."""
+        return round(1e6 * (self.max_megapixels or {2: 300, 3: 2000}.get(len(self.image_size), 300)))
 
     @property
     def whole_size(self) -> tuple[int, ...]:

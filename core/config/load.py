@@ -90,7 +90,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
         names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
         raise UserError(f"config file {path} does not exist; configs/ holds {names}")
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +18,15 @@ from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
 from core.files import content_digest, write_atomically
-from core.formats.dicom import dicom_files
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
+from core.formats.series import dicom_files
 from core.formats.volumes import PARSING
 
-CACHE_VERSION = "2"  # of decoding and resizing together
+ONE_LARGE = Lock()  # for decoders work side by side
+LARGE_PIXELS = 50_000_000
+CHECKSUM = 4  # bytes at the end of a cache entry
+CACHE_VERSION = "3"  # of decoding and resizing together
 WHOLE_NUMBERS = (".png", ".jpg", ".jpeg", ".bmp")  # formats without fractions
 
 
@@ -36,24 +42,42 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
     digest = image_digest(record, config)
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
-    if cached.is_file():
-        with PARSING:
-            stored = np.load(cached, mmap_mode="r")
-        pixels = np.array(stored)
-    else:
-        pixels = resize(upright(read_image(record.image), grid.geometry), grid.size, grid.ratio)
+    pixels = _read_entry(cached, grid.size)
+    if pixels is None:
+        pixels = _decoded(record, grid)[0]
         buffer = io.BytesIO()
         np.save(buffer, pixels)
-        write_atomically(cached, buffer.getvalue())
+        content = buffer.getvalue()
+        write_atomically(cached, content + zlib.crc32(content).to_bytes(CHECKSUM, "big"))
     return Loaded(pixels, grid.geometry.size, grid.map, digest)
+
+
+def _read_entry(path: Path, size: tuple[int, ...]) -> np.ndarray | None:
+    """The pixels (C, *size) of a cache entry; None where there is none, or it is cut or damaged: it is made anew."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    body, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
+    if zlib.crc32(body).to_bytes(CHECKSUM, "big") != checksum:
+        return None
+    with PARSING:
+        pixels = np.load(io.BytesIO(body))
+    return pixels if pixels.shape[1:] == size and pixels.dtype == np.float32 else None
+
+
+def _decoded(record: Record, grid: _Grid) -> tuple[np.ndarray, np.dtype]:
+    """The image upright and resampled, and the depth of what was read; of large images one at a time."""
+    with ONE_LARGE if math.prod(grid.geometry.size) > LARGE_PIXELS else nullcontext():
+        pixels = read_image(record.image)
+        depth = own_depth(pixels, record.image)
+        return resize(upright(pixels, grid.geometry), grid.size, grid.ratio), depth
 
 
 def decode(record: Record, config: DatasetConfig) -> tuple[Loaded, np.dtype]:
     """One image upright and resampled from the file itself, without its digest, and the depth of what was read."""
     grid = _grid_of(record, config)
-    pixels = read_image(record.image)
-    depth = own_depth(pixels, record.image)
-    resampled = resize(upright(pixels, grid.geometry), grid.size, grid.ratio)
+    resampled, depth = _decoded(record, grid)
     return Loaded(resampled, grid.geometry.size, grid.map, None), depth
 
 
@@ -71,7 +95,8 @@ def own_depth(pixels: np.ndarray, path: Path) -> np.dtype:
     colours = image_suffix(path.name.lower()) in WHOLE_NUMBERS and high > 1
     for kind in (np.uint8, np.uint16, np.int16):
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return np.dtype(kind if colours or bool((pixels == np.rint(pixels)).all()) else np.float32)
+            whole = colours or all(bool((plane == np.rint(plane)).all()) for plane in pixels[0])
+            return np.dtype(kind if whole else np.float32)
     return np.dtype(np.float32)
 
 
@@ -89,10 +114,21 @@ def _grid_of(record: Record, config: DatasetConfig) -> _Grid:
     if len(geometry.size) != len(config.image_size):
         raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has "
                         f"{len(config.image_size)} numbers")
+    check_size(record.image, geometry.size, config)
     order, _ = upright_axes(geometry)
     turned = tuple(geometry.size[axis] for axis in order)
     size, ratio = _grid(turned, order, record, geometry, config)
     return _Grid(geometry, size, ratio, compose(resampling_map(turned, size, ratio), upright_map(geometry)))
+
+
+def check_size(image: Path, size: tuple[int, ...], config: DatasetConfig) -> None:
+    """UserError for an image of more pixels than dataset.max_megapixels allows, before they are read."""
+    pixels = math.prod(size)
+    if pixels > config.largest:
+        raise UserError(f"image {image} has {' x '.join(map(str, size[::-1]))} = {pixels / 1e6:.0f} million pixels, "
+                        f"more than dataset.max_megapixels {config.largest / 1e6:g}; reading it takes about "
+                        f"{pixels * 8 / 2**30:.1f} GiB of memory: raise that setting if there is as much, or save it "
+                        "smaller")
 
 
 def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geometry: Geometry,
@@ -102,7 +138,7 @@ def _grid(turned: tuple[int, ...], order: tuple[int, ...], record: Record, geome
         size = config.whole_size
         return size, tuple(old / new for old, new in zip(turned, size, strict=True))
     own = None if config.spacing_mm is None else (config.spacing_mm,) * len(turned)
-    spacing = record.spacing or geometry.spacing_mm or own
+    spacing = record.spacing or own or geometry.spacing_mm
     if spacing is None:
         raise UserError(f"{record.image} has no spacing, so dataset.resample_mm cannot be applied: give spacing_mm, or "
                         "set dataset.resample_mm to null")

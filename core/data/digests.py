@@ -63,7 +63,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
         place = str(record.image.absolute())
         status = hashlib.sha256(json.dumps(stamp(record.image)).encode()).hexdigest()[:LENGTH]
         entry = memo.get(place)
-        if not isinstance(entry, list) or entry[0] != status:
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == status):
             entry = changed[place] = [status, image_digest(record, config)]
         digests.append(entry[1])
     if changed:
@@ -75,6 +75,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
 def _read_memo(path: Path, _status: tuple) -> dict[str, Any]:
     """The memo as it was at that stamp, for a study asks for the digests of each of its runs; not to be written to."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):  # not there yet, or cut off: made anew
+        memo = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError):  # not there yet, or cut off: made anew
         return {}
+    return memo if isinstance(memo, dict) else {}

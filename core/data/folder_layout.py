@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.data.records import SPLITS, DataSource, Record, check_unique, image_id, is_number, parse_spacing
+from core.data.records import (
+    SPLITS,
+    DataSource,
+    Record,
+    check_unique,
+    files_by_id,
+    image_id,
+    is_number,
+    own_spacing,
+    parse_spacing,
+)
 from core.data.splits import check_keys, check_patients, read_splits
 from core.errors import UserError, did_you_mean
-from core.formats.geometry import RAS_TO_LPS, Geometry, world_to_index
+from core.formats.geometry import RAS_TO_LPS, world_to_index
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
-from core.formats.markups import MARKUP_SUFFIXES, find_markup, read_markups
+from core.formats.markups import MARKUP_SUFFIXES, PLAIN_JSON, is_markup, read_markups
 from core.formats.points import FolderRow, read_folder_csv
 
 MM_THRESHOLDS, PX_THRESHOLDS = (2.0, 2.5, 3.0, 4.0), (3.0, 6.0, 9.0)
@@ -31,18 +41,21 @@ class Labels(NamedTuple):
     files: dict[str, Path]  # by image id
 
 
-def read_folder(root: Path, spacing_mm: Any, description: Path) -> DataSource:
+def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collection[str]) -> DataSource:
     """Your own images: images/, landmarks.csv or landmarks/, and `description` (datasets/README.md says how).
 
     Landmarks become pixels of the stored image whatever they were; volumes may be .nii, .nii.gz, .npy, .npz or DICOM
-    series. UserError: files missing or contradicting each other, images of different dimensions.
+    series. Of `excluded` images, which may be damaged, nothing is read: they only keep their place in the splits.
+    UserError: files missing or contradicting each other, images of different dimensions.
     """
     settings = read_description(description)
     names = tuple(settings["landmarks"])
-    images = [Record(image_id(path.relative_to(root / "images")), path, None, None, geometry=read_geometry(path))
+    images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]
     check_unique(images)
-    dims = _common_dims(images, root / "images")
+    images = [record if record.id in excluded else replace(record, geometry=read_geometry(record.image))
+              for record in images]
+    dims = _common_dims([record for record in images if record.geometry is not None], root / "images")
     common = parse_spacing(settings.get("spacing_mm") if spacing_mm is None else spacing_mm, dims, str(description))
     labels = _read_labels(root, names, images, settings, dims, description)
     patients = _patients(settings.get("patients", {}), {record.id for record in images}, description)
@@ -53,7 +66,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path) -> DataSource:
             record, landmarks=None if row is None else row.points,
             labels=None if row is None else labels.files.get(record.id, labels.path),
             patient=(row and row.patient) or patients.get(record.id),
-            spacing=_spacing(record.file_geometry(), (row and row.spacing) or common, record.image))
+            spacing=None if record.geometry is None else
+            own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
     ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
                       labels.path)
@@ -61,7 +75,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path) -> DataSource:
     check_patients(splits, description)
     tested = {record.patient for record in splits["test"]} - {None}
     rest = [replace(r, landmarks=None) for key, r in records.items() if key not in labelled and r.patient not in tested]
-    unit = _common_unit([record for split in SPLITS for record in splits[split]])
+    unit = _common_unit([r for split in SPLITS for r in splits[split] if r.geometry is not None])
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
     return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root)
@@ -114,15 +128,6 @@ def _common_dims(images: Sequence[Record], folder: Path) -> int:
     return dims[0]
 
 
-def _spacing(geometry: Geometry, given: tuple[float, ...] | None, image: Path) -> tuple[float, ...] | None:
-    """The spacing given in words, or the file's own; a volume with an affine takes no other than its own."""
-    if given is not None and geometry.affine is not None and geometry.spacing_mm is not None:
-        own_spacing = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
-        raise UserError(f"{image} has a spacing of its own ({own_spacing} mm): remove spacing_mm from config, "
-                        "dataset.json and landmarks.csv, or correct the file's header")
-    return given or geometry.spacing_mm
-
-
 def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], settings: dict[str, Any],
                  dims: int, description: Path) -> Labels:
     table, folder = root / "landmarks.csv", root / "landmarks"
@@ -143,23 +148,27 @@ def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], s
         return Labels(rows, table, {})
     if dims == 2:
         raise UserError(f"{folder} holds landmarks of volumes, but the images are flat; give landmarks.csv instead")
-    files = _markup_files(folder, list(by_id))
+    files = _markup_files(folder, by_id)
     rows = {key: FolderRow(key, _to_pixels(read_markups(path, names), by_id[key], path)) for key, path in files.items()}
     return Labels(rows, folder, files)
 
 
-def _markup_files(folder: Path, images: Sequence[str]) -> dict[str, Path]:
-    """The landmark file of each image that has one; UserError for a file of no image (hidden files do not count)."""
-    for file in sorted(folder.rglob("*")):
-        suffix = next((end for end in MARKUP_SUFFIXES if file.name.endswith(end)), None)
-        name = file.relative_to(folder).as_posix().removesuffix(suffix or "")
-        if suffix and not file.name.startswith(".") and name not in images:
-            raise UserError(f'{file} belongs to no image: "{name}" is not in images/{did_you_mean(name, images)}')
-    return {name: path for name in images if (path := find_markup(folder, name)) is not None}
+def _markup_files(folder: Path, images: Mapping[str, Record]) -> dict[str, Path]:
+    """The landmark file of each image that has one, c0.mrk.json or, as `predict` names them, c0.nii.gz.mrk.json.
+
+    UserError for a file of no image; a .json that holds no markups is passed over there.
+    """
+    found = files_by_id(folder, (*MARKUP_SUFFIXES, PLAIN_JSON))
+    for name, file in found.items():
+        if name not in images and (not file.name.lower().endswith(PLAIN_JSON) or is_markup(file)):
+            raise UserError(f'{file} belongs to no image: "{name}" is not in images/{did_you_mean(name, list(images))}')
+    return {name: found[name] for name in images if name in found}
 
 
 def _to_pixels(world: np.ndarray, record: Record, path: Path) -> np.ndarray:
-    affine = record.file_geometry().affine
+    if record.geometry is None:  # excluded: that there are landmarks is enough
+        return world
+    affine = record.geometry.affine
     if affine is None:
         raise UserError(f"{path} counts in mm of the patient, but {record.image} does not say where its voxels lie; "
                         "give landmarks.csv in pixels, or save the volume as NIfTI")

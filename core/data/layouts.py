@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +14,17 @@ import numpy as np
 from core.data.folder_layout import MM_THRESHOLDS, PX_THRESHOLDS, read_folder
 from core.data.pairing import Case, check_against_others
 from core.data.pairing import check_inside as check_volume
-from core.data.records import SPLITS, DataSource, Record, check_unique, image_id, parse_spacing
-from core.errors import UserError, did_you_mean
+from core.data.records import (
+    SPLITS,
+    DataSource,
+    Record,
+    check_unique,
+    files_by_id,
+    image_id,
+    own_spacing,
+    parse_spacing,
+)
+from core.errors import UserError, did_you_mean, note_once
 from core.formats.geometry import Geometry
 from core.formats.images import find_images, is_picture, read_geometry
 from core.formats.points import read_cephalo, read_chest, read_hand
@@ -70,15 +79,17 @@ def read_layout(
     if missing:
         raise UserError(f"no {layout} data set at {root}: {missing[0]} is missing; expected {', '.join(needed)} there, "
                         "see datasets/README.md")
-    complete = LAYOUTS[layout](root, spacing_mm, described)
+    unwanted = tuple(exclude)
+    complete = LAYOUTS[layout](root, spacing_mm, described, {image_id(name) for name in unwanted})
     if not complete.labelled:
         raise UserError(f"{layout} data set at {root} has no labelled image; see datasets/README.md")
-    source = complete.without(exclude)
     known = {record.image.resolve() for record in complete.records}
-    more = tuple(record for folder in unlabelled_dirs for record in _unlabelled(Path(folder), known))
-    source = replace(source, unlabelled=source.unlabelled + more)
+    given = parse_spacing(spacing_mm, dims, "dataset.spacing_mm")
+    more = tuple(replace(record, spacing=given) for folder in unlabelled_dirs
+                 for record in _unlabelled(Path(folder), known))
+    source = replace(complete, unlabelled=complete.unlabelled + more).without(unwanted, more)
     check_unique(source.records)
-    source = _with_geometry(source, dims)
+    source = _with_geometry(source, dims, {record.id for record in more})
     if dims == 3:
         _check_volumes(source, check_geometry)
     else:
@@ -87,10 +98,11 @@ def read_layout(
     return source
 
 
-def _with_geometry(source: DataSource, dims: int) -> DataSource:
+def _with_geometry(source: DataSource, dims: int, elsewhere: Collection[str]) -> DataSource:
     """Every record with its file's geometry; UserError for an image of another number of axes than the config's.
 
     Unlabelled pictures are as flat as the config's images and have no spacing: their headers are read with the pixels.
+    Of images from `elsewhere` the spacing is the config's, where it has one, as that of the data set's own.
     """
     def complete(record: Record) -> Record:
         if dims == 2 and record.landmarks is None and is_picture(record.image):
@@ -99,7 +111,10 @@ def _with_geometry(source: DataSource, dims: int) -> DataSource:
         if len(geometry.size) != dims:
             raise UserError(f"{record.image} has {len(geometry.size)} axes, dataset.image_size has {dims} numbers; set "
                             f"is_3d to {str(len(geometry.size) == 3).lower()} and dataset.image_size to match")
-        return replace(record, geometry=geometry, spacing=record.spacing or geometry.spacing_mm)
+        spacing = record.spacing or geometry.spacing_mm
+        if record.id in elsewhere:
+            spacing = own_spacing(geometry, record.spacing, record.image)
+        return replace(record, geometry=geometry, spacing=spacing)
 
     splits = {name: tuple(map(complete, records)) for name, records in source.splits.items()}
     return replace(source, splits=splits, unlabelled=tuple(map(complete, source.unlabelled)))
@@ -150,30 +165,34 @@ def _no_spacing(spacing_mm: Any, layout: str, scale: str) -> None:
         raise UserError(f"spacing_mm cannot be set for layout {layout}, whose scale is {scale}; set it to null")
 
 
-def _cephalo(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
+def _cephalo(root: Path, spacing_mm: Any, _description: Path, _excluded: Collection[str]) -> DataSource:
     """ISBI 2015: truth = mean of junior and senior; positions 1-130 train, 131-150 validation, rest test; 0.1 mm."""
     spacing = parse_spacing(0.1 if spacing_mm is None else spacing_mm, 2, "cephalo")
     records = []
+    files = [(folder, files_by_id(root / folder, (".txt",))) for folder in ("400_junior", "400_senior")]
     for image in find_images(root / "jpg"):
-        labels = [root / folder / f"{image_id(image.name)}.txt" for folder in ("400_junior", "400_senior")]
-        for label in labels:
-            if not label.is_file():
-                raise UserError(f"image {image} has no label file {label}")
-        both = np.stack([read_cephalo(label) for label in labels])
+        name = image_id(image.name)
+        for folder, labels in files:
+            if name not in labels:
+                raise UserError(f"image {image} has no label file {root / folder / name}.txt")
+        both = np.stack([read_cephalo(labels[name]) for _, labels in files])
         annotators = None if np.array_equal(*both) else both  # a phantom's two files are one truth
-        records.append(Record(image_id(image.name), image, both.mean(axis=0), spacing, annotators=annotators))
+        records.append(Record(name, image, both.mean(axis=0), spacing, annotators=annotators))
     splits = _by_position(records, 130, 20)
     return DataSource("cephalo", CEPHALO_NAMES, splits, (), "mm", MM_THRESHOLDS, "cephalo", root)
 
 
-def _chest(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
+def _chest(root: Path, spacing_mm: Any, _description: Path, excluded: Collection[str]) -> DataSource:
     """Shenzhen: labelled images less nine, by position 195 train, 34 validation, rest test; 256-frame pixels."""
     _no_spacing(spacing_mm, "chest", "a 256x256 frame")
     records = []
+    labels = files_by_id(root / "labels", (".txt",))
     for image in find_images(root / "pngs"):
         name = image_id(image.name)
-        label = root / "labels" / f"{name}.txt"
-        if label.is_file() and not name.startswith(tuple(f"CHNCXR_{number}_" for number in CHEST_EXCLUDED)):
+        label = labels.get(name)
+        if name in excluded and label is not None:  # it only keeps its place
+            records.append(Record(name, image, np.zeros((len(CHEST_NAMES), 2)), None))
+        elif label is not None and not name.startswith(tuple(f"CHNCXR_{number}_" for number in CHEST_EXCLUDED)):
             geometry = read_geometry(image)
             spacing = tuple(CHEST_FRAME_PX / length for length in geometry.size)
             records.append(Record(name, image, read_chest(label, geometry.size), spacing, geometry=geometry))
@@ -181,11 +200,11 @@ def _chest(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
     return DataSource("chest", CHEST_NAMES, splits, (), "px", PX_THRESHOLDS, "chest", root)
 
 
-def _hand(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
+def _hand(root: Path, spacing_mm: Any, _description: Path, _excluded: Collection[str]) -> DataSource:
     """Digital Hand Atlas: images with a row, by position 550 train, 59 validation, rest test; wrist = 50 mm."""
     _no_spacing(spacing_mm, "hand", "the wrist's width of 50 mm")
     table = root / "labels" / "all.csv"
-    points = read_hand(table)
+    points = {image_id(name): each for name, each in read_hand(table).items()}
     records = []
     for image in find_images(root / "jpg"):
         name = image_id(image.name)
@@ -194,11 +213,14 @@ def _hand(root: Path, spacing_mm: Any, _description: Path) -> DataSource:
             if not 0 < wrist_px < math.inf:
                 raise UserError(f'{table}: wrist points 1 and 5 of image "{name}" give no scale')
             records.append(Record(name, image, points[name], (HAND_WRIST_MM / wrist_px,) * 2))
+    idle = sorted(points.keys() - {record.id for record in records})
+    if idle:
+        note_once(str(table), f'note: {len(idle)} rows of {table} belong to no image of jpg/, such as "{idle[0]}"')
     splits = _by_position(records, 550, 59)
     return DataSource("hand", HAND_NAMES, splits, (), "mm", (2.0, 4.0, 10.0), "hand", root)
 
 
-LAYOUTS: dict[str, Callable[[Path, Any, Path], DataSource]] = {
+LAYOUTS: dict[str, Callable[[Path, Any, Path, Collection[str]], DataSource]] = {
     "cephalo": _cephalo,
     "chest": _chest,
     "hand": _hand,

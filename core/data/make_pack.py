@@ -11,11 +11,13 @@ from tqdm import tqdm
 
 from core.config.dataset import Dataset as DatasetConfig
 from core.config.load import add_config_arguments, load_config
-from core.data.cache import load_one
+from core.data.cache import WHOLE_NUMBERS, load_one
+from core.data.packs import Loaded
 from core.data.records import Record
 from core.data.source import load_source
 from core.errors import CommandParser, UserError
 from core.files import write_atomically
+from core.formats.images import image_suffix
 
 
 def write_pack(config: DatasetConfig, path: Path) -> int:
@@ -35,11 +37,11 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
         "groups": {name: [_describe(record) for record in group] for name, group in groups.items()},
     }
     buffer = io.BytesIO()
-    pixels = np.stack([image.pixels for image in loaded])
-    peak = float(np.abs(pixels).max())
-    kind = np.int16 if pixels.min() < 0 else np.uint8 if peak < 255.5 else np.uint16  # as deep as the originals
-    levels = np.iinfo(kind).max
-    np.savez_compressed(buffer, pixels=np.round(pixels * (levels / max(peak, 1e-12))).astype(kind), peak=np.array(peak),
+    kind = np.uint8 if all(map(_has_8_bits, records, loaded)) else np.uint16
+    ranges = np.array([(0, 255) if kind == np.uint8 else (image.pixels.min(), image.pixels.max()) for image in loaded])
+    levels = np.stack([_levels(image.pixels, *map(float, limits), kind=kind)
+                       for image, limits in zip(loaded, ranges, strict=True)])
+    np.savez_compressed(buffer, pixels=levels, ranges=ranges,
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
                         original_sizes=np.array([image.original_size for image in loaded]),
                         maps=np.stack([image.map for image in loaded]),
@@ -47,6 +49,18 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
                         description=np.array(json.dumps(description)))
     write_atomically(path, buffer.getvalue())
     return len(records)
+
+
+def _has_8_bits(record: Record, image: Loaded) -> bool:
+    """Whether it was read from a file of whole numbers up to 255: no more of them are worth keeping."""
+    whole = (image_suffix(record.image) or "").lower() in WHOLE_NUMBERS
+    return whole and image.pixels.min() >= 0 and image.pixels.max() < 255.5
+
+
+def _levels(pixels: np.ndarray, low: float, high: float, kind: type[np.unsignedinteger]) -> np.ndarray:
+    """Pixels as whole numbers, `low` to 0 and `high` to the largest of `kind`: each image has a range of its own."""
+    top = float(np.iinfo(kind).max)
+    return np.round((pixels - low) * (top / max(high - low, 1e-30))).astype(kind)
 
 
 def _describe(record: Record) -> dict:

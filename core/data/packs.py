@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import struct
+import tokenize
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.records import SPLITS, DataSource, Record
 from core.errors import UserError
+
+PACK_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, EOFError, NotImplementedError,
+               RuntimeError, SyntaxError, OverflowError, MemoryError, struct.error, tokenize.TokenError, zlib.error,
+               zipfile.BadZipFile)  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -41,16 +48,25 @@ def open_pack(path: Path) -> Pack:
         raise UserError(f"dataset.root {path} does not exist")
     try:
         with np.load(path) as file:
-            ids, pixels, peak = file["ids"].tolist(), file["pixels"], float(file["peak"])
+            ids, pixels, size = file["ids"].tolist(), file["pixels"], tuple(file["size"].tolist())
             sizes = [tuple(size) for size in file["original_sizes"].tolist()]
-            level = np.float32(peak / np.iinfo(pixels.dtype).max)
             digests = file["digests"].tolist() if "digests" in file else [""] * len(ids)
-            images = {name: Loaded(image * level, size, map_, digest or None) for name, image, size, map_, digest
-                      in zip(ids, pixels, sizes, file["maps"], digests, strict=True)}
-            return Pack(tuple(file["size"].tolist()), images, json.loads(str(file["description"])))
-    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-        raise UserError(f"dataset.root {path} is damaged or not a pack of python -m core.data.make_pack --pack "
-                        f"({error})") from None
+            ranges = file["ranges"] if "ranges" in file else np.array([(0.0, float(file["peak"]))] * len(ids))
+            if pixels.shape[2:] != size or file["maps"].shape[1:] != (len(size), len(size) + 1) or not (
+                    np.isfinite(ranges).all() and len(set(ids)) == len(ids)):
+                raise ValueError("its arrays do not fit each other")
+            top = np.iinfo(pixels.dtype).max
+            images = {name: Loaded(image * np.float32((high - low) / top) + np.float32(low), size, map_, digest or None)
+                      for name, image, (low, high), size, map_, digest
+                      in zip(ids, pixels, ranges, sizes, file["maps"], digests, strict=True)}
+            return Pack(size, images, json.loads(str(file["description"])))
+    except PACK_DAMAGE as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"dataset.root {path} is damaged or not a pack of python -m core.data.make_pack --pack ({said})")
 
 
 def read_pack(config: DatasetConfig) -> DataSource:
@@ -58,7 +74,15 @@ def read_pack(config: DatasetConfig) -> DataSource:
 
     UserError when it was packed from another layout, or when an excluded image neither is nor was in it.
     """
-    description = open_pack(Path(config.root)).description
+    pack = open_pack(Path(config.root))
+    try:
+        return _source(pack, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(Path(config.root), error) from None
+
+
+def _source(pack: Pack, config: DatasetConfig) -> DataSource:
+    description = pack.description
     if description["layout"] != config.layout:
         raise UserError(f'{config.root} was packed from layout "{description["layout"]}", dataset.layout is '
                         f'"{config.layout}"')
@@ -70,6 +94,9 @@ def read_pack(config: DatasetConfig) -> DataSource:
         return Record(entry["id"], Path(config.root), landmarks, spacing, entry["patient"], annotators=annotators)
 
     groups = {name: tuple(record(e) for e in entries) for name, entries in description["groups"].items()}
+    for each in (each for group in groups.values() for each in group):
+        if each.id not in pack.images:
+            raise ValueError(f"it has no pixels of image {each.id}")
     whole = DataSource(description["layout"], tuple(description["landmark_names"]),
                        {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
                        tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,19 +112,29 @@ class DataSource:
             )
         return self.splits[split]
 
-    def without(self, exclude: Iterable[str]) -> DataSource:
-        """The data set less the images with these ids (or file names). UserError for one that it does not have."""
+    def without(self, exclude: Iterable[str], elsewhere: Iterable[Record] = ()) -> DataSource:
+        """The data set less the images with these ids (or file names). UserError for one that it does not have.
+
+        Of the unlabelled records from `elsewhere`, whose ids are whole paths, the end of the path is enough.
+        """
         unwanted = {image_id(str(name)) for name in exclude}
         known = [record.id for record in self.records]
-        for name in sorted(unwanted.difference(known)):
+        there = {record.id for record in elsewhere
+                 if any(f"/{record.id}".endswith(f"/{name}") for name in unwanted)}
+        named = {name for name in unwanted if any(f"/{each}".endswith(f"/{name}") for each in there)}
+        unwanted |= there
+        for name in sorted(unwanted.difference(known, named)):
             raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
         kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
         return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
 
 
 def image_id(name: str | Path) -> str:
-    """The id of an image: its file name or relative path without its image suffix, with forward slashes."""
-    text = name.as_posix() if isinstance(name, Path) else name.replace("\\", "/")
+    """The id of an image: its file name or relative path without its image suffix, with forward slashes.
+
+    Names that differ only in their Unicode form (macOS takes letters with marks apart) are one name.
+    """
+    text = unicodedata.normalize("NFC", name.as_posix() if isinstance(name, Path) else name.replace("\\", "/"))
     suffix = image_suffix(text)
     return text[: -len(suffix)] if suffix else text
 
@@ -140,6 +151,33 @@ def check_unique(records: Iterable[Record]) -> None:
         if record.id in first:
             raise UserError(f'two images have the id "{record.id}": {first[record.id]} and {record.image}')
         first[record.id] = record.image
+
+
+def files_by_id(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """{image id: file} of all files below `folder` with one of `suffixes`, in either case, hidden ones left out.
+
+    UserError where two belong to the same image.
+    """
+    files: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        suffix = next((end for end in suffixes if name.lower().endswith(end)), None)
+        if suffix is None or any(part.startswith(".") for part in Path(name).parts) or not file.is_file():
+            continue
+        key = image_id(name[: -len(suffix)])
+        if key in files:
+            raise UserError(f"{files[key]} and {file.name} are landmarks of the same image; remove one of them")
+        files[key] = file
+    return files
+
+
+def own_spacing(geometry: Geometry, given: tuple[float, ...] | None, image: Path) -> tuple[float, ...] | None:
+    """The spacing given in words, or the file's own; a volume with an affine takes no other than its own."""
+    if given is not None and geometry.affine is not None and geometry.spacing_mm is not None:
+        spacing = " x ".join(f"{value:g}" for value in geometry.spacing_mm[::-1])
+        raise UserError(f"{image} has a spacing of its own ({spacing} mm): remove spacing_mm from config, "
+                        "dataset.json and landmarks.csv, or correct the file's header")
+    return given or geometry.spacing_mm
 
 
 def is_number(value: Any) -> bool:

@@ -11,7 +11,10 @@ from core.config.dataset import Dataset as DatasetConfig
 
 
 def normalise(pixels: np.ndarray, config: DatasetConfig) -> np.ndarray:
-    """Raw intensities (C, *size) -> [0, 1] by per-image min-max, percentiles or a fixed window; flat images give 0."""
+    """Raw intensities (C, *size) -> [0, 1] by per-image min-max, percentiles or a fixed window; flat images give 0.
+
+    Where both percentiles are one value, as of an image that is nearly all background, it is min-max.
+    """
     low, high = intensity_range(pixels, config)
     return ((pixels - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
 
@@ -22,7 +25,8 @@ def intensity_range(pixels: np.ndarray, config: DatasetConfig) -> tuple[Any, Any
         return config.window
     if config.intensity == "percentile":
         low, high = np.percentile(pixels, config.percentiles)
-        return low, high
+        if high > low:  # else nearly all pixels are alike, such as an empty background, and the rest counts
+            return low, high
     return pixels.min(), pixels.max()
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from core.config.dataset import Dataset as DatasetConfig
+from core.data.cache import check_size
 from core.data.layouts import read_layout
 from core.data.packs import read_pack
 from core.data.records import DataSource
@@ -31,6 +32,10 @@ def load_source(config: DatasetConfig) -> DataSource:
 def _read_source(config: DatasetConfig, _stamps: tuple) -> DataSource:
     if Path(config.root).suffix == ".npz":
         return read_pack(config)
-    return read_layout(config.layout, config.root, unlabelled_dirs=config.unlabelled_dirs,
-                       spacing_mm=config.spacing_mm, exclude=config.exclude, description=config.description,
-                       dims=len(config.image_size), check_geometry=config.check_geometry)
+    source = read_layout(config.layout, config.root, unlabelled_dirs=config.unlabelled_dirs,
+                         spacing_mm=config.spacing_mm, exclude=config.exclude, description=config.description,
+                         dims=len(config.image_size), check_geometry=config.check_geometry)
+    for record in source.records:
+        if record.geometry is not None:
+            check_size(record.image, record.geometry.size, config)
+    return source

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from core.data.records import SPLITS, Record, image_id, is_number, patient_group
-from core.errors import UserError, did_you_mean
+from core.errors import UserError, did_you_mean, note_once
 from core.files import write_json
 
 Patients = Mapping[str, str | None]
@@ -117,7 +117,13 @@ def _draw_splits(shares: dict[str, float], seed: Any, labelled: Patients, where:
 
 
 def check_patients(splits: dict[str, tuple[Record, ...]], path: Path) -> None:
-    """UserError when a patient is in two splits."""
+    """UserError when a patient is in two splits; a note where two patients' names differ in their case alone."""
+    names: dict[str, str] = {}
+    for patient in {record.patient for records in splits.values() for record in records if record.patient}:
+        other = names.setdefault(patient.casefold(), patient)
+        if other != patient:
+            first, second = sorted((other, patient))
+            note_once(f"{path} {first}", f'note: patients "{first}" and "{second}" of {path} are taken for two people')
     split_of: dict[str, str] = {}
     for split, records in splits.items():
         for record in records:

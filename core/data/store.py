@@ -15,6 +15,10 @@ import json
 import math
 import os
 import secrets
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -40,6 +44,8 @@ SHARD_BYTES = 1 << 30
 DECODERS = min(8, os.cpu_count() or 1)  # images decoded at a time: more would only hold more memory
 AT_A_TIME = 256  # images decoded between two writes: what is in memory at most
 COLUMNS = ("offsets", "shapes", "original_sizes", "maps", "ranges")
+INDEX_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, SyntaxError,
+                struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # fmt: skip
 INTEGERS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int16))
 
 
@@ -137,18 +143,23 @@ class _Shards(NamedTuple):
 
 
 def _read_shards(folder: Path) -> _Shards:
-    """A shard whose pixels are missing or cut off does not count."""
+    """A shard whose pixels are missing or cut off, or whose index is damaged, does not count: it is made anew."""
     paths, depths, names = [], [], []
     columns: dict[str, list[np.ndarray]] = {key: [] for key in COLUMNS}
     for path in sorted(folder.glob("*.npz")):
         pixels = path.with_suffix(".pixels")
-        with np.load(path) as index:
-            if pixels.is_file() and pixels.stat().st_size == int(index["bytes"]):
-                paths.append(pixels)
-                depths.append(np.dtype(str(index["depth"])))
-                names.append(index["names"].tolist())
-                for key, column in columns.items():
-                    column.append(index[key])
+        try:
+            with np.load(path) as index:
+                content = {key: index[key] for key in ("bytes", "depth", "names", *COLUMNS)}
+            whole = pixels.stat().st_size == int(content["bytes"])
+        except INDEX_DAMAGE:
+            continue
+        if whole:
+            paths.append(pixels)
+            depths.append(np.dtype(str(content["depth"])))
+            names.append(content["names"].tolist())
+            for key, column in columns.items():
+                column.append(content[key])
     rows = {name: row for row, name in enumerate(chain.from_iterable(names))}
     shards = np.repeat(np.arange(len(paths)), [len(some) for some in names])
     return _Shards(paths, depths, rows, shards, {key: np.concatenate(c) for key, c in columns.items() if c})

@@ -1,7 +1,8 @@
 """One reader of images and volumes -> raw intensities, float32, channels first, and where the pixels lie.
 
-PNG, JPEG, TIFF and BMP are read here, NIfTI and NumPy by `volumes`, DICOM by `dicom`. An image is a file whose suffix
-`FORMATS` knows, or the folder of one DICOM series; an entry of `FORMATS` is all that a format needs.
+PNG, JPEG, BMP and WebP are read here, TIFF by `tiff`, NIfTI and NumPy by `volumes`, NRRD by `nrrd_files`, DICOM by
+`dicom`. An image is a file whose suffix `FORMATS` knows, a file with DICOM's mark, or the folder of one DICOM series;
+an entry of `FORMATS` is all that a format needs.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from core.errors import UserError, damaged
-from core.files import walk
-from core.formats.dicom import dicom_files, dicom_geometry, is_series, read_dicom, read_series, series_geometry
+from core.formats.colour import luminance
+from core.formats.dicom import dicom_geometry, has_mark, read_dicom
 from core.formats.geometry import Geometry
+from core.formats.nrrd_files import nrrd_geometry, read_nrrd
+from core.formats.png import SIGNATURE, picture_alone
+from core.formats.series import dicom_files, is_series, may_be_slice, read_series, series_geometry
+from core.formats.tiff import is_tiff, read_tiff, tiff_size
 from core.formats.volumes import nifti_geometry, npy_geometry, npz_geometry, read_nifti, read_npy, read_npz
 
-LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, weights of R, G, B
-EXIF_ORIENTATION = TIFF_ORIENTATION = 274
-TIFF_PHOTOMETRIC, MIN_IS_WHITE = 262, 0
+EXIF_ORIENTATION = 274
+Image.MAX_IMAGE_PIXELS = None  # core.data.cache looks at sizes before pixels are read: dataset.max_megapixels
 # What Pillow raises on damaged files, found by cutting and overwriting files of every format.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
           struct.error, Image.DecompressionBombError, UserWarning)  # fmt: skip
@@ -42,9 +46,10 @@ def read_image(path: str | Path) -> np.ndarray:
     """Read one image as float32 (1, H, W), a volume as (1, D, H, W), raw intensities: values stay as they are.
 
     Colour and palettes become luminance (BT.601, unrounded), alpha is ignored, fewer than 8 bits are spread over
-    0..255, "white is zero" (TIFF, DICOM) is inverted so that larger is brighter. An EXIF or TIFF orientation tag, where
-    present, is applied (in a PNG only one that stands before the pixels), so landmarks count pixels of the upright
-    image. UserError: missing, empty, damaged or unsupported file, several pages, non-finite pixels.
+    0..255, "white is zero" (TIFF, DICOM) is inverted so that larger is brighter, padding (DICOM) is as dark as the
+    darkest pixel. An EXIF or TIFF orientation tag, where present, is applied (in a PNG only one that stands before the
+    pixels; never XMP's), so landmarks count pixels of the upright image. UserError: missing, empty, damaged or
+    unsupported file, several pages, non-finite pixels.
     """
     path = Path(path)
     pixels = _format(path).read(path)
@@ -76,27 +81,46 @@ def image_suffix(path: str | Path) -> str | None:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether the name is that of a PNG, JPEG, TIFF or BMP: two axes and no spacing, whatever its header says."""
+    """Whether the name is that of a PNG, JPEG, TIFF, BMP or WebP: two axes and no spacing, whatever its header says."""
     return FORMATS.get((image_suffix(path) or "").lower()) is RASTER
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """All images in `folder`, sorted by path; hidden files and folders (also of macOS archives) are skipped.
+    """All images in `folder`, sorted by path; folders that are links are entered, each folder once.
 
-    A sub-folder whose first two DICOM files are of one series is one image, and the files in it are none.
+    Passed over: hidden files and folders, those of file servers and systems (SYSTEM_FOLDERS), and the pictures beside a
+    predictions.csv, which the program drew. A folder that `is_series` is one image, and the files in it are none.
+    Without an image suffix a file with DICOM's mark is one.
     """
-    files: list[tuple[str, ...]] = []  # the parts of their names below `folder`: sorted as paths are, in less time
-    series: set[tuple[str, ...]] = set()
-    skipped = len(str(folder).rstrip("/")) + 1
-    for entry in walk(folder) if recursive else os.scandir(folder):
-        parts = tuple(entry.path[skipped:].split("/"))
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            continue
-        if entry.is_dir():
-            series.update([parts] if is_series(Path(entry.path)) else ())
-        elif image_suffix(entry.name):
-            files.append(parts)
-    return [folder.joinpath(*parts) for parts in sorted(series.union(f for f in files if f[:-1] not in series))]
+    images: list[tuple[str, ...]] = []  # the parts of their names below `folder`: sorted as paths are, in less time
+    ahead, links, seen = [folder], [], {folder.resolve()}
+    while ahead or links:
+        here = ahead.pop() if ahead else links.pop(0)  # links come last: an image has the name that it has without them
+        below = here.parts[len(folder.parts) :]
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if _passed_over(entry, here):
+                continue
+            if not entry.is_dir():
+                if image_suffix(entry.name) or (may_be_slice(entry.name) and has_mark(here / entry.name)):
+                    images.append((*below, entry.name))
+            elif is_series(here / entry.name):
+                images.append((*below, entry.name))
+            elif recursive and (real := (here / entry.name).resolve()) not in seen:
+                if entry.is_symlink():
+                    links.append(here / entry.name)
+                    continue
+                seen.add(real)
+                ahead.append(here / entry.name)
+        if not ahead:
+            links = [link for link in links if link.resolve() not in seen]
+            seen |= {link.resolve() for link in links[:1]}
+    return [folder.joinpath(*parts) for parts in sorted(images)]
+
+
+def _passed_over(entry: os.DirEntry[str], folder: Path) -> bool:
+    name = entry.name
+    return (name.startswith(".") or name.casefold() in SYSTEM_FOLDERS or name.upper() == "DICOMDIR"
+            or (name in DRAWN and (folder / "predictions.csv").is_file()))
 
 
 def _format(path: Path) -> Format:
@@ -104,6 +128,8 @@ def _format(path: Path) -> Format:
     if path.is_dir() and any(True for _ in dicom_files(path)):
         return SERIES
     suffix = image_suffix(path)
+    if suffix is None and has_mark(path):
+        return DICOM
     if path.exists() and not path.is_file():
         raise UserError(f"image {path} is not a file, nor a folder with the DICOM slices of one series")
     if suffix is None:
@@ -117,28 +143,26 @@ def _format(path: Path) -> Format:
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
     unknown = isinstance(error, UnidentifiedImageError)
-    return damaged(path, "it is not a PNG, JPEG, TIFF or BMP" if unknown else error)
+    return damaged(path, "it is not a PNG, JPEG, TIFF, BMP or WebP" if unknown else error)
 
 
 def _open(path: Path, file: BinaryIO) -> ImageFile.ImageFile:
-    """Open the header; the file's content decides its kind, whatever of our suffixes it has.
-
-    From a file, not a path: of a path Pillow maps uncompressed pixels into memory and then scrambles a turned TIFF.
-    """
-    with warnings.catch_warnings():  # Pillow only warns of a cut TIFF directory, then reads with tags missing
+    """Open the header of a PNG, JPEG, BMP or WebP: the content decides its kind, whatever of our suffixes it has."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Corrupt EXIF data", category=UserWarning)
-        image = Image.open(file, formats=("PNG", "JPEG", "TIFF", "BMP"))
-    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-    if pages > 1:
-        raise UserError(f"image {path} holds {pages} pages; save the one that is meant as a file of its own")
+        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP"))
+    pictures = getattr(image, "n_frames", 1) if image.format == "WEBP" else 1
+    if pictures > 1:
+        raise UserError(f"image {path} holds {pictures} pictures; save the one that is meant as a file of its own")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 that is still to be applied (Pillow turns TIFFs itself)."""
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1
-    return image.getexif().get(EXIF_ORIENTATION, 1)
+    """EXIF orientation 1..8; that of XMP, which viewers do not look at, does not count in any format."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
+    value = exif.get(EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) else 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -150,61 +174,83 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
 
+def _picture(file: BinaryIO, pixels: bool = True) -> BinaryIO:
+    """`file`, and of a PNG what its picture needs."""
+    return picture_alone(file, pixels) if _start(file) == SIGNATURE else file
+
+
+def _start(file: BinaryIO) -> bytes:
+    """The first bytes of a file, which is then as it was."""
+    start = file.read(len(SIGNATURE))
+    file.seek(0)
+    return start
+
+
 def _read_raster(path: Path) -> np.ndarray:
     try:
-        with path.open("rb") as file, _open(path, file) as image:
-            orientation = _orientation(image)
-            pixels = _upright(_luminance(path, image), orientation)
+        with path.open("rb") as file:
+            if is_tiff(_start(file)):
+                pixels, orientation = read_tiff(path, file)
+            else:
+                picture = _picture(file)
+                with _open(path, picture) as image:
+                    orientation = _orientation(image)
+                    pixels = _brightness(path, image, picture)
     except DAMAGE as error:
         raise _unreadable(path, error) from error
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is reported as such
-        return np.ascontiguousarray(pixels, dtype=np.float32)[None]
+        return np.ascontiguousarray(_upright(pixels, orientation), dtype=np.float32)[None]
 
 
 def _raster_geometry(path: Path) -> Geometry:
     try:
-        with path.open("rb") as file, _open(path, file) as image:
-            width, height = image.size
-            turned = _orientation(image) in (5, 6, 7, 8)
+        with path.open("rb") as file:
+            if is_tiff(_start(file)):
+                size, orientation = tiff_size(path, file)
+            else:
+                with _open(path, _picture(file, pixels=False)) as image:
+                    size, orientation = image.size[::-1], _orientation(image)
     except DAMAGE as error:
         raise _unreadable(path, error) from error
-    return Geometry((width, height) if turned else (height, width))
+    return Geometry(size[::-1] if orientation in (5, 6, 7, 8) else size)
 
 
-def _luminance(path: Path, image: ImageFile.ImageFile) -> np.ndarray:
-    """Pixels of an opened image as one (H, W) channel, not yet turned by EXIF."""
+def _brightness(path: Path, image: ImageFile.ImageFile, file: BinaryIO) -> np.ndarray:
+    """Pixels of an image opened from `file` as one (H, W) channel, not yet turned by EXIF."""
     deep_colour = image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
-    tags = dict(image.tag_v2) if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     image.load()
     if deep_colour:
-        return _deep_colour(path, tags.get(TIFF_ORIENTATION, 1))
+        return _deep_colour(path, file)
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image)
-        inverted = tags.get(TIFF_PHOTOMETRIC) == MIN_IS_WHITE and image.mode.startswith("I;16")
-        return 65535 - pixels if inverted else pixels  # Pillow inverts 8-bit TIFFs itself
+        return np.asarray(image)
     if image.mode in ("1", "L", "LA", "La"):
         return np.asarray(image.convert("L"))
-    return np.asarray(image.convert("RGB")) @ LUMINANCE
+    return luminance(np.asarray(image.convert("RGB")))
 
 
-def _deep_colour(path: Path, tiff_orientation: int) -> np.ndarray:
-    """16-bit colour, which Pillow cuts to 8 bits, read by OpenCV (which cannot turn it)."""
-    if tiff_orientation != 1:
-        raise UserError(f"image {path} is a 16-bit colour TIFF with an orientation tag; save it upright or in grey")
-    pixels = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+def _deep_colour(path: Path, file: BinaryIO) -> np.ndarray:
+    """A PNG's 16-bit colour, which Pillow cuts to 8 bits, read by OpenCV."""
+    file.seek(0)
+    pixels = cv2.imdecode(np.frombuffer(file.read(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise UserError(f"image {path} cannot be read, it may be cut off or damaged: OpenCV cannot decode it")
-    return pixels if pixels.ndim == 2 else pixels[..., 2::-1] @ LUMINANCE
+    return pixels if pixels.ndim == 2 else luminance(pixels[..., 2::-1])
 
 
+# of archives of macOS, of Synology's and QNAP's file servers, of Windows, of Unix disks
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
+                  "recycler", "recycled", "system volume information", "lost+found")  # fmt: skip
+DRAWN = ("overlays", "heatmaps", "markups")  # folders of pictures that belong to a table of predictions
 RASTER = Format(_read_raster, _raster_geometry)
 NIFTI = Format(read_nifti, nifti_geometry)
+DICOM = Format(read_dicom, dicom_geometry)
 SERIES = Format(read_series, series_geometry)
 FORMATS: dict[str, Format] = {
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), RASTER),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp"), RASTER),
     **dict.fromkeys((".nii", ".nii.gz"), NIFTI),
+    ".nrrd": Format(read_nrrd, nrrd_geometry),
     ".npy": Format(read_npy, npy_geometry),
     ".npz": Format(read_npz, npz_geometry),
-    ".dcm": Format(read_dicom, dicom_geometry),
+    **dict.fromkeys((".dcm", ".dicom", ".dic", ".ima"), DICOM),
 }
 IMAGE_SUFFIXES: tuple[str, ...] = tuple(FORMATS)

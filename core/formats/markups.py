@@ -63,12 +63,9 @@ def read_labels(path: Path) -> list[str]:
     return [point.label for point in _control_points(path)]
 
 
-def find_markup(folder: Path, image_id: str) -> Path | None:
-    """folder/<image_id>.mrk.json or .fcsv, None where there is neither; UserError: both."""
-    paths = [path for path in (folder / f"{image_id}{suffix}" for suffix in MARKUP_SUFFIXES) if path.is_file()]
-    if len(paths) > 1:
-        raise UserError(f"{paths[0]} and {paths[1].name} are landmarks of the same image; remove one of them")
-    return paths[0] if paths else None
+def is_markup(path: Path) -> bool:
+    """Whether a .json file is one of 3D Slicer's markups, or means to be."""
+    return path.name.lower().endswith(".mrk.json") or '"markups"' in read_text(path)
 
 
 def write_markups(
@@ -128,7 +125,8 @@ def _control_point(
 
 def _control_points(path: Path) -> list[ControlPoint]:
     """All points of a file, one or more, with different labels."""
-    reader = next((read for suffix, read in MARKUP_SUFFIXES.items() if path.name.lower().endswith(suffix)), None)
+    reader = next((read for suffix, read in {**MARKUP_SUFFIXES, PLAIN_JSON: _read_json}.items()
+                   if path.name.lower().endswith(suffix)), None)
     if reader is None:
         raise UserError(f"{path} is not a landmark file of 3D Slicer: those end in {' or '.join(MARKUP_SUFFIXES)}")
     points = reader(path)
@@ -256,3 +254,4 @@ def _some(labels: Sequence[str]) -> str:
 
 
 MARKUP_SUFFIXES: dict[str, Callable[[Path], list[ControlPoint]]] = {".mrk.json": _read_json, ".fcsv": _read_fcsv}
+PLAIN_JSON = ".json"  # how markups are also saved

@@ -61,8 +61,10 @@ def read_hand(path: Path) -> dict[str, np.ndarray]:
     """
     points: dict[str, np.ndarray] = {}
     for number, line in enumerate(_lines(path), 1):
-        name, *cells = (cell.strip() for cell in line.split(","))
         where = f"{path}, line {number}"
+        name, *cells = _cells(line, where)
+        while len(cells) > 2 * HAND_POINTS and not cells[-1]:  # a spreadsheet's empty columns
+            cells.pop()
         if len(cells) != 2 * HAND_POINTS:
             raise UserError(f"{where}: has {len(cells) + 1} columns, not {2 * HAND_POINTS + 1} (id,x1,y1,...,x37,y37)")
         if name in points:
@@ -75,7 +77,8 @@ def read_folder_csv(path: Path, names: Sequence[str], dims: int = 2) -> list[Fol
     """Folder layout's `landmarks.csv` -> rows in file order, points (len(names), dims): the file's numbers, reversed.
 
     Columns: `image`, optional `patient`, optional `spacing_x` and `spacing_y` in mm, `<name>_x` and `<name>_y` for
-    each of `names`; where dims is 3 also `spacing_z` and `<name>_z`. Empty cells = not annotated.
+    each of `names`; where dims is 3 also `spacing_z` and `<name>_z`. Empty cells = not annotated. A table with a
+    column `landmark` has a row a landmark, as `predict` writes it.
     UserError: file missing, wrong columns, not a number, half a point.
     """
     try:
@@ -83,16 +86,51 @@ def read_folder_csv(path: Path, names: Sequence[str], dims: int = 2) -> list[Fol
     except csv.Error as error:
         raise UserError(f"{path} is not a readable CSV file: {error}") from None
     header = [column.strip() for column in header]
+    while header and not header[-1] and all(not any(cell.strip() for cell in row[len(header) - 1 :]) for row in rows):
+        header.pop()  # a spreadsheet's empty columns
+    if "landmark" in header:
+        return _long_rows(header, rows, names, dims, path)
     _check_columns(header, names, dims, path)
     read = []
     for number, cells in enumerate(rows, 2):
         if not any(cell.strip() for cell in cells):
             continue
-        if len(cells) != len(header):
-            raise UserError(f"{path}, row {number}: has {len(cells)} cells, but the header has {len(header)} columns")
-        row = dict(zip(header, map(str.strip, cells), strict=True))
+        row = _by_column(header, cells, f"{path}, row {number}")
         read.append(_folder_row(row, names, dims, f"{path}, row {number}"))
     return read
+
+
+def _by_column(header: list[str], cells: list[str], where: str) -> dict[str, str]:
+    if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
+        raise UserError(f"{where}: has {len(cells)} cells, but the header has {len(header)} columns")
+    return dict(zip(header, map(str.strip, cells), strict=False))
+
+
+def _long_rows(header: list[str], rows: list[list[str]], names: Sequence[str], dims: int, path: Path
+               ) -> list[FolderRow]:
+    """Rows of one landmark each (image, landmark, x, y[, z]), as `predict` and `evaluate` write them, by image.
+
+    Other columns, what is known of each prediction, are passed over; `patient` counts.
+    """
+    axes = "xyz"[:dims]
+    missing = [column for column in ("image", "landmark", *axes) if header.count(column) != 1]
+    if missing:
+        raise UserError(f'{path}: a table with a row a landmark needs the column "{missing[0]}" once; its columns are '
+                        f"{', '.join(header)}")
+    points: dict[str, dict[str, str]] = {}
+    for number, cells in enumerate(rows, 2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        where = f"{path}, row {number}"
+        row = _by_column(header, cells, where)
+        if row["landmark"] not in names:
+            raise UserError(f'{where}: "{row["landmark"]}" is not one of the data set\'s {len(names)} landmarks'
+                            f"{did_you_mean(row['landmark'], names)}")
+        wide = points.setdefault(row["image"], {"image": row["image"], "patient": row.get("patient", "")})
+        if f"{row['landmark']}_x" in wide:
+            raise UserError(f'{where}: landmark "{row["landmark"]}" of image "{row["image"]}" appears twice')
+        wide |= {f"{row['landmark']}_{axis}": row[axis] for axis in axes}
+    return [_folder_row(wide, names, dims, f'{path}, image "{image}"') for image, wide in points.items()]
 
 
 def write_folder_csv(path: Path, names: Sequence[str], rows: Iterable[FolderRow], dims: int = 2) -> None:
@@ -186,11 +224,21 @@ def _pair(cells: list[str], where: str, form: str) -> tuple[float, float]:
 
 
 def to_number(text: str, where: str) -> float:
-    """The number a cell holds; UserError, which begins with `where`, if it is none."""
+    """The number a cell holds; UserError, which begins with `where`, if it is none, or one of Python's 1_000."""
     try:
-        return float(text)
+        if "_" not in text:
+            return float(text)
     except ValueError:
-        raise UserError(f'{where}: "{text.strip()}" is not a number') from None
+        pass
+    raise UserError(f'{where}: "{text.strip()}" is not a number')
+
+
+def _cells(line: str, where: str) -> list[str]:
+    """The cells of a line of CSV, without blanks and quotes around them."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True), [""])]
+    except csv.Error as error:
+        raise UserError(f"{where} is not readable: {error}") from None
 
 
 def _lines(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 import struct
 import tokenize
 import zipfile
@@ -16,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
 
-from core.errors import UserError, damaged, did_you_mean
-from core.formats.geometry import Geometry, geometry_of
+from core.errors import UserError, damaged, did_you_mean, note_once
+from core.formats.geometry import SHEAR_TOLERANCE, Geometry, geometry_of
 
 # What nibabel, zipfile and numpy.lib.format raise on damaged files, found by cutting and overwriting files.
 NIFTI_DAMAGE = (OSError, EOFError, ValueError, KeyError, OverflowError, MemoryError, zlib.error,
@@ -38,6 +39,9 @@ HEADER_READERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 SPACING_TOLERANCE = 1e-3  # relative
+SCANNER = 1  # NIfTI's code of a place that is the scanner's own
+SAME_PLACE = 0.1  # voxels that sform and qform may be apart
+MAX_TRAILING = 1 << 16  # bytes behind the voxels
 
 
 @contextmanager
@@ -52,10 +56,30 @@ def read_nifti(path: Path) -> np.ndarray:
     """(1, D, H, W) float32 of a NIfTI file, scaled by its slope and intercept. UserError: as `nifti_geometry`."""
     with _damage_told(path, NIFTI_DAMAGE), np.errstate(over="ignore"):  # beyond float32 is infinite, reported as such
         image, geometry = _open_nifti(path)
-        if path.suffix.lower() == ".gz":  # unpacked at once: faster, and its checksum is looked at
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(geometry.size[::-1])
-    return np.ascontiguousarray(voxels.T)[None]
+        proxy: Any = image.dataobj  # an ArrayProxy, which its stub does not say
+        slope, intercept, kind = float(proxy.slope), float(proxy.inter), image.get_data_dtype()
+        with (gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")) as file:
+            content = _promised(cast(IO[bytes], file), int(proxy.offset), geometry.size, kind)
+        stored = np.frombuffer(content, dtype=kind).reshape(geometry.size)
+        voxels = np.empty((1, *geometry.size), dtype=np.float32)
+        for index, plane in enumerate(stored):
+            voxels[0, index] = plane if (slope, intercept) == (1, 0) else plane * slope + intercept
+    return voxels
+
+
+def _promised(file: IO[bytes], start: int, size: tuple[int, ...], kind: np.dtype) -> bytes:
+    """The bytes of the voxels that a header promises, and the file's checksum looked at; ValueError for fewer or more.
+
+    What follows the voxels is read no further than MAX_TRAILING, so that a small file cannot fill the memory.
+    """
+    expected = math.prod(size) * kind.itemsize
+    file.read(start)
+    content = file.read(expected)
+    if len(content) != expected:
+        raise ValueError(f"it holds {len(content)} of {expected} bytes of voxels")
+    if len(file.read(MAX_TRAILING + 1)) > MAX_TRAILING:
+        raise ValueError(f"it goes on behind the {expected} bytes of voxels that its header tells of")
+    return content
 
 
 def nifti_geometry(path: Path) -> Geometry:
@@ -68,7 +92,7 @@ def nifti_geometry(path: Path) -> Geometry:
 
 
 def _open_nifti(path: Path) -> tuple[nib.Nifti1Image, Geometry]:
-    """The image, its voxels not yet read, and its geometry: the sform, else the qform, else the pixel dimensions."""
+    """The image, its voxels not yet read, and its geometry."""
     image = nib.load(path, mmap=False)
     if not isinstance(image, nib.Nifti1Image):  # or NIfTI-2, which is one
         raise UserError(f"image {path} holds a {type(image).__name__}, not a NIfTI volume")
@@ -80,9 +104,43 @@ def _open_nifti(path: Path) -> tuple[nib.Nifti1Image, Geometry]:
         raise UserError(f"image {path} holds {counted} voxels, not one volume of three axes; save the one meant")
     if min(shape) < 1:
         raise damaged(path, f"its axes have {shape} voxels")
-    affine = np.array(image.affine, dtype=np.float64)
+    affine = _place(path, image.header, shape[:3])
     affine[:3] *= TO_MM.get(image.header.get_xyzt_units()[0], 1.0)
     return image, _located(path, shape[2::-1], affine)
+
+
+def _place(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
+    """The affine (4, 4), voxel (i, j, k) -> RAS in the header's unit, that ITK takes, and so 3D Slicer shows.
+
+    A header may hold two places, and says by codes which of them count (NIfTI-1 standard, methods 2 and 3). With none
+    of them ITK puts voxel (i, j, k) at LPS (i dx, j dy, k dz). With both it goes by the sform where that agrees with
+    the qform or is the scanner's (code 1), and by the qform otherwise, or where the sform's axes are skewed or their
+    steps not the voxels' sizes. nibabel always takes the sform, and for no place at all the volume's middle.
+    """
+    steps = np.abs(np.array(header["pixdim"][1:4], dtype=np.float64))
+    qform, sform = (None if form is None else np.array(form, dtype=np.float64)
+                    for form in (header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]))
+    if sform is None:
+        return np.diag((-steps[0], -steps[1], steps[2], 1.0)) if qform is None else qform
+    lengths = np.linalg.norm(sform[:3, :3], axis=0)
+    scaled = np.allclose(lengths, steps, rtol=SPACING_TOLERANCE, atol=0)
+    if qform is None:
+        if not scaled and (lengths > 0).all():
+            raise UserError(f"image {path}: its sform steps by {lengths.round(6).tolist()}, its voxels (pixdim) are "
+                            f"{steps.round(6).tolist()} large, so readers place it differently; save it "
+                            "again with both alike")
+        return sform
+    ends = np.stack(np.meshgrid(*((0, length - 1) for length in shape)), axis=-1).reshape(-1, 3)
+    apart = float(np.abs(ends @ (sform - qform)[:3, :3].T + (sform - qform)[:3, 3]).max())
+    axes = sform[:3, :3] / np.where(lengths > 0, lengths, 1)
+    straight = scaled and np.abs(axes.T @ axes - np.eye(3)).max() < SHEAR_TOLERANCE
+    alike = apart < SAME_PLACE * steps.min()
+    if not alike:
+        taken = "sform" if straight and int(header["sform_code"]) == SCANNER else "qform"
+        note_once("two places", f"note: {path} and perhaps others have two places that differ by {apart:.3g} (sform "
+                  f"and qform); this one is taken to lie where 3D Slicer shows it, by its {taken}")
+        return sform if taken == "sform" else qform
+    return sform if straight else qform
 
 
 def _located(path: Path, size: tuple[int, ...], affine: np.ndarray) -> Geometry:
@@ -188,10 +246,11 @@ def _small(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
 
 def _array(header: ArrayHeader, file: IO[bytes], dtype: type = np.float32) -> np.ndarray:
     """The array whose header was just read, as `dtype`; ValueError unless its bytes are as many as the header says."""
-    content = file.read()
     expected = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
-    if len(content) != expected:
-        raise ValueError(f"it holds {len(content)} of {expected} bytes of pixels")
+    content = file.read(expected)
+    if len(content) != expected or file.read(1):
+        held = f"more than {expected}" if len(content) == expected else f"{len(content)}"
+        raise ValueError(f"it holds {held} of {expected} bytes of pixels")
     order: Literal["C", "F"] = "F" if header.fortran_order else "C"
     stored = np.frombuffer(content, dtype=header.dtype).reshape(header.shape, order=order)
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite and is reported as such

@@ -20,6 +20,7 @@ from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
 
 FORMAT = "landmark-unet-1"
+MAX_CHANNELS = 10_000
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
 
@@ -70,12 +71,35 @@ def load_weights(path: Path, networks: Sequence[str] = ("unet",)) -> Weights:
     network = header.get("network", "unet")
     if network not in networks:
         raise UserError(f'{path} holds a network of kind "{network}", where {" or ".join(networks)} is needed')
-    unknown = sorted(header["config"]["unet"].keys() - UNetConfig.model_fields.keys())
+    config = header.get("config")
+    sizes: list[Any] = [header.get("channels"), header.get("out_channels")]
+    if not isinstance(config, dict) or not isinstance(config.get("unet"), dict):
+        raise UserError(f"{path} is damaged: its header has no config of a network (config.unet)")
+    unknown = sorted(config["unet"].keys() - UNetConfig.model_fields.keys())
     if unknown:
         raise UserError(f"{path} holds a network of a later version: it has unet.{unknown[0]}, which this one does not "
                         "know; update the project")
-    unet = UNetConfig.model_validate_json(json.dumps(header["config"]["unet"]))
-    return Weights(tensors, unet, header["channels"], header["out_channels"], header)
+    if not all(type(size) is int and 0 < size <= MAX_CHANNELS for size in sizes):
+        raise UserError(f"{path} is damaged: channels and out_channels of its header must be numbers from 1 to "
+                        f"{MAX_CHANNELS}, not {sizes[0]!r:.40} and {sizes[1]!r:.40}")
+    try:
+        unet = UNetConfig.model_validate_json(json.dumps(config["unet"]))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its header's config.unet is none ({' '.join(str(error).split())[:200]})"
+                        ) from None
+    if network == "unet":
+        _check_sizes(path, tensors, unet, sizes[1])
+    return Weights(tensors, unet, sizes[0], sizes[1], header)
+
+
+def _check_sizes(path: Path, tensors: dict[str, Tensor], unet: UNetConfig, outputs: int) -> None:
+    """UserError where the header describes a larger or another network, before that takes its memory."""
+    widest = unet.base_channels * max(unet.channel_multipliers)
+    largest = max((length for tensor in tensors.values() for length in tensor.shape), default=0)
+    last = tensors.get("final_conv.weight")
+    if widest > largest or last is None or last.shape[0] != outputs:
+        raise UserError(f"{path} is damaged: its header describes a network of up to {widest} channels with {outputs} "
+                        f"outputs, its tensors are of up to {largest} and {'no' if last is None else last.shape[0]}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -88,7 +112,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                        for name, tensor in tensors.items()}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")

@@ -23,6 +23,7 @@ PAPER = (20, 22, 26)
 INK = (240, 240, 240)  # neutral: the marks are the only colours in a grey picture
 FAINT = (178, 184, 192)
 TITLE_HEIGHT = 40
+TALLEST = 4  # times its width: of a strip of 1 x 5000 pixels the picture is squeezed
 MARGIN = 12
 CROSS_HALF_LENGTH = 5.0
 CIRCLE_RADIUS = 8.0
@@ -49,7 +50,7 @@ def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | N
     `doubt` is shown as thin dashed circles and beside the names.
     """
     size = np.array(image.shape[-2:])
-    shape = (max(1, round(size[0] * width / size[1])), width)
+    shape = (min(max(1, round(size[0] * width / size[1])), TALLEST * width), width)
     canvas = shaded(image, shape)
     if heatmaps is not None:
         draw_contours(canvas, [map_points(line, heatmap.shape, shape) for heatmap in heatmaps

@@ -279,7 +279,7 @@ def test_landmark_files_that_do_not_fit(tmp_path):
     refuses(tmp_path, r'landmarks/c11.mrk.json belongs to no image: "c11" is not in images/ \(did you mean "c1"\?\)')
     fcsv(tmp_path / "landmarks/c2.fcsv", SHAPE)
     (tmp_path / "landmarks/c11.mrk.json").unlink()
-    refuses(tmp_path, "c2.mrk.json and c2.fcsv are landmarks of the same image; remove one of them")
+    refuses(tmp_path, "c2.fcsv and c2.mrk.json are landmarks of the same image; remove one of them")
 
 
 def test_flat_images(tmp_path):

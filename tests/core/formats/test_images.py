@@ -141,7 +141,7 @@ def test_files_that_are_no_images(tmp_path, read):
     for name, message in {
         "none.png": "none.png does not exist",
         "empty.png": r"empty.png is empty \(0 bytes\)",
-        "text.png": "text.png cannot be read.* not a PNG, JPEG, TIFF or BMP",
+        "text.png": "text.png cannot be read.* not a PNG, JPEG, TIFF, BMP or WebP",
         "a.gif": "a.gif has no supported suffix; choose from " + ", ".join(IMAGE_SUFFIXES),
         "folder.png": "folder.png is not a file",
     }.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.formats.markups import find_markup, read_labels, read_markups, write_markups
+from core.formats.markups import is_markup, read_labels, read_markups, write_markups
 from tests.conftest import DATA
 
 DATA = DATA / "mouse_ct"
@@ -186,18 +186,11 @@ def test_other_files(tmp_path):
         read_labels(tmp_path / "v.fcsv")
 
 
-def test_find_markup(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("a.mrk.json", "ab.fcsv", "c.v1.fcsv", "sub/d.mrk.json", "F.mrk.json"):
-        (tmp_path / name).touch()
-    assert find_markup(tmp_path, "a") == tmp_path / "a.mrk.json"
-    assert find_markup(tmp_path, "ab") == tmp_path / "ab.fcsv"
-    assert find_markup(tmp_path, "c.v1") == tmp_path / "c.v1.fcsv"
-    assert find_markup(tmp_path, "sub/d") == tmp_path / "sub/d.mrk.json"
-    assert find_markup(tmp_path, "c") is None and find_markup(tmp_path, "b") is None
-    (tmp_path / "a.fcsv").touch()
-    with pytest.raises(UserError, match="a.mrk.json and a.fcsv are landmarks of the same image"):
-        find_markup(tmp_path, "a")
+def test_is_markup(tmp_path):
+    files = ("a.MRK.JSON", "", True), ("b.json", '{"markups": []}', True), ("c.json", "{}", False)
+    for name, content, expected in files:
+        (tmp_path / name).write_text(content)
+        assert is_markup(tmp_path / name) is expected
 
 
 @pytest.mark.parametrize("coordinates, signs", [("LPS", (-1, -1, 1)), ("RAS", (1, 1, 1))])

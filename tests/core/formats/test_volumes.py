@@ -1,17 +1,20 @@
 """NIfTI and NumPy files: against nibabel, hand-made arrays and hand-computed places, and one bad file per damage."""
 
 import gzip
+import io
 import mmap
 import pickle
 import time
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel.affines import apply_affine, voxel_sizes
+import SimpleITK
 
+from core import errors
 from core.errors import UserError
 from core.formats import volumes
 from core.formats.geometry import index_to_world
@@ -49,25 +52,88 @@ def test_oblique_nifti(tmp_path, name, kind):
     assert index_to_world(np.array([[4.0, 1, 2]]), geometry.affine) == pytest.approx(np.array([[9.0, -18, 18]]))
 
 
-def test_sform_then_qform_then_pixel_dimensions_as_nibabel_chooses(tmp_path):
-    image = nib.Nifti1Image(XYZ, None)
-    image.header.set_zooms((0.5, 2, 3))
-    qform = OBLIQUE.copy()
+PLACES = {  # sforms beside a qform of OBLIQUE's kind
+    "same": np.eye(4), "mirrored": np.diag([-1.0, 1, 1, 1]),
+    "shifted": np.eye(4) + 10 * np.eye(4)[:, [3]] * np.eye(4)[3],
+    "hardly shifted": np.eye(4) + 1e-3 * np.eye(4)[:, [0]] * np.eye(4)[3],
+    "skewed": np.eye(4) + 0.2 * np.eye(4)[:, [0]] * np.eye(4)[1],
+    "hardly skewed": np.eye(4) + 0.005 * np.eye(4)[:, [0]] * np.eye(4)[1],
+}  # fmt: skip
+
+
+def itk_affine(path):
+    """(4, 4) RAS of what SimpleITK, an independent reader, says."""
+    image = SimpleITK.ReadImage(str(path))
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) @ np.diag(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return np.diag([-1.0, -1, 1, 1]) @ affine
+
+
+@pytest.mark.parametrize("sform_code", range(5))
+@pytest.mark.parametrize("qform_code", range(5))
+@pytest.mark.parametrize("place", PLACES)
+def test_a_volume_lies_where_itk_and_so_3d_slicer_puts_it(tmp_path, place, sform_code, qform_code):
+    qform = np.diag([0.5, 2.0, 3.0, 1.0])
     qform[:3, 3] = 1, 2, 3
-    for name, change in {
-        "none": lambda: None,
-        "qform": lambda: image.set_qform(qform, code=1),
-        "sform": lambda: image.set_sform(OBLIQUE, code=2),
-    }.items():
-        change()
-        nib.save(image, tmp_path / f"{name}.nii")
-        truth = nib.load(tmp_path / f"{name}.nii").affine
-        geometry = read_geometry(tmp_path / f"{name}.nii")
-        assert geometry.affine == pytest.approx(truth)
-        assert geometry.spacing_mm == pytest.approx(voxel_sizes(truth)[::-1])
-        point = np.array([[5.5, -0.5, 2.25]])
-        assert index_to_world(point, geometry.affine) == pytest.approx(apply_affine(truth, point[:, ::-1]))
-        assert truth[0, 3] == {"none": 0.75, "qform": 1, "sform": 10}[name]  # none: the origin in the middle, x flipped
+    image = nib.Nifti1Image(XYZ, qform)
+    image.set_qform(qform, qform_code)
+    image.set_sform(PLACES[place] @ qform, sform_code)
+    image.header["qform_code"], image.header["sform_code"] = qform_code, sform_code
+    image.header["pixdim"][1:4] = 0.5, 2, 3
+    nib.save(image, tmp_path / "a.nii")
+    if "skewed" in place and sform_code and not qform_code:  # ITK refuses it too
+        refuses(tmp_path / "a.nii", "axes are not at right angles|its sform steps by")
+        return
+    geometry = read_geometry(tmp_path / "a.nii")
+    assert geometry.affine == pytest.approx(itk_affine(tmp_path / "a.nii"), abs=2e-3)
+    stored = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a.nii")))
+    assert np.array_equal(read_image(tmp_path / "a.nii")[0], stored)
+
+
+def test_two_places_are_noted_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "_NOTED", set())
+    for name in ("a.nii", "b.nii"):
+        image = nib.Nifti1Image(XYZ, OBLIQUE)
+        image.set_qform(OBLIQUE, 1)
+        image.set_sform(np.diag([-1.0, 1, 1, 1]) @ OBLIQUE, 2)
+        nib.save(image, tmp_path / name)
+        assert read_geometry(tmp_path / name).affine == pytest.approx(image.header.get_qform())
+    noted = capsys.readouterr().err
+    assert noted.count("\n") == 1 and "a.nii and perhaps others have two places" in noted and "by its qform" in noted
+
+
+def test_steps_that_contradict_the_voxels_are_refused(tmp_path):
+    image = nib.Nifti1Image(XYZ, OBLIQUE)
+    image.set_qform(OBLIQUE, 0)
+    image.set_sform(OBLIQUE, 1)
+    image.header["pixdim"][1:4] = 1, 1, 1
+    nib.save(image, tmp_path / "a.nii")
+    refuses(tmp_path / "a.nii", r"its sform steps by \[0.5, 2.0, 3.0\], its voxels \(pixdim\) are \[1.0, 1.0, 1.0\]")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npz", "a.npy"])
+def test_nothing_is_read_far_past_what_the_header_says(tmp_path, name):
+    """A hundred million zeros behind the voxels, as a small file can hold them."""
+    more = bytes(100_000_000)
+    if name.startswith("a.nii"):
+        save(tmp_path / "b.nii")
+        content = (tmp_path / "b.nii").read_bytes() + more
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    else:
+        plain = io.BytesIO()
+        np.save(plain, ZYX)
+        (tmp_path / name).write_bytes(plain.getvalue() + more)
+        if name == "a.npz":
+            with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("image.npy", plain.getvalue() + more)
+    del more
+    content = None
+    tracemalloc.start()
+    refuses(tmp_path / name, "goes on behind the|more than", [read_image])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize("unit, scale", [("meter", 1000), ("mm", 1), ("micron", 0.001), (0, 1)])
@@ -85,6 +151,7 @@ def test_slope_and_intercept(tmp_path, name):
     header = nib.Nifti1Header()
     header.set_data_dtype(np.int16)
     header.set_data_shape(XYZ.shape)
+    header.set_zooms((0.5, 2, 3))
     header.set_sform(OBLIQUE, 1)
     header.set_slope_inter(0.5, -1000)
     header["vox_offset"] = 352

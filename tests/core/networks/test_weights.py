@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,22 @@ def test_foreign_safetensors(tmp_path, content, message):
         path.write_bytes(content)
     line = error_of(load_weights, path)
     assert str(path) in line and message in line
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"config": None}, "has no config of a network"), ({"config": {"unet": 3}}, "has no config of a network"),
+    ({"channels": None}, "channels and out_channels"), ({"out_channels": 10**9}, "channels and out_channels"),
+    ({"out_channels": True}, "channels and out_channels"), ({"out_channels": 4}, "with 4 outputs"),
+    ({"config": {"unet": {**TINY.model_dump(mode="json"), "base_channels": 10**6}}}, "up to .* channels"),
+    ({"config": {"unet": {**TINY.model_dump(mode="json"), "base_channels": "many"}}}, "config.unet is none"),
+], ids=range(8))  # fmt: skip
+def test_headers_with_missing_wrong_or_huge_entries(weights, tmp_path, change, message):
+    """One line with the file's name, before a network of that size is made."""
+    path, model, config = weights
+    header = {**load_weights(path).header, **change}
+    (tmp_path / "x.safetensors").write_bytes(save(dict(model.state_dict()), {"header": json.dumps(header)}))
+    line = error_of(load_weights, tmp_path / "x.safetensors")
+    assert "x.safetensors is damaged" in line and re.search(message, line) and "\n" not in line
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.6, 0.999])
