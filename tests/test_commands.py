@@ -362,9 +362,9 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
     doubled = table.query("image == 'more/two.png'")[["x", "y"]].to_numpy()
     assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 3  # the same place, found in twice as many pixels
     assert "truth_x" not in table
-    for figure in ("expected_error", "radius90"):  # calibrated as in evaluation, there in mm, here in the file's pixels
+    for figure in ("expected_error", "radius90"):  # calibrated as in evaluation, in mm by dataset.spacing_mm
         in_mm = scored.query("image == '151'")[figure]
-        assert np.allclose(2.5 * table.query("image == 'one.jpg'")[figure], in_mm, atol=0.01)
+        assert np.allclose(table.query("image == 'one.jpg'")[figure], in_mm, atol=0.01)
     pictures = tmp_path / "out/overlays"
     overlays = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
     assert overlays == ["more/two.png.png", "one.jpg.png"]

@@ -34,7 +34,7 @@ OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.
             "gu2net": ("gu2net", *HEATMAP_KEYS), "global_to_local": ("global_to_local",)}  # fmt: skip
 FILE_KEYS = ("checkpoint", "encoder_weights")
 BY_BACKBONE = ("learning_rate", "encoder_weights")
-PLACES = ("dataset.root", "dataset.cache_dir")
+PLACES = ("dataset.root", "dataset.cache_dir", "dataset.max_megapixels")
 PRETRAINING_FREE = (*PLACES, "ddpm.iterations", "ddpm.log_every", "ddpm.validate_every", "ddpm.sample_every",
                     "ddpm.save_every", "ddpm.sampler", "ddpm.sampling_steps", "ddpm.sample_count",
                     "ddpm.checkpoint_iterations")  # fmt: skip
