@@ -39,7 +39,7 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     buffer = io.BytesIO()
     kind = np.uint8 if all(map(_has_8_bits, records, loaded)) else np.uint16
     ranges = np.array([(0, 255) if kind == np.uint8 else (image.pixels.min(), image.pixels.max()) for image in loaded])
-    levels = np.stack([_levels(image.pixels, *map(float, limits), kind=kind)
+    levels = np.stack([_levels(image.pixels, float(limits[0]), float(limits[1]), kind)
                        for image, limits in zip(loaded, ranges, strict=True)])
     np.savez_compressed(buffer, pixels=levels, ranges=ranges,
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
