@@ -17,8 +17,9 @@ from core.data.dataset import load_images
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.runs.places import Cell
+from landmarks_finetuning.decoding import locate
 from landmarks_finetuning.heatmaps import DECODERS
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.metrics import physical_errors, summarise
 from landmarks_finetuning.train import finetune_cell
 
@@ -32,7 +33,7 @@ def score_decoders(run_dir: Path, split: str) -> dict[str, dict[str, float]]:
     unfit |= set() if detector.config.finetune.loss == "cross_entropy_pixels" else {"window_mass"}
     decoders = [name for name in DECODERS if name not in unfit]
     points: dict[str, list[np.ndarray]] = {name: [] for name in decoders}
-    for _, outputs, maps in detector.heatmaps(images):
+    for _, outputs, maps in detector.outputs(images):
         for name in decoders:
             points[name].append(locate(outputs, maps, detector.config.finetune, detector.sigma, name)[0])
     scores = {}

@@ -23,8 +23,9 @@ from core.data.dataset import load_images
 from core.data.resize import resize
 from core.formats.images import read_image
 from core.networks.weights import save_weights
+from landmarks_finetuning.decoding import locate
 from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.predict import collect_images, predict
 from landmarks_finetuning.predictions import Predictions, append_rows, table_rows
 
@@ -69,7 +70,7 @@ def parts(run_dir: Path, files: list[Path], folder: Path, device: torch.device) 
     for first in range(0, len(records), some):
         chosen = records[first : first + some]
         images = timed("hash, read cache", partial(load_images, chosen, config.dataset))
-        for _, outputs, maps in timed("network", partial(list, detector.heatmaps(images))):
+        for _, outputs, maps in timed("network", partial(list, detector.outputs(images))):
             located = timed("decode heatmaps", partial(
                 locate, outputs, maps, config.finetune, detector.sigma))
         predictions = Predictions(images, detector.landmark_names, *located)

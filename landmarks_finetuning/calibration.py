@@ -13,7 +13,8 @@ from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.files import content_digest, write_json
 from core.formats.geometry import apply_maps
-from landmarks_finetuning.inference import TrainedDetector, decode_maps
+from landmarks_finetuning.decoding import decode_maps
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import crop_batches, crop_scores
@@ -36,10 +37,11 @@ def calibrate(detector: TrainedDetector, images: ImageSet,
 
     The images go through the network twice: for the temperatures, and for what the maps say under these. Validation
     labels may also have chosen the weights, so that it is a little too sure where they are few. No calibration (None)
-    where the loss gives no expected error, and where no landmark is annotated.
+    where outputs or loss give no expected error, and where no landmark is annotated.
     """
     truth, start = images.original_points(), None
-    if detector.config.finetune.loss == "cross_entropy_pixels" and np.isfinite(truth).all(axis=2).any():
+    measures = detector.kind.heatmaps is not None and detector.recipe.finetune.loss == "cross_entropy_pixels"
+    if measures and np.isfinite(truth).all(axis=2).any():
         likelihoods = _likelihoods(detector, images, truth, decoder)
         start = Calibration(fit_temperatures(likelihoods), 1.0, 1.0, 0, 0)
     found = find_landmarks(detector, images, decoder, calibration=start)
@@ -54,8 +56,8 @@ def _likelihoods(detector: TrainedDetector, images: ImageSet, truth: np.ndarray,
     likelihoods = np.full((*truth.shape[:2], len(TEMPERATURES)), np.nan)
     second, config = detector.second, detector.config
     if second is None:
-        for chosen, outputs, maps in detector.heatmaps(images):
-            scores = decode_maps(outputs, config.finetune, detector.sigma, decoder, detector.shape).scores
+        for chosen, outputs, maps in detector.outputs(images):
+            scores = decode_maps(outputs, detector.recipe.finetune, detector.sigma, decoder, detector.shape).scores
             likelihoods[chosen] = log_likelihoods(scores, torch.from_numpy(apply_maps(truth[chosen], maps)))
         return likelihoods
     answers = find_landmarks(detector, images, decoder, refined=False).points

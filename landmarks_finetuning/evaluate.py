@@ -12,7 +12,7 @@ import numpy as np
 
 from core.config.config import Config
 from core.config.dataset import Dataset
-from core.config.starts import MEAN_SHAPE
+from core.config.starts import MEAN_SHAPE, SOFTMAX_STARTS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.leaks import find_leaks, leaked_ids
@@ -55,6 +55,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
+    check_decoder(detector, decoder)
     source = load_source(config.dataset).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     own_data = has_data_of(run_dir, source, config.dataset)
@@ -80,7 +81,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                                                 "validation_labels", "iteration")},
                 "timestep": header.get("timestep"), "encoder": header.get("encoder"),
                 "variant": variant(config, header["backbone"]), "seconds": seconds,
-                "decoder": decoder or config.finetune.decoder,
+                "decoder": used_decoder(detector, decoder),
                 **({"averaged_with": list(map(str, others))} if others else {}),
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
@@ -89,6 +90,22 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
     return out, score(out, config, source, predictions, identity)
+
+
+def check_decoder(detector: TrainedDetector, decoder: str | None) -> None:
+    """UserError for a decoder of heatmaps that the detector's outputs are not."""
+    backbone = detector.header["backbone"]
+    if decoder is not None and detector.kind.heatmaps is None:
+        raise UserError(f'--decoder {decoder}: backbone "{backbone}" has no heatmaps, and one way to answer; leave '
+                        "it away")
+    if decoder == "contour_centroid" and backbone not in SOFTMAX_STARTS:
+        raise UserError(f'--decoder {decoder} thresholds raw outputs, which "{backbone}" has as logarithms; choose '
+                        "component_centroid")
+
+
+def used_decoder(detector: TrainedDetector, decoder: str | None) -> str | None:
+    """What reads landmarks off heatmaps, None for a detector without them."""
+    return None if detector.kind.heatmaps is None else decoder or detector.recipe.finetune.decoder
 
 
 def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
@@ -181,7 +198,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
     write_slicer_files(folder / "markups", predictions)
     _write_overlays(folder / "overlays", config.evaluation.overlays, predictions, source.unit, errors)
-    if config.evaluation.overlays and predictions.detector is not None:
+    if config.evaluation.overlays:
         write_heatmaps(folder / "heatmaps.npz", predictions)
     settings = scoring_settings(config, identity["backbone"], identity["decoder"])
     write_json(folder / SCORED, {"images": images, "settings": settings})

@@ -83,7 +83,22 @@ def _along(axis: int, dims: int, values: Tensor) -> Tensor:
     return values.reshape(*values.shape[:2], *(1,) * axis, -1, *(1,) * (dims - axis - 1))
 
 
-TARGETS = {"disk": _draw_disk, "gaussian": _draw_gaussian, "pixel": _draw_pixel}
+def _draw_window(points: Tensor, size: tuple[int, ...], sigma: float) -> Tensor:
+    """A Gaussian about the nearest whole pixel p in [p - 3 sigma, p + 3 sigma), stretched there to 0..1 (GU2Net).
+
+    A window that lies outside in part is cut off there.
+    """
+    half, nearest = round(3 * sigma), points.round()
+    offsets = [_along(axis, len(size), torch.arange(length, device=points.device) - nearest[..., axis, None])
+               for axis, length in enumerate(size)]
+    lowest = float(np.exp(-len(size) * half**2 / (2 * sigma**2)))  # at the corner that all its sides begin in
+    gaussian = torch.exp(reduce(torch.add, [each.square() for each in offsets]) / (-2.0 * sigma**2))
+    inside = reduce(torch.logical_and, [(each >= -half) & (each < half) for each in offsets])
+    return torch.where(inside, (gaussian - lowest) / (1 - lowest), 0.0)
+
+
+TARGETS = {"disk": _draw_disk, "gaussian": _draw_gaussian, "pixel": _draw_pixel,
+           "gaussian_window": _draw_window}
 
 
 # ---- decoding

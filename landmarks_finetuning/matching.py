@@ -21,9 +21,9 @@ from core.data.dataset import ImageSet
 from core.errors import UserError
 from core.formats.geometry import apply_maps, inverse
 from core.runs.places import pretrained_path
+from landmarks_finetuning.decoding import sigma_pixels
 from landmarks_finetuning.features import Batch, FeatureNetwork
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
-from landmarks_finetuning.inference import sigma_pixels
 from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
 
 NOISE_LEVELS = (0.2, 0.5, 0.8)  # timesteps that the network is told, of those of the pre-training

@@ -14,10 +14,10 @@ from core.data.dataset import ImageSet
 from core.files import atomic_file
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
+from landmarks_finetuning.decoding import Located
 from landmarks_finetuning.heatmaps import contour_centroid
-from landmarks_finetuning.inference import Located, TrainedDetector, locate
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.paper_scorer import round_original
-from landmarks_finetuning.refinement import refine
 from landmarks_finetuning.uncertainty import Calibration
 
 
@@ -61,18 +61,20 @@ def find_landmarks(detector: TrainedDetector, images: ImageSet, decoder: str | N
     """
     second = detector.second if refined else None
     parts, scorer_parts = [], []
-    flat, dims = images.images.ndim == 4, images.images.ndim - 2
+    kind, config, dims = detector.kind, detector.recipe, images.images.ndim - 2
+    heatmaps = kind.heatmaps if dims == 2 else None
     spacing = np.array([record.spacing or (1.0,) * dims for record in images.records])
-    for chosen, outputs, maps in detector.heatmaps(images):
-        parts.append(locate(outputs, maps, detector.config.finetune, detector.sigma, decoder, detector.shape,
-                            spacing[chosen], calibration if second is None else None))
-        if flat:
-            scorer_parts.append(contour_centroid(outputs).numpy())
+    for chosen, outputs, maps in detector.outputs(images):
+        parts.append(kind.locate(outputs, maps, config, decoder, detector.shape, spacing[chosen],
+                                 calibration if second is None else None))
+        if heatmaps is not None:
+            scorer_parts.append(contour_centroid(heatmaps(outputs)).numpy())
     located = Located(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-    scorer_points = np.concatenate(scorer_parts) if flat else None
-    if second is not None:
-        located = refine(second.model, images.records, located.points, second.header["spread_pixels"], detector.config,
-                         calibration)
+    scorer_points = np.concatenate(scorer_parts) if scorer_parts else None
+    if second is not None and kind.second is not None:
+        located = kind.second.refine(second.model, images.records, located.points, second.header["spread_pixels"],
+                                     detector.config, calibration)
+    if second is not None or kind.heatmaps is None:
         side = detector.config.dataset.image_size
         square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
         scorer_points = round_original(located.points, images.original_sizes, side[0]) if square else None

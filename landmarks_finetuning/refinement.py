@@ -21,8 +21,8 @@ from core.data.records import Record
 from core.data.windows import cut_windows
 from core.formats.geometry import apply_maps
 from core.training.device import autocast, resolve_device, resolve_precision
+from landmarks_finetuning.decoding import Located, locate
 from landmarks_finetuning.ensemble import over_views
-from landmarks_finetuning.inference import Located, locate
 from landmarks_finetuning.shape import add_shape_prior
 from landmarks_finetuning.uncertainty import Calibration
 

@@ -1,8 +1,8 @@
-"""The fine-tuning tasks: heatmaps of whole images or random crops, and of crops around a first stage's answers."""
+"""The fine-tuning tasks: landmarks in whole images or random crops, and in crops around a first stage's answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.second_stage import second_stage
+from core.config.recipes import recipe
+from core.config.section import Augmentation
 from core.data.augment import Crops, augment
 from core.data.dataset import ImageSet
 from core.data.windows import cut_windows
-from core.formats.geometry import apply_maps, inverse
+from core.formats.geometry import apply_maps
 from core.networks.weights import save_weights
 from core.training.batches import gather, on_device
 from core.training.cuda_graphs import Replayed
 from core.training.device import resolve_device
-from landmarks_finetuning.heatmaps import draw_target
-from landmarks_finetuning.inference import Heatmaps, decode_maps, joined, run_batched, sigma_pixels
-from landmarks_finetuning.losses import LOSSES
+from landmarks_finetuning.detectors.interface import Kind
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
+from landmarks_finetuning.running import Outputs, joined, run_batched
 from landmarks_finetuning.shape import stored_shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
@@ -52,32 +52,31 @@ class WeightedImages:
         return np.stack([self.order[chosen], landmarks], axis=1)
 
 
-class HeatmapRegression:
-    """Heatmaps of the labelled landmarks in whole images, or in random crops of larger ones."""
+class LandmarkRegression:
+    """The labelled landmarks in whole images, or in random crops of larger ones, by a detector of `kind`.
+
+    `config` is the one that weights files record, `self.config` is as the kind has it.
+    """
 
     def __init__(self, config: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
-                 validation: ImageSet | None) -> None:
-        self.config, self.run_dir, self.header = config, run_dir, header
+                 validation: ImageSet | None, kind: Kind) -> None:
+        self.recorded, self.run_dir, self.header, self.kind = config, run_dir, header, kind
+        self.config = recipe(config, header["backbone"])
         self.device = resolve_device(config.experiment.device)
         self.training, self.order = training.images.to(self.device), training.order
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
         self.shape = stored_shape(header)
-        self.sigma = sigma_pixels(config.finetune.sigma, config.dataset)
         self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
         self.validating: Replayed | None = None
 
-    def _loss(self, outputs: Tensor, points: Tensor, crop: bool = False, weights: Tensor | None = None) -> Tensor:
-        target, absent = self._target(points, outputs.shape[2:], crop)
-        return LOSSES[self.config.finetune.loss](outputs.float(), target, absent, weights)
-
-    def _target(self, points: Tensor, size: Sequence[int], crop: bool) -> tuple[Tensor, Tensor | None]:
-        """What is learned, and of crops which landmarks are known to lie outside."""
-        target = draw_target(points, size, self.config.finetune.target, self.sigma)
-        return target, ~points.isnan().any(dim=2) & ~target.flatten(2).any(dim=2) if crop else None
+    @property
+    def count(self) -> int:
+        """Images, or what else an index of the batch plan means."""
+        return len(self.order)
 
     def loss(self, model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Heatmap loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
+        """Loss of one augmented micro-batch, of crops where images are larger; drawn on the device."""
         return self.loss_of(model, *self.draw(indices, generator))
 
     def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -88,18 +87,16 @@ class HeatmapRegression:
         return (images, points) if self.weights is None else (images, points, self.weights[chosen])
 
     def loss_of(self, model: nn.Module, *drawn: Tensor) -> Tensor:
-        """Heatmap loss of drawn images and landmarks, and the landmarks' weights where they have some."""
+        """Loss of drawn images and landmarks, and the landmarks' weights where they have some."""
         images, points, *weights = drawn
-        return self._loss(model(images), points, not self.training.fits, *weights)
+        return self.kind.loss(model(images), points, self.config, not self.training.fits, *weights)
 
     def terms(self, *drawn: Tensor) -> Tensor | int:
-        """See core.training.loop.SplitTask: images, or the landmarks that the softmax over pixels averages over."""
+        """See core.training.loop.SplitTask; images, where a detector's steps are never split."""
         images, points = drawn[:2]
-        if self.config.finetune.loss == "cross_entropy_channels":
+        if self.kind.terms is None:
             return len(images)
-        target, absent = self._target(points, images.shape[2:], not self.training.fits)
-        present = target.flatten(2).any(dim=2)
-        return (present if absent is None else present | absent).sum().clamp(min=1)
+        return self.kind.terms(points, images.shape[2:], self.config, not self.training.fits)
 
     def names(self, indices: np.ndarray) -> list[str]:
         """File names of a micro-batch."""
@@ -114,21 +111,20 @@ class HeatmapRegression:
         errors = []
         truth, spacings = validation.original_points(), validation.spacings()
         batches = run_batched(self._replayed(model), validation, self.config.evaluation, self.device,
-                              self.config.experiment.precision)
+                              self.config.experiment.precision, whole=self.kind.heatmaps is None)
         for chosen, outputs, maps in joined(self._with_losses(batches, truth, losses)):
-            decoded = decode_maps(outputs, self.config.finetune, self.sigma, shape=self.shape)
-            points = apply_maps(decoded.points.numpy(), inverse(maps))
+            points = self.kind.locate(outputs, maps, self.config, shape=self.shape, measure=False).points
             errors.append(physical_errors(points, truth[chosen], None if spacings is None else spacings[chosen]))
         return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),
                 "validation_mre": float(np.nanmean(np.concatenate(errors)))}
 
-    def _with_losses(self, batches: Iterable[Heatmaps], truth: np.ndarray, losses: list[Tensor]) -> Iterator[Heatmaps]:
+    def _with_losses(self, batches: Iterable[Outputs], truth: np.ndarray, losses: list[Tensor]) -> Iterator[Outputs]:
         """The `batches`, with the loss of each added to `losses` for each of its images."""
         for chosen, outputs, maps in batches:
             if chosen[0] not in self.seen:
                 self.seen[chosen[0]] = torch.from_numpy(apply_maps(truth[chosen], maps)).to(self.device)
-            losses += [self._loss(outputs, self.seen[chosen[0]])] * len(chosen)
-            yield Heatmaps(chosen, outputs, maps)
+            losses += [self.kind.loss(outputs, self.seen[chosen[0]], self.config)] * len(chosen)
+            yield Outputs(chosen, outputs, maps)
 
     def _replayed(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The network of all validations of this run, on a GPU from a shape's fourth batch on as a CUDA graph."""
@@ -148,19 +144,43 @@ class HeatmapRegression:
         self._save(model, step)
 
     def _save(self, model: nn.Module, step: int) -> None:
-        save_weights(self.run_dir / "best.safetensors", model, self.config.plain(), {**self.header, "iteration": step})
+        header = {**self.header, "iteration": step}
+        save_weights(self.run_dir / "best.safetensors", model, self.recorded.plain(), header)
 
 
-class CropRegression(HeatmapRegression):
-    """Heatmaps of the landmarks in crops about one of them, as far off as the first stage's answers are.
+def cut_about(images: ImageSet, chosen: Tensor, centres: Tensor, points: Tensor, settings: Augmentation,
+              generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented crops (B, C, *size) of the `chosen` images about `centres` (B, D), and `points` (B, K, D) in them.
 
-    Image sets are those of the second stage; `first` are the first stage's answers on the validation images and the
-    errors that it makes.
+    Both are given in pixels of the canvas.
+    """
+    size, device = images.network_size, centres.device
+    window = tuple(int(np.ceil(length * MARGIN)) for length in size)
+    corners = (centres - (torch.tensor(window, device=device) - 1) / 2).round()
+    windows = cut_windows(images.images, chosen, corners.long(), window)
+    crops = Crops(size, centres - corners - (torch.tensor(size, device=device) - 1) / 2)
+    return augment(windows, points - corners[:, None], settings, generator, crops)
+
+
+def draw_errors(errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, D) displacements of a crop's centre: `errors` (K, D) of the first stage, mirrored and stretched."""
+    device = errors.device
+    drawn = errors[torch.randint(len(errors), (count,), generator=generator, device=device)]
+    signs = torch.randint(2, drawn.shape, generator=generator, device=device) * 2 - 1
+    stretch = torch.rand((count, 1), generator=generator, device=device, dtype=drawn.dtype) + 0.5
+    return drawn * signs * stretch
+
+
+class CropRegression(LandmarkRegression):
+    """Outputs of the landmarks in crops about one of them, as far off as the first stage's answers are.
+
+    `config` and image sets are those of the second stage of `study`; `first` are the first stage's answers on the
+    validation images and the errors that it makes.
     """
 
-    def __init__(self, study: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
-                 validation: ImageSet | None, first: FirstAnswers) -> None:
-        super().__init__(second_stage(study), run_dir, header, training, validation)
+    def __init__(self, config: Config, run_dir: Path, header: dict[str, Any], training: WeightedImages,
+                 validation: ImageSet | None, kind: Kind, study: Config, first: FirstAnswers) -> None:
+        super().__init__(config, run_dir, header, training, validation, kind)
         self.study, self.first = study, first
         self.errors = torch.from_numpy(first.errors).to(self.device)
         self.pairs = training.pairs()
@@ -168,23 +188,12 @@ class CropRegression(HeatmapRegression):
 
     def draw(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Augmented crops (B, C, *size) and the landmarks (B, N, D) in them."""
-        size, (image, landmark) = self.training.network_size, on_device(self.pairs[indices].T.copy(), self.device)
+        image, landmark = on_device(self.pairs[indices].T.copy(), self.device)
         points = self.training.truth[image]
-        centres = points[torch.arange(len(image), device=self.device), landmark] + self._offsets(len(image), generator)
-        window = tuple(int(np.ceil(length * MARGIN)) for length in size)
-        corners = (centres - (torch.tensor(window, device=self.device) - 1) / 2).round()
-        windows = cut_windows(self.training.images, image, corners.long(), window)
-        crops = Crops(size, centres - corners - (torch.tensor(size, device=self.device) - 1) / 2)
-        drawn = augment(windows, points - corners[:, None], self.config.finetune.augmentation, generator, crops)
+        own = points[torch.arange(len(image), device=self.device), landmark]
+        centres = own + draw_errors(self.errors, len(image), generator)
+        drawn = cut_about(self.training, image, centres, points, self.config.finetune.augmentation, generator)
         return drawn if self.weights is None else (*drawn, self.weights[image])
-
-    def _offsets(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, D) displacements of a crop's centre: errors of the first stage, mirrored at random."""
-        device = self.device
-        drawn = self.errors[torch.randint(len(self.errors), (count,), generator=generator, device=device)]
-        signs = torch.randint(2, drawn.shape, generator=generator, device=device) * 2 - 1
-        stretch = torch.rand((count, 1), generator=generator, device=device, dtype=drawn.dtype) + 0.5
-        return drawn * signs * stretch
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Loss, and physical mean radial error after refinement, on the first stage's answers in validation images."""
@@ -196,7 +205,7 @@ class CropRegression(HeatmapRegression):
         for crops in run_crops(model, validation, answers, self.config):
             where = (crops.image, crops.landmark)
             at = torch.from_numpy(apply_maps(truth[where][:, None], crops.maps)).to(self.device)
-            losses.append(self._loss(crops.outputs, at))
+            losses.append(self.kind.loss(crops.outputs, at, self.config))
             refined[where] = decode_crops(crops, self.first.spread, self.study).points[:, 0]
         error = physical_errors(refined, truth, validation.spacings())
         return {"validation_loss": float(np.mean(torch.stack(losses).tolist())),

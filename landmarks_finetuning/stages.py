@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.config import Config
-from core.config.second_stage import second_stage
-from core.config.starts import BACKBONES, ENCODER_LEVELS
+from core.config.recipes import recipe
+from core.config.second_stage import second_of
 from core.data.dataset import ImageSet, load_images
 from core.data.records import Record
 from core.errors import UserError
@@ -26,12 +26,14 @@ from core.training.batches import BatchPlan
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
 from core.training.memory import Step, fit_step
-from landmarks_finetuning.detectors.registry import Detector, build_detector
-from landmarks_finetuning.inference import TrainedDetector, sigma_pixels
+from landmarks_finetuning.decoding import sigma_pixels
+from landmarks_finetuning.detectors.interface import Detector, Kind, StageTask
+from landmarks_finetuning.detectors.registry import DETECTORS, kind_of
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import FirstAnswers, first_errors, guessed_errors
-from landmarks_finetuning.regression import CropRegression, HeatmapRegression, WeightedImages
+from landmarks_finetuning.regression import WeightedImages
 from landmarks_finetuning.self_training import mixed_order
 from landmarks_finetuning.shape import mean_shape, shape_modes
 
@@ -70,7 +72,7 @@ class Stage(NamedTuple):
     resume: str | None
     command: str
 
-    def run(self, config: Config, task: HeatmapRegression, model: Detector, plan: BatchPlan, start: Path | None,
+    def run(self, config: Config, task: StageTask, model: Detector, plan: BatchPlan, start: Path | None,
             name: str = "") -> None:
         """Train `model`, or continue where it stopped, beside a record of what it is made from."""
         write_run_config(self.folder, config.plain(), {"stage": "finetune", **task.header})
@@ -83,30 +85,36 @@ class Stage(NamedTuple):
 def train_first(config: Config, stage: Stage) -> None:
     """Train the detector of whole images, or of random crops of them."""
     images, validation = stage.data.load(config)
-    model, header = fresh_detector(config, stage.cell, stage.data, images)
-    task = HeatmapRegression(config, stage.folder, header, images, validation)
-    plan = batch_plan(config, stage.cell, len(images.order))
+    kind = kind_of(stage.cell.backbone)
+    model, header = fresh_detector(config, stage.cell, stage.data, images, kind)
+    task = kind.task(config, stage.folder, header, images, validation, kind)
+    plan = batch_plan(config, stage.cell, task.count, kind)
     stage.run(config, task, model, plan, start_path(config, stage.cell.backbone))
 
 
 def train_second(config: Config, stage: Stage) -> None:
     """Train the detector of crops about the answers of the first one, which is done and lies a folder above."""
-    second, start = second_stage(config), second_start_path(config, stage.cell.backbone)
+    second, start = second_of(config, stage.cell.backbone), second_start_path(config, stage.cell.backbone)
+    again = kind_of(stage.cell.backbone).second
+    if second is None or again is None:
+        raise ValueError(f"{stage.cell.backbone} has one stage")
+    kind = kind_of(stage.cell.backbone) if again.network is None else DETECTORS[again.network]
     if stage.cell.backbone == "ddpm":
         second = with_finetune(second, checkpoint=str(start))
     images, validation = stage.data.load(second)
-    first = answer_first(TrainedDetector(stage.folder.parent / "best.safetensors"), stage.data, config, validation)
-    model, header = fresh_detector(second, stage.cell, stage.data, images)
+    first = answer_first(TrainedDetector(stage.folder.parent / "best.safetensors"), stage.data, config, validation,
+                         second.dataset.image_size)
+    model, header = fresh_detector(second, stage.cell, stage.data, images, kind)
     header |= {"kind": "second stage", "spread_pixels": first.spread}
-    task = CropRegression(config, stage.folder, header, images, validation, first)
-    stage.run(second, task, model, batch_plan(second, stage.cell, len(task.pairs)), start, "refined ")
+    task = again.task(second, stage.folder, header, images, validation, kind, config, first)
+    stage.run(second, task, model, batch_plan(second, stage.cell, task.count, kind), start, "refined ")
 
 
-def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedImages
+def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedImages, kind: Kind
                    ) -> tuple[Detector, dict[str, Any]]:
     """A detector as it starts, and the header of its weights file."""
     torch.manual_seed(cell_seed(config, cell))
-    model = build_detector(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names))
+    model = kind.start(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names))
     labelled = images.images.truth[: len(data.training)].numpy()
     shape = mean_shape(labelled)
     modes = shape_modes(labelled, shape, config.finetune.shape_modes)
@@ -125,30 +133,30 @@ def cell_seed(config: Config, cell: Cell) -> int:
     return config.experiment.seed + 1000 * cell.seed + cell.draw
 
 
-def batch_plan(config: Config, cell: Cell, count: int) -> BatchPlan:
+def batch_plan(config: Config, cell: Cell, count: int, kind: Kind) -> BatchPlan:
     """Which of `count` images, or crops, each step sees. UserError where batch normalisation would see too little."""
-    finetune = config.finetune
+    finetune = recipe(config, cell.backbone).finetune
     plan = BatchPlan(count, finetune.batch_size, finetune.accumulation, finetune.sampling, False,
                      cell_seed(config, cell))
-    check_batches(config, cell, plan)
+    check_batches(config, cell, plan, None if kind.deepest is None else kind.deepest(config))
     return plan
 
 
-def answer_first(detector: TrainedDetector, data: CellData, config: Config, validation: ImageSet | None
-                 ) -> FirstAnswers:
+def answer_first(detector: TrainedDetector, data: CellData, config: Config, validation: ImageSet | None,
+                 size: tuple[int, ...]) -> FirstAnswers:
     """What the second stage learns from the first: its answers on validation images, and how far off they are.
 
-    `validation`: these images as the second stage has them.
+    `validation`: these images as the second stage has them; `size`: of its crops.
     """
     if validation is None:
-        return FirstAnswers(guessed_errors(second_stage(config).dataset.image_size), None)
+        return FirstAnswers(guessed_errors(size), None)
     answers = find_landmarks(detector, load_images(data.validation, config.dataset), refined=False).points
     return FirstAnswers(first_errors(answers, validation), answers)
 
 
 def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") -> LoopSettings:
     """The loop's settings for one cell, or one `stage` of it."""
-    finetune, experiment = config.finetune, config.experiment
+    finetune, experiment = recipe(config, cell.backbone).finetune, config.experiment
     device = resolve_device(experiment.device)
     iterations = finetune.optimiser_steps(plan.steps_per_epoch)
     return LoopSettings(
@@ -161,6 +169,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         clip=finetune.clip, accumulation_reduction=finetune.accumulation_reduction, ema_decay=finetune.ema_decay,
         log_every=finetune.log_every, save_every=finetune.save_every,
         validate_every=finetune.validate_every or plan.steps_per_epoch, scheduler=finetune.scheduler,
+        cycle_iterations=finetune.cycle_iterations, optimizer=finetune.optimizer,
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
         compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
@@ -183,10 +192,9 @@ def fitting(model: nn.Module, config: Config, settings: LoopSettings) -> LoopSet
     return replace(settings, most_images=most)
 
 
-def check_batches(config: Config, cell: Cell, plan: BatchPlan) -> None:
-    """UserError where batch normalisation would see a single value for each channel of an encoder's last map."""
-    alone = plan.smallest_batch == 1 and math.prod(config.dataset.image_size) == 4 ** (ENCODER_LEVELS - 1)
-    if BACKBONES[cell.backbone] == "encoder_unet" and alone:
+def check_batches(config: Config, cell: Cell, plan: BatchPlan, deepest: tuple[int, ...] | None) -> None:
+    """UserError where batch normalisation would see a single value for each channel of its `deepest` map."""
+    if deepest is not None and plan.smallest_batch == 1 and math.prod(deepest) == 1:
         raise UserError(f'backbone "{cell.backbone}" cannot be trained on one image of '
                         f"{list(config.dataset.image_size)} pixels at a time; choose a larger dataset.image_size, or "
                         'finetune.sampling "stream" with a finetune.batch_size above 1')

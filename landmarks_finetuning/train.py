@@ -7,12 +7,14 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.config.load import add_config_arguments, add_resume_argument, load_config
-from core.config.second_stage import FOLDER
+from core.config.recipes import recipe
+from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES
 from core.data.digests import data_digests
 from core.data.records import Record
 from core.data.shots import cell_records
 from core.data.source import load_source
+from core.data.together import other_data, other_digests
 from core.errors import CommandParser, UserError, run_command
 from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
@@ -41,10 +43,11 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     order = coverage_order(config, source, cell.shots)
     records = cell_records(source, config, cell.backbone, cell.shots, cell.draw, order)
     digests = {use: data_digests(some, source.landmark_names, config.dataset) for use, some in records.items()}
+    digests |= other_digests(other_data(config, cell.backbone, cell.shots, cell.draw))
     check_inputs(run_dir, digests, start_path(config, cell.backbone))
     if resume is None and is_scored(config, cell):
         return run_dir  # by a launcher, which left no state
-    if config.finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
+    if recipe(config, cell.backbone).finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
         raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '
                         'has one; choose "cross_entropy_pixels"')
     data = CellData(records["training"], records["validation"], source.landmark_names, digests)
@@ -64,7 +67,7 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
     trainings = {"": train_first}
-    if config.finetune.refine.zoom is not None:
+    if second_of(config, cell.backbone) is not None:
         trainings[FOLDER] = train_second
     folders = [round_dir(run_dir, number) / name for number in range(rounds + 1) for name in trainings]
     begun = [folder for folder in folders if (folder / "last.pt").exists()][-1:]

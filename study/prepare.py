@@ -77,6 +77,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     """
     from core.data.digests import data_digests
     from core.data.shots import cell_records, scored_records
+    from core.data.together import other_data, other_digests
 
     if not runs:
         return []
@@ -101,6 +102,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
         records = cell_records(source, run.config, cell.backbone, cell.shots, cell.draw, order)
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
+        inputs |= other_digests(other_data(run.config, cell.backbone, cell.shots, cell.draw))
         extended.append(replace(run, inputs=inputs, test=test))
     return extended
 

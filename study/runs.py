@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.config.config import Config
-from core.config.second_stage import FOLDER
+from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
 from core.runs.cells import (
     cells,
@@ -141,13 +141,13 @@ def cell_run(config: Config, cell: Cell) -> Run:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
-    refines = finetune.refine.zoom is not None
-    steps += finetune.refine.iterations if refines else 0
+    second = second_of(config, cell.backbone)
+    steps += 0 if second is None else second.finetune.optimiser_steps(0)
     if cell.backbone == "ddpm":
         needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))
     elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
         needs += (ssl_dir(config, cell.backbone),)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
-    second_start = second_start_path(config, cell.backbone) if refines else None
+    second_start = None if second is None else second_start_path(config, cell.backbone)
     return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone),
                second_start, chosen_by)

@@ -333,7 +333,7 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
     ("finetune.iterations=3", "--set finetune.iterations=3: finetune.iterations has no effect on a trained detector; "
                               "the keys that have one are dataset., evaluation., .*finetune.decoder"),
     ('unet={"base_channels":8}', "unet.base_channels has no effect on a trained detector"),
-    ("evaluation.window_overlap=0.1", "evaluation.window_overlap 0.1 has no effect: dataset.resample_mm and dataset.canvas_size are null"),
+    ("evaluation.window_overlap=0.1", "evaluation.window_overlap 0.1 has no effect: .* are null"),
 ])  # fmt: skip
 def test_overrides_of_a_trained_detector_act_or_are_refused(tiny_cell, refused, phantom, tmp_path, setting, message):
     refused(message, EVALUATING, tiny_cell, "--set", setting)

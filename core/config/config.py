@@ -15,7 +15,7 @@ from core.config.finetune import Finetune
 from core.config.section import Section, setting
 from core.config.slurm import Slurm
 from core.config.ssl import SSL
-from core.config.starts import BACKBONES, ENCODER_LEVELS, UNET_STARTS
+from core.config.starts import BACKBONES, ENCODER_LEVELS, ENCODER_STARTS, HEATMAP_STARTS, UNET_STARTS
 from core.config.unet import UNet
 
 
@@ -81,10 +81,15 @@ class Config(Section):
         """ValueError in one line where a detector cannot start from `backbone` under this config."""
         if backbone not in BACKBONES:
             raise ValueError(f'backbone "{backbone}" is unknown; choose from {", ".join(BACKBONES)}')
-        if BACKBONES[backbone] != "encoder_unet":
+        local = self.finetune.global_to_local.local
+        if backbone not in HEATMAP_STARTS and local.window_mm and self.dataset.layout not in ("folder", "cephalo"):
+            raise ValueError('finetune.global_to_local.local.window_mm needs images in mm: layout "folder" or '
+                             f'"cephalo", not "{self.dataset.layout}"; set it to null, and zoom instead')
+        if backbone not in ENCODER_STARTS:
             return
         if self.is_3d:
-            raise ValueError(f'backbone "{backbone}" is a 2D baseline; with is_3d choose from ddpm, scratch')
+            others = ", ".join(name for name in BACKBONES if name not in ENCODER_STARTS)
+            raise ValueError(f'backbone "{backbone}" is a 2D baseline; with is_3d choose from {others}')
         check_divisible(self.dataset.image_size, ENCODER_LEVELS, f"{backbone}'s encoder's ")
         if self.finetune.refine.zoom is not None:
             check_divisible((self.finetune.refine.crop,), ENCODER_LEVELS, f"{backbone}'s encoder's ",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from core.config.section import Count, Fraction, Index, Section, setting, unless
-from core.config.starts import BACKBONES
+from core.config.starts import HEATMAP_STARTS
 
 
 class Evaluation(Section):
@@ -16,7 +16,7 @@ class Evaluation(Section):
     batch_size: Count = setting(16, "images, or windows, that go through a network at once")
     views: Count = setting(1, "looks at each image whose heatmaps are averaged: itself, then a little turned, zoomed, "
                            "shifted and with other contrast; 1 = itself alone", counts_for=("scoring",),
-                           backbones=tuple(BACKBONES), before=1)
+                           backbones=HEATMAP_STARTS, before=1)
     leaked: Literal["keep", "drop"] = setting(
         "keep", "images with a twin in train, validation or pre-training: drop = they are not scored",
         counts_for=("scoring",), before="keep")
@@ -26,7 +26,7 @@ class Evaluation(Section):
     overlays: Index = setting(12, "worst cases drawn in full")
     window_overlap: Fraction = setting(
         0.5, "share of a window that the next one covers again, in images larger than the network's input",
-        counts_for=("scoring",), backbones=tuple(BACKBONES),
+        counts_for=("scoring",), backbones=HEATMAP_STARTS,
         acts=[unless("dataset.resample_mm and dataset.canvas_size", None)])
 
 

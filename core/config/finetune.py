@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from core.config.earlier_systems import TUNED, GlobalToLocal, GU2Net
 from core.config.refine import Refine
 from core.config.section import (
     FREE,
@@ -24,7 +25,7 @@ from core.config.section import (
     with_default,
 )
 from core.config.self_training import SelfTraining
-from core.config.starts import BACKBONES, ENCODER_STARTS, MEAN_SHAPE
+from core.config.starts import BACKBONES, ENCODER_STARTS, HEATMAP_STARTS, MEAN_SHAPE, SOFTMAX_STARTS
 
 OWN_PRETRAINING = "null = this study's own pre-training"
 
@@ -49,6 +50,9 @@ class LearningRates(Section):
     mocov3: Rate = setting(1e-3, "of an encoder from MoCo v3", backbones=("mocov3",))
     simclrv2: Rate = setting(1e-3, "of an encoder from SimCLR v2", backbones=("simclrv2",))
     dino: Rate = setting(1e-3, "of an encoder from DINO", backbones=("dino",))
+    gu2net: Rate = setting(1e-3, "of GU2Net, from random weights", backbones=("gu2net",), acts=[TUNED])
+    global_to_local: Rate = setting(1e-3, "of both steps of global-to-local localisation, from random weights",
+                                    backbones=("global_to_local",))
 
 
 class EncoderWeights(Section):
@@ -66,23 +70,24 @@ class LossSettings(Section):
 
     loss: Literal["cross_entropy_pixels", "cross_entropy_channels"] = setting(
         "cross_entropy_pixels", "softmax over the pixels of each heatmap (the paper's text), or over the landmarks at "
-        "each pixel (the published code)", slug="loss")
+        "each pixel (the published code)", backbones=SOFTMAX_STARTS, slug="loss")
     target: Literal["disk", "gaussian", "pixel"] = setting(
         "gaussian", "heatmap of a label: a Gaussian, the disk where it is above half its maximum, or the one pixel",
-        slug="target")
+        backbones=HEATMAP_STARTS, slug="target")
     sigma: float = setting(2.5, "width of the Gaussian in pixels of a 256-pixel image, scaled with dataset.image_size; "
                            "with dataset.resample_mm or canvas_size in those pixels, whatever the size of the crop. It "
                            "is also the measure of the decoder's and the confidence's windows, whatever the target",
-                           slug="sigma", gt=0)
+                           backbones=HEATMAP_STARTS, slug="sigma", gt=0)
     decoder: Literal["component_centroid", "contour_centroid", "argmax", "local_expectation", "window_mass",
                      "quadratic"] = setting(
         "local_expectation", "the landmark in a heatmap: centroid of the largest part above half the maximum, the same "
         "as the published code does it, the maximum, the mean around the maximum, the mean in the window of most "
-        "mass, or the top of a parabola through the log map about the maximum", counts_for=("scoring",), slug="decoder")
+        "mass, or the top of a parabola through the log map about the maximum", counts_for=("scoring",),
+        backbones=HEATMAP_STARTS, slug="decoder")
     shape_prior: float | None = setting(
         0.2, "how far a landmark may lie from where the others' common shape puts it, of the shape's size (standard "
-        "deviation); null = each landmark by itself", counts_for=("scoring",), slug="prior", null_slug="off", gt=0,
-        acts=[unless("decoder", "contour_centroid")])
+        "deviation); null = each landmark by itself", counts_for=("scoring",), backbones=HEATMAP_STARTS, slug="prior",
+        null_slug="off", gt=0, acts=[unless("decoder", "contour_centroid")])
 
     @model_validator(mode="after")
     def _loss_fits(self) -> LossSettings:
@@ -96,9 +101,11 @@ class LossSettings(Section):
 class Finetune(LossSettings):
     """Supervised training of the detector on a few labelled images. A variant's name has its parts in this order."""
 
-    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random", "mocov3", "simclrv2", "dino"], ...] = setting(
-        ("ddpm", "scratch"), "starts to compare: the diffusion pre-training, its network from random weights, and (2D) "
-        "a U-Net around finetune.encoder from ImageNet, from random weights or from self-supervision", counts_for=FREE)
+    backbones: tuple[Literal["ddpm", "scratch", "imagenet", "random", "mocov3", "simclrv2", "dino", "gu2net",
+                             "global_to_local"], ...] = setting(
+        ("ddpm", "scratch"), "starts to compare: the diffusion pre-training, its network from random weights, (2D) "
+        "a U-Net around finetune.encoder from ImageNet, from random weights or from self-supervision, and two earlier "
+        "systems from random weights", counts_for=FREE)
     shots: tuple[Count, ...] = setting((1, 5, 10, 25, 50), "numbers of labelled training images to compare",
                                        counts_for=FREE, min_length=1)
     draws: tuple[Index, ...] = setting((0, 1, 2), "which labelled images: each number draws others; with selection "
@@ -120,7 +127,7 @@ class Finetune(LossSettings):
     checkpoint: str | None = setting(None, "a weights file instead: ours (.safetensors) or published (.pt)",
                                      backbones=("ddpm",), slug="from", is_file=True)
     encoder: Literal["densenet161", "vgg19", "resnext50_32x4d", "resnet50"] = setting(
-        "densenet161", "network of every backbone but ddpm and scratch", counts_for=("ssl", "training"),
+        "densenet161", "network of imagenet, random and the self-supervised starts", counts_for=("ssl", "training"),
         backbones=ENCODER_STARTS, slug="encoder")
     encoder_weights: EncoderWeights = setting(EncoderWeights(), "files that encoders start from", slug="weights",
                                               is_file=True)
@@ -136,20 +143,26 @@ class Finetune(LossSettings):
         "the pre-training best", backbones=(MEAN_SHAPE, *BACKBONES), slug="pick")
     shape_modes: Index = setting(
         0, "most ways in which the common shape may bend, those in which the labels differ most; fewer with few labels "
-        "(one for two beside the first); 0 = moved, turned and scaled only", slug="modes", before=0,
+        "(one for two beside the first); 0 = moved, turned and scaled only", backbones=HEATMAP_STARTS, slug="modes",
+        before=0,
         acts=[unless("shape_prior", None), unless("decoder", "contour_centroid")])
     ema_decay: Fraction | None = setting(None, "decay of a moving average of the weights, each step; null = none",
                                          slug="ema")
     batch_size: Count = setting(8, "images of a micro-batch", slug="batch")
-    scheduler: Literal["plateau", "cosine", "constant"] = setting(
-        "cosine", "the learning rate: plateau = falls where the validation loss does not, cosine = falls to 0",
-        slug="schedule")
+    scheduler: Literal["plateau", "cosine", "constant", "cyclic", "restarts"] = setting(
+        "cosine", "the learning rate: plateau = falls where the validation loss does not, cosine = falls to 0, cyclic "
+        "= rises from a hundredth and falls back, half as high each time, restarts = cosine that starts over, twice as "
+        "long each time", slug="schedule")
+    cycle_iterations: Count = setting(2000, "steps of a rise, and of a fall; until the first restart",
+                                      acts=[only("scheduler", "cyclic", "restarts")])
     plateau_factor: float = setting(0.5, "what the learning rate is multiplied by on a plateau", gt=0, lt=1,
                                     acts=[only("scheduler", "plateau")])
     plateau_patience: Index = setting(13, "validations without improvement that make a plateau",
                                       acts=[only("scheduler", "plateau")])
     warmup_iterations: Index = setting(0, "steps over which the learning rate rises to its peak")
-    weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0)
+    optimizer: Literal["adamw", "adam", "amsgrad"] = setting(
+        "adamw", "adamw; adam and amsgrad = the decay is added to the gradient, not to the step", before="adamw")
+    weight_decay: float = setting(0.01, "the optimiser's weight decay", ge=0)
     early_stop_patience: Count | None = setting(None, "validations without improvement that end the training; null = "
                                                 "never")
     validate_every: Count | None = setting(None, "optimiser steps between validations; null = every epoch",
@@ -160,7 +173,13 @@ class Finetune(LossSettings):
     sampling: Literal["stream", "epoch"] = setting(
         "stream", "stream: endless permutations; epoch: a step for the last partial group")
     clip: Clip = setting(Clip(), "gradient clipping")
-    refine: Refine = setting(Refine(), "a second stage on finer crops around the first one's answers")
+    refine: Refine = setting(Refine(), "a second stage on finer crops around the first one's answers",
+                             backbones=HEATMAP_STARTS)
+    gu2net: GU2Net = setting(GU2Net(), "an earlier system: shared and own kernels, and a global branch",
+                             backbones=("gu2net",))
+    global_to_local: GlobalToLocal = setting(
+        GlobalToLocal(), "an earlier system: displacements and presence of patches, then windows",
+        backbones=("global_to_local",))
     self_training: SelfTraining = setting(
         SelfTraining(), "learning from the detector's own answers in unlabelled images")
     augmentation: StrongAugmentation = setting(StrongAugmentation(), "random changes of images and landmarks")
@@ -173,8 +192,8 @@ class Finetune(LossSettings):
             raise ValueError("finetune needs exactly one of iterations and epochs (set the other to null)")
         needs_validation = self.scheduler == "plateau" or self.early_stop_patience is not None
         if self.validation == "none" and needs_validation:
-            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine or constant, '
-                             "early_stop_patience null")
+            raise ValueError('finetune.validation "none" needs a fixed schedule: scheduler cosine, constant, cyclic or '
+                             "restarts, early_stop_patience null")
         if self.pretraining_iteration == "best" and self.validation == "none":
             raise ValueError('finetune.pretraining_iteration "best" is chosen by the validation error, and '
                              'finetune.validation is "none"; give an iteration, or validation labels')

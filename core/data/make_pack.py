@@ -37,10 +37,10 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
         "groups": {name: [_describe(record) for record in group] for name, group in groups.items()},
     }
     buffer = io.BytesIO()
-    kind = np.uint8 if all(map(_has_8_bits, records, loaded)) else np.uint16
+    kind: type[np.uint8 | np.uint16] = np.uint8 if all(map(_has_8_bits, records, loaded)) else np.uint16
     ranges = np.array([(0, 255) if kind == np.uint8 else (image.pixels.min(), image.pixels.max()) for image in loaded])
-    levels = np.stack([_levels(image.pixels, float(limits[0]), float(limits[1]), kind)
-                       for image, limits in zip(loaded, ranges, strict=True)])
+    levels = np.stack([_levels(image.pixels, low, high, kind)
+                       for image, (low, high) in zip(loaded, ranges.tolist(), strict=True)])
     np.savez_compressed(buffer, pixels=levels, ranges=ranges,
                         ids=np.array([record.id for record in records]), size=np.array(config.image_size),
                         original_sizes=np.array([image.original_size for image in loaded]),
@@ -57,7 +57,7 @@ def _has_8_bits(record: Record, image: Loaded) -> bool:
     return whole and image.pixels.min() >= 0 and image.pixels.max() < 255.5
 
 
-def _levels(pixels: np.ndarray, low: float, high: float, kind: type[np.unsignedinteger]) -> np.ndarray:
+def _levels(pixels: np.ndarray, low: float, high: float, kind: type[np.uint8 | np.uint16]) -> np.ndarray:
     """Pixels as whole numbers, `low` to 0 and `high` to the largest of `kind`: each image has a range of its own."""
     top = float(np.iinfo(kind).max)
     return np.round((pixels - low) * (top / max(high - low, 1e-30))).astype(kind)

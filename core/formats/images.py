@@ -93,8 +93,7 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
     Without an image suffix a file with DICOM's mark is one.
     """
     images: list[tuple[str, ...]] = []  # the parts of their names below `folder`: sorted as paths are, in less time
-    ahead, seen = [folder], {folder.resolve()}
-    links: list[Path] = []
+    ahead, seen, links = [folder], {folder.resolve()}, list[Path]()
     while ahead or links:
         here = ahead.pop() if ahead else links.pop(0)  # links come last: an image has the name that it has without them
         below = here.parts[len(folder.parts) :]

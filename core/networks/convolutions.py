@@ -30,6 +30,11 @@ class Conv3d(nn.Conv3d):
 
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
+ANY_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}  # of any stride, dilation and groups
+BATCH_NORM: dict[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+AVERAGE_POOL: dict[int, Callable[[int], nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOL: dict[int, Callable[..., Tensor]] = {2: F.max_pool2d, 3: F.max_pool3d}
+LINEAR = {2: "bilinear", 3: "trilinear"}
 CONV_FUNCTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {

@@ -54,6 +54,8 @@ def _variant(config: Config, backbone: str, slug_of_file: Callable[[str], str]) 
         if value is None:
             value = setting.null_slug  # of most null says that another one counts
         if value is not None and value != setting.default:
+            if isinstance(value, tuple):  # of files
+                value = "+".join(map(slug_of_file, value))
             parts.append(f"{setting.slug}-{slug_of_file(value) if setting.is_file else value}")
     return "_".join(parts).replace("/", "-") or "default"
 

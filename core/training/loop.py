@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -27,6 +28,7 @@ from core.training.device import autocast, memory_format
 from core.training.distributed import ALONE, Ranks
 from core.training.memory import parts_of
 from core.training.run_log import NoLog, RunLog
+from core.training.schedules import cosine_restarts, triangle
 from core.training.state import load_state, save_state
 from core.training.stop_signal import StopSignal
 from core.training.threads import use_threads
@@ -86,6 +88,8 @@ class LoopSettings:
     save_every: int
     validate_every: int
     scheduler: str = "constant"
+    cycle_iterations: int = 1
+    optimizer: str = "adamw"
     warmup_iterations: int = 0
     plateau_factor: float = 0.5
     plateau_patience: int = 13
@@ -102,6 +106,10 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "amsgrad": partial(torch.optim.Adam, amsgrad=True)}
+
+
 class Training(Generic[Network]):
     """Model, EMA, optimiser and schedule of one run, and how they are stepped, saved and restored."""
 
@@ -116,8 +124,8 @@ class Training(Generic[Network]):
             self.forward = torch.compile(forward)  # type: ignore[assignment]  # a module of a module, its stub does not say
         self.parameters = list(self.model.parameters())
         self.averaged, self.averages = averaged_tensors(self.model), averaged_tensors(self.ema)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate,
-                                           weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = OPTIMIZERS[settings.optimizer](self.parameters, lr=settings.learning_rate,
+                                                        weight_decay=settings.weight_decay, fused=True)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=settings.plateau_factor, patience=settings.plateau_patience)
         self.step, self.best, self.since_best = 0, math.inf, 0
@@ -158,10 +166,14 @@ class Training(Generic[Network]):
         self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
 
     def learning_rate_factor(self) -> float:
-        """Warm-up, then constant or cosine to 0; a pure function of the step."""
-        warm = self.settings.warmup_iterations
+        """Warm-up, then constant, cosine to 0, or cycles; a pure function of the step."""
+        warm, cycle = self.settings.warmup_iterations, self.settings.cycle_iterations
         if self.step < warm:
             return (self.step + 1) / warm
+        if self.settings.scheduler == "cyclic":
+            return triangle(self.step - warm, cycle)
+        if self.settings.scheduler == "restarts":
+            return cosine_restarts(self.step - warm, cycle)
         if self.settings.scheduler == "cosine":
             progress = (self.step - warm) / max(1, self.settings.iterations - warm)
             return 0.5 * (1 + math.cos(math.pi * progress))
@@ -327,7 +339,9 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     if ranks.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
     if settings.device.type == "cpu" and not training.finished:
-        print(use_threads(threads), flush=True)
+        chosen = use_threads(threads)
+        if ranks.leads:
+            print(chosen, flush=True)
     open_log = RunLog if ranks.leads else NoLog
     with (open_log(run_dir, settings.title, training.step, settings.iterations) as log,
           StopSignal(once=ranks.count > 1) as stop, writing_in_background(settings.device.type == "cuda")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from core.config.config import Config
+from core.config.starts import ENCODER_LEVELS
 from core.networks.encoders import EncoderUNet, build_encoder_unet
 from core.networks.weights import Weights
 from landmarks_finetuning.starts import START_WEIGHTS
@@ -17,3 +18,8 @@ def start_encoder_unet(config: Config, backbone: str, channels: int, landmarks: 
 def rebuild_encoder_unet(weights: Weights, _size: tuple[int, ...]) -> EncoderUNet:
     """The U-Net around an encoder that `weights` came from."""
     return EncoderUNet(weights.header["encoder"], weights.channels, weights.out_channels)
+
+
+def deepest(config: Config) -> tuple[int, ...]:
+    """The size of the encoder's last map."""
+    return tuple(length >> (ENCODER_LEVELS - 1) for length in config.dataset.image_size)

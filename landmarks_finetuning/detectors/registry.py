@@ -1,31 +1,39 @@
-"""Every kind of detector: how a fresh one starts, and how one is rebuilt from a weights file."""
+"""Every kind of detector, by the network that it is: what docs/design.md calls adding one ends here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from core.config.config import Config
 from core.config.starts import BACKBONES
-from core.networks.encoders import EncoderUNet
-from core.networks.weights import Weights
-from landmarks_finetuning.detectors.encoder_unet import rebuild_encoder_unet, start_encoder_unet
-from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet, rebuild_unet, start_unet
+from landmarks_finetuning.detectors import global_to_local as patches
+from landmarks_finetuning.detectors import gu2net
+from landmarks_finetuning.detectors.encoder_unet import deepest, rebuild_encoder_unet, start_encoder_unet
+from landmarks_finetuning.detectors.heatmap_unet import rebuild_unet, start_unet
+from landmarks_finetuning.detectors.heatmaps import CROPS, as_they_are, heatmap_loss, heatmap_terms, locate_heatmaps
+from landmarks_finetuning.detectors.interface import Detector, Kind, SecondStage
+from landmarks_finetuning.joint_training import JointRegression
+from landmarks_finetuning.local_step import LocalRegression, refine_locally
+from landmarks_finetuning.regression import LandmarkRegression
 
-Detector = HeatmapUNet | EncoderUNet
+DETECTORS = {
+    "unet": Kind(start_unet, rebuild_unet, heatmap_loss, heatmap_terms, locate_heatmaps, as_they_are, None,
+                 LandmarkRegression, CROPS),
+    "encoder_unet": Kind(start_encoder_unet, rebuild_encoder_unet, heatmap_loss, heatmap_terms, locate_heatmaps,
+                         as_they_are, deepest, LandmarkRegression, CROPS),
+    "gu2net": Kind(gu2net.start_gu2net, gu2net.rebuild_gu2net, gu2net.gu2net_loss, None, locate_heatmaps,
+                   gu2net.probabilities, gu2net.deepest, JointRegression, CROPS),
+    "global_to_local": Kind(patches.start_global, patches.rebuild_global, patches.global_loss, None,
+                            patches.locate_global, None, patches.deepest_global, LandmarkRegression,
+                            SecondStage("local_networks", LocalRegression, refine_locally)),
+    "local_networks": Kind(patches.start_local, patches.rebuild_local, patches.local_loss, None,
+                           patches.locate_local, None, patches.deepest_local, LocalRegression, None),
+}
 
 
-class Network(NamedTuple):
-    """A kind of network: how to make a fresh one, and how to rebuild one from a weights file's header."""
-
-    start: Callable[[Config, str, int, int], Detector]
-    rebuild: Callable[[Weights, tuple[int, ...]], Detector]
-
-
-DETECTORS = {"unet": Network(start_unet, rebuild_unet),
-             "encoder_unet": Network(start_encoder_unet, rebuild_encoder_unet)}
+def kind_of(backbone: str) -> Kind:
+    """The kind of detector that starts from `backbone`."""
+    return DETECTORS[BACKBONES[backbone]]
 
 
 def build_detector(config: Config, backbone: str, channels: int, landmarks: int) -> Detector:
-    """A fresh detector (B, channels, *size) -> (B, landmarks, *size) that starts from `backbone`."""
-    return DETECTORS[BACKBONES[backbone]].start(config, backbone, channels, landmarks)
+    """A fresh detector (B, channels, *size) -> its outputs for so many landmarks that starts from `backbone`."""
+    return kind_of(backbone).start(config, backbone, channels, landmarks)

@@ -27,8 +27,8 @@ class Case(NamedTuple):
     """One image as pictures show it: the stored image upright, or the network's where that is all a pack has.
 
     pixels (C, *size); found and truth (N, D) in its pixels; probabilities and targets (N, *own), None without a
-    detector, cover the same field on the network's grid, targets being what training aims at; spacing along the
-    picture's axes, None where unknown; doubt None where nothing is expected of any landmark.
+    detector and for one without heatmaps, cover the same field on the network's grid, targets being what training aims
+    at; spacing along the picture's axes, None where unknown; doubt None where nothing is expected of any landmark.
     """
 
     pixels: np.ndarray
@@ -76,10 +76,15 @@ def _part(first: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in zip(first.tolist(), (first + size).tolist(), strict=True))
 
 
-def _heatmaps(detector: TrainedDetector, images: ImageSet, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities and targets (N, *own) where the image itself fills the network's input; None: not annotated."""
-    config = detector.config
-    [(_, outputs, maps)] = detector.heatmaps(images, [index])
+def _heatmaps(detector: TrainedDetector, images: ImageSet, index: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Probabilities and targets (N, *own) where the image itself fills the network's input; None: not annotated.
+
+    Both are None for a detector without heatmaps.
+    """
+    if detector.kind.heatmaps is None:
+        return None, None
+    config = detector.recipe
+    [(_, outputs, maps)] = detector.outputs(images, [index])
     skipped = [0] * (outputs.ndim - 2) if images.fits else [part.start for part in images.seen(index)]
     first = images.firsts[index].numpy() - skipped
     own = (slice(None), *_part(first, images.sizes[index].numpy()))

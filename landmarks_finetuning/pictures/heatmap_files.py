@@ -39,7 +39,13 @@ def example_indices(count: int) -> list[int]:
 
 
 def write_heatmaps(path: Path, predictions: Predictions) -> None:
-    """Write `path` (.npz): images (ids), and for the k-th of them FlatCase's arrays as <field>_<k>."""
+    """Write `path` (.npz): images (ids), and for the k-th of them FlatCase's arrays as <field>_<k>.
+
+    A detector without heatmaps leaves none.
+    """
+    if predictions.detector is None or predictions.detector.kind.heatmaps is None:
+        path.unlink(missing_ok=True)
+        return
     chosen = example_indices(len(predictions.images.records))
     arrays = {"images": np.array([predictions.images.records[index].id for index in chosen])}
     for k, index in enumerate(chosen):

@@ -29,8 +29,8 @@ R = TypeVar("R")
 LEGEND_COLUMN = 2.1  # inches: the longest name at 9 points and its line
 COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "imagenet": "#009E73",
            "mocov3": "#CC79A7", "simclrv2": "#E69F00", "dino": "#56B4E9",  # Okabe and Ito
-           "random": "#8A6FD1"}
-SPARE_COLOURS = ("#9C5A3C", "#B0A100", "#5B8C85", "#C2456B")
+           "random": "#8A6FD1", "gu2net": "#9C5A3C", "global_to_local": "#5B8C85"}
+SPARE_COLOURS = ("#B0A100", "#C2456B", "#3F6C9C", "#7A7A2E")
 QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
 STYLE: dict[Any, Any] = {  # matplotlib's own type lists every key

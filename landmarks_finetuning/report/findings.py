@@ -14,7 +14,8 @@ from landmarks_finetuning.statistics import SIGNIFICANCE, holm, patients_needed
 
 PAPER_METHODS = {"imagenet": "ImageNet", "mocov3": "MoCoV3", "simclrv2": "SimCLRv2", "dino": "DINO"}
 NAMES = {"ddpm": "Diffusion pre-training", "scratch": "From scratch", "random": "Untrained encoder",
-         "mean_shape": "Mean shape", **PAPER_METHODS}
+         "mean_shape": "Mean shape", "gu2net": "GU2Net", "global_to_local": "Global-to-local", **PAPER_METHODS}
+EARLIER = {"gu2net": "GU2Net", "global_to_local": "global-to-local"}
 HUMAN = "Two doctors"  # the distance between them
 UNTRAINED = "mean_shape"
 STUDIED = "ddpm"
@@ -31,7 +32,7 @@ def display_name(backbone: str) -> str:
 
 def _inline_name(backbone: str) -> str:
     """The name within a sentence: proper names keep their capitals."""
-    return backbone if backbone not in NAMES else PAPER_METHODS.get(backbone, NAMES[backbone].lower())
+    return backbone if backbone not in NAMES else {**PAPER_METHODS, **EARLIER}.get(backbone, NAMES[backbone].lower())
 
 
 def comparisons(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:

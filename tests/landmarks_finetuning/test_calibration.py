@@ -10,7 +10,8 @@ import pytest
 from core.data.dataset import load_images
 from core.data.source import load_source
 from landmarks_finetuning.calibration import calibrate, read_calibration
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.decoding import locate
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
 from tests.conftest import error_of
@@ -85,7 +86,7 @@ def test_a_softmax_over_landmarks_expects_nothing(tiny_cell):
     detector = TrainedDetector(tiny_cell / "best.safetensors")
     settings = detector.config.finetune.model_copy(update={"loss": "cross_entropy_channels", "shape_prior": None})
     images = load_images(load_source(detector.config.dataset).require("test"), detector.config.dataset)
-    [(_, outputs, maps)] = detector.heatmaps(images)
+    [(_, outputs, maps)] = detector.outputs(images)
     located = locate(outputs, maps, settings, detector.sigma)
     assert np.isfinite(located.points).all()
     assert np.isnan(located.expected_error).all() and np.isnan(located.radius90).all()

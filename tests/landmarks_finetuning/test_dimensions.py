@@ -32,8 +32,8 @@ from core.formats.images import read_geometry, read_image
 from core.networks.convolutions import Downsample
 from core.networks.unet import UNet
 from landmarks_finetuning.heatmaps import decode, draw_target
-from landmarks_finetuning.inference import _over_windows, run_batched, window_starts, window_weight
 from landmarks_finetuning.losses import LOSSES, cross_entropy_pixels
+from landmarks_finetuning.running import _over_windows, run_batched, window_starts, window_weight
 
 RNG_SEED = 0
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"

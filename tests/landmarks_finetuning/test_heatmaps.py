@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from core.config.load import CONFIG_DIR, load_config, parse_config
 from core.errors import UserError
+from landmarks_finetuning.decoding import sigma_pixels
 from landmarks_finetuning.heatmaps import (
     DECODERS,
     TARGETS,
@@ -20,7 +21,6 @@ from landmarks_finetuning.heatmaps import (
     log_maps,
     probability_maps,
 )
-from landmarks_finetuning.inference import sigma_pixels
 
 PIXELS, CHANNELS = "cross_entropy_pixels", "cross_entropy_channels"
 sizes = pytest.mark.parametrize("size", [(24, 20), (14, 12, 16)], ids=["2d", "3d"])

@@ -22,10 +22,13 @@ from core.formats.images import read_geometry
 from core.networks.weights import read_tensors
 from core.runs.places import Cell
 from core.training.run_log import read_metrics
-from landmarks_finetuning.inference import TrainedDetector, run_batched, sigma_pixels
+from landmarks_finetuning.decoding import sigma_pixels
+from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.running import run_batched
 from landmarks_finetuning.train import finetune_cell
 from study.launch import DEFAULT_STAGES
 from study.run import run_study
@@ -131,10 +134,11 @@ def seeing_itself(**dataset):
     config = parse_config({"is_3d": True, "dataset": {**dataset, "image_size": list(size)},
                            "unet": {"channel_multipliers": [1]}}, "test")
 
-    def heatmaps(images, chosen=None):
+    def outputs(images, chosen=None):
         return run_batched(lambda inputs: 20 * inputs, images, config.evaluation, torch.device("cpu"), "auto", chosen)
 
-    return SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a"], shape=None, second=None,
+    return SimpleNamespace(config=config, recipe=config, kind=DETECTORS["unet"], outputs=outputs,
+                               landmark_names=["a"], shape=None, second=None,
                            sigma=sigma_pixels(config.finetune.sigma, config.dataset))
 
 

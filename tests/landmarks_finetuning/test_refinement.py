@@ -14,9 +14,10 @@ from core.config.second_stage import second_stage
 from core.data.dataset import load_images
 from core.data.records import Record
 from landmarks_finetuning.calibration import calibrate
-from landmarks_finetuning.inference import run_batched
+from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import decode_crops, first_errors, guessed_errors, refine, run_crops
+from landmarks_finetuning.running import run_batched
 from landmarks_finetuning.uncertainty import Calibration
 
 SHAPE = (200, 160)  # stored pixels
@@ -119,12 +120,13 @@ def test_two_stages_are_calibrated_on_the_maps_of_the_second(dotted):
     wrong = [replace(record, landmarks=record.landmarks + [[0.5, 1], [1, -0.5], [0, 40]]) for record in records]
     images = load_images(wrong, config.dataset)
 
-    def heatmaps(images, chosen=None):
+    def outputs(images, chosen=None):
         return run_batched(lambda inputs: 40 * inputs.expand(-1, 3, -1, -1), images, config.evaluation,
                            torch.device("cpu"), "auto", chosen)
 
     second = SimpleNamespace(model=Brightness(), header={"spread_pixels": 1.0})
-    detector = SimpleNamespace(config=config, heatmaps=heatmaps, landmark_names=["a", "b", "c"], shape=None, sigma=0.5,
+    detector = SimpleNamespace(config=config, recipe=config, kind=DETECTORS["unet"], outputs=outputs,
+                               landmark_names=["a", "b", "c"], shape=None, sigma=0.5,
                                second=second)
     errors, calibration = calibrate(detector, images, "argmax")
     again = find_landmarks(detector, images, "argmax", calibration=calibration)

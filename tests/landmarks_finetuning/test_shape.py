@@ -13,8 +13,9 @@ from core.data.dataset import load_images
 from core.data.shots import labelled_subset
 from core.data.source import load_source
 from core.runs.places import Cell
+from landmarks_finetuning.decoding import locate
 from landmarks_finetuning.heatmaps import decode
-from landmarks_finetuning.inference import TrainedDetector, locate
+from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.shape import (
     SCALES,

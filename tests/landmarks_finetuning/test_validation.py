@@ -11,10 +11,13 @@ from core.data.dataset import load_images
 from core.data.source import load_source
 from core.networks.unet import UNet
 from core.training.device import autocast
+from landmarks_finetuning.decoding import locate, sigma_pixels
+from landmarks_finetuning.detectors.heatmaps import heatmap_loss
+from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
-from landmarks_finetuning.inference import Heatmaps, joined, locate
 from landmarks_finetuning.losses import LOSSES
-from landmarks_finetuning.regression import HeatmapRegression, WeightedImages
+from landmarks_finetuning.regression import LandmarkRegression, WeightedImages
+from landmarks_finetuning.running import Outputs, joined
 
 
 class CrossingsToTheCpu(TorchDispatchMode):
@@ -55,7 +58,7 @@ def test_a_copy_to_the_gpu_is_noticed():
 
 def batch(first, count, side):
     chosen = list(range(first, first + count))
-    return Heatmaps(chosen, torch.full((count, 1, side, side), float(first)), np.full((count, 2, 3), float(first)))
+    return Outputs(chosen, torch.full((count, 1, side, side), float(first)), np.full((count, 2, 3), float(first)))
 
 
 def test_small_batches_are_joined():
@@ -81,7 +84,8 @@ def task(make_config, tmp_path):
     source = load_source(config.dataset)
     images = load_images(source.require("validation"), config.dataset)
     shape = images.truth[0].tolist()
-    return HeatmapRegression(config, tmp_path, {"shape": shape}, WeightedImages(images, np.arange(20)), images)
+    return LandmarkRegression(config, tmp_path, {"shape": shape, "backbone": "ddpm"},
+                              WeightedImages(images, np.arange(20)), images, DETECTORS["unet"])
 
 
 def test_figures_of_batches_that_are_joined(task):
@@ -89,10 +93,11 @@ def test_figures_of_batches_that_are_joined(task):
     figures = [task.validate(Blobs(), 0) for _ in range(2)]
     images, finetune = task.validation, task.config.finetune
     losses, errors = [], []
+    sigma = sigma_pixels(finetune.sigma, task.config.dataset)
     for some in (slice(0, 8), slice(8, 16), slice(16, 20)):
         outputs = Blobs()(images.images[some])
-        losses += [task._loss(outputs, images.truth[some]).item()] * len(outputs)
-        points = locate(outputs, images.maps[some], finetune, task.sigma, shape=task.shape).points
+        losses += [heatmap_loss(outputs, images.truth[some], task.config).item()] * len(outputs)
+        points = locate(outputs, images.maps[some], finetune, sigma, shape=task.shape).points
         off = (points - images.original_points()[some]) * images.spacings()[some][:, None]
         errors.append(np.linalg.norm(off, axis=2))
     assert len(images.records) == 20
@@ -124,7 +129,8 @@ def test_replayed_validations_see_the_weights_of_now(make_config, tmp_path, prec
         source = load_source(config.dataset)
         images = load_images(source.require("validation"), config.dataset)
         training = WeightedImages(images, np.arange(20))
-        task = HeatmapRegression(config, tmp_path, {"shape": images.truth[0].tolist()}, training, images)
+        task = LandmarkRegression(config, tmp_path, {"shape": images.truth[0].tolist(), "backbone": "ddpm"}, training,
+                                  images, DETECTORS["unet"])
         torch.manual_seed(0)
         model = UNet(config.unet, 1, 19, config.dataset.image_size).cuda().to(memory_format=torch.channels_last)
         seen = []

@@ -76,7 +76,8 @@ def test_set_takes_every_type(minimal):
     assert (config.ddpm.learning_rate, config.dataset.image_size) == (3e-4, (64, 48))
     assert (config.finetune.timestep, config.finetune.validation) == (None, "none")
     assert config.finetune.learning_rate.model_dump() == {
-        "ddpm": 1.0, "scratch": 1e-3, "imagenet": 0.5, "random": 1e-3, "mocov3": 1e-3, "simclrv2": 1e-3, "dino": 1e-3}
+        "ddpm": 1.0, "scratch": 1e-3, "imagenet": 0.5, "random": 1e-3, "mocov3": 1e-3, "simclrv2": 1e-3, "dino": 1e-3,
+        "gu2net": 1e-3, "global_to_local": 1e-3}
     assert (config.ddpm.clip.mode, config.ddpm.clip.limit, config.evaluation.split) == ("norm", 2.0, "validation")
 
 
@@ -109,9 +110,10 @@ def test_value_may_hold_an_equals_sign(minimal):
     ("finetune.draws=[-1]", "finetune.draws.0: input should be greater than or equal to 0"),
     ("finetune.learning_rate.ddpm=-1", "finetune.learning_rate.ddpm: input should be greater than 0"),
     ("finetune.learning_rate.imagnet=1", 'unknown key finetune.learning_rate.imagnet (did you mean "imagenet"?); '
-                                         "valid: ddpm, dino, imagenet, mocov3, random, scratch, simclrv2"),
+                                         "valid: ddpm, dino, global_to_local, gu2net, imagenet, mocov3, random, "
+                                         "scratch, simclrv2"),
     ('finetune.backbones=["dyno"]', "finetune.backbones.0: input should be 'ddpm', 'scratch', 'imagenet', 'random', "
-                                    "'mocov3', 'simclrv2' or 'dino'"),
+                                    "'mocov3', 'simclrv2', 'dino', 'gu2net' or 'global_to_local'"),
     ("finetune.encoder=resnet18", "finetune.encoder: input should be 'densenet161', 'vgg19', 'resnext50_32x4d' or "
                                   "'resnet50', got 'resnet18'"),
     ("unet.channel_multipliers=[]", "unet.channel_multipliers: tuple should have at least 1 item"),

@@ -6,6 +6,7 @@ from core.config.settings import all_settings, counting_for
 from core.config.ssl import SSL
 from core.config.starts import BACKBONES
 
+EARLIER = ("gu2net", "global_to_local")
 SSL_METHODS = ("mocov3", "simclrv2", "dino")
 # The lists that stood in core/runs/places.py and core/runs/identity.py before the metadata.
 VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder": "decoder", "shape_prior": "prior",
@@ -18,8 +19,19 @@ STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fi
                "refine.prior": "fine-prior", "refine.iterations": "fine-steps", "refine.batch_size": "fine-batch",
                "self_training.rounds": "rounds", "self_training.matching": "match", "self_training.images": "pseudo",
                "self_training.share": "pseudo-share", "self_training.power": "pseudo-power"}  # fmt: skip
-OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.start", "self_training.matching"), "random": ("encoder",),
-            **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights"))}  # fmt: skip
+EARLIER_KEYS = {"gu2net.preset": "preset", "gu2net.learning_rate": "lr", "gu2net.cycle_iterations": "cycle",
+                "gu2net.together": "with",
+                **{f"global_to_local.{key}": slug for key, slug in {
+                    "preset": "preset", "patch": "patch", "presence_weight": "presence", "channels": "width",
+                    "local.iterations": "local-steps", "local.window": "window", "local.window_mm": "window-mm",
+                    "local.zoom": "zoom", "local.batch_size": "local-batch", "local.channels": "local-width"}.items()}}
+HEATMAP_KEYS = ("target", "sigma", "decoder", "shape_prior", "shape_modes", "refine")
+SOFTMAX_KEYS = ("loss", *HEATMAP_KEYS)
+OWN_KEYS = {"ddpm": ("timestep", "pretraining_iteration", "checkpoint", "refine.start", "self_training.matching",
+                     *SOFTMAX_KEYS),
+            "scratch": SOFTMAX_KEYS, "random": ("encoder", *SOFTMAX_KEYS),
+            **dict.fromkeys(("imagenet", *SSL_METHODS), ("encoder", "encoder_weights", *SOFTMAX_KEYS)),
+            "gu2net": ("gu2net", *HEATMAP_KEYS), "global_to_local": ("global_to_local",)}  # fmt: skip
 FILE_KEYS = ("checkpoint", "encoder_weights")
 BY_BACKBONE = ("learning_rate", "encoder_weights")
 PLACES = ("dataset.root", "dataset.cache_dir")
@@ -58,7 +70,7 @@ def test_cells_watch_the_same_keys_as_before(backbone):
     free = (*CELL_FREE, *others, *(f"finetune.{key}" for key in foreign))
     network = {"ddpm": ("unet", "ddpm.checkpoint_iterations"), "scratch": ("unet",)}.get(backbone, ())
     assert counting_for("training", backbone) == below(("experiment.seed", "dataset", *network, "finetune"), free)
-    assert counting_for("scoring", backbone) == SCORING | OF_A_DETECTOR
+    assert counting_for("scoring", backbone) == SCORING | (set() if backbone == "global_to_local" else OF_A_DETECTOR)
 
 
 def test_the_mean_shape_depends_on_data_and_labels():
@@ -71,7 +83,8 @@ def test_names_in_variants_as_before():
     """In the order of the folders' names; of learning rates and weights each start has its own."""
     slugs = {key.removeprefix("finetune."): each.slug for key, each in all_settings().items() if each.slug}
     assert {key: slug for key, slug in slugs.items() if "refine" in key or "self_training" in key} == STAGED_KEYS
-    others = [(key.split(".")[0], slug) for key, slug in slugs.items() if key not in STAGED_KEYS]
+    assert {key: slug for key, slug in slugs.items() if key.split(".")[0] in EARLIER} == EARLIER_KEYS
+    others = [(key.split(".")[0], slug) for key, slug in slugs.items() if key not in {**STAGED_KEYS, **EARLIER_KEYS}]
     assert list(dict.fromkeys(others)) == list(VARIANT_KEYS.items())
     for key, each in all_settings().items():
         name = key.removeprefix("finetune.").split(".")[0]
@@ -79,12 +92,14 @@ def test_names_in_variants_as_before():
         if each.slug and name in BY_BACKBONE:
             assert each.backbones == (key.split(".")[2],)
         elif each.slug:
-            owners = {backbone for backbone, keys in OWN_KEYS.items()
-                      if {name, key.removeprefix("finetune.")} & set(keys)}
+            alone = {backbone for backbone, keys in OWN_KEYS.items() if key.removeprefix("finetune.") in keys}
+            owners = alone or {backbone for backbone, keys in OWN_KEYS.items() if name in keys}
             assert set(each.backbones) - {"mean_shape"} == (owners or set(BACKBONES)), key
     assert {key: each.before for key, each in all_settings().items() if each.before is not None} == {
         "evaluation.leaked": "keep", "evaluation.views": 1, "ddpm.objective": "noise", "finetune.shape_modes": 0,
-        **{f"{stage}.augmentation.{name}": 0.0 for stage in ("ddpm", "finetune", "finetune.refine")
+        "finetune.optimizer": "adamw",
+        **{f"{stage}.augmentation.{name}": 0.0 for stage in ("ddpm", "finetune", "finetune.refine",
+                                                                   "finetune.global_to_local.local")
            for name in ("elastic", "artefacts")}}
 
 

@@ -264,7 +264,7 @@ def test_wrong_pack(folder, tmp_path):
     write_pack(folder, path)
     packed = folder.model_copy(update={"root": str(path)})
     larger = packed.model_copy(update={"image_size": (32, 16)})
-    with pytest.raises(UserError, match=r"pack.npz holds images of \[16, 16\], and \[32, 16\] are asked"):
+    with pytest.raises(UserError, match=r"pack.npz holds images of \[16, 16\], and \[32, 16\] are asked for"):
         load_images(load_source(larger).require("train"), larger)
     with pytest.raises(UserError, match='was packed from layout "folder", dataset.layout is "chest"'):
         load_source(packed.model_copy(update={"layout": "chest"}))

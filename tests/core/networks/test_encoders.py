@@ -101,7 +101,8 @@ def test_every_encoder_is_known_to_both_libraries():
         published = torchvision.models.get_weight(f"{cased}_Weights.IMAGENET1K_V1")
         assert published.url == f"{HUB}/{HUB_FILES[name]}"
         assert Finetune(encoder=name).encoder == name
-    assert BACKBONES.keys() == LearningRates.model_fields.keys() and set(BACKBONES.values()) == DETECTORS.keys()
+    assert BACKBONES.keys() == LearningRates.model_fields.keys()
+    assert {*BACKBONES.values(), "local_networks"} == DETECTORS.keys()
 
 
 def test_unknown_encoder():
@@ -243,7 +244,7 @@ def test_detector_is_rebuilt_from_its_header(small, make_config, tmp_path, backb
     if backbone == "random":
         assert 'of kind "encoder_unet", where unet is needed' in error_of(load_weights, path)
     save_weights(path, model, config.plain(), {**header, "network": "transformer"})
-    assert 'of kind "transformer", where unet or encoder_unet is needed' in error_of(TrainedDetector, path)
+    assert 'of kind "transformer", where unet or encoder_unet or ' in error_of(TrainedDetector, path)
     if backbone == "scratch":  # files of before there was a choice
         save_weights(path, model, config.plain(), {k: v for k, v in header.items() if k != "network"})
         assert torch.equal(TrainedDetector(path).model(grey()), rebuilt.model(grey()))
@@ -299,7 +300,8 @@ def test_study_of_encoders(small, weights, make_config, tmp_path):
 
 def test_every_backbone_has_a_name_and_a_colour():
     assert {display_name(backbone) for backbone in BACKBONES} == {"Diffusion pre-training", "From scratch", "ImageNet",
-                                                                  "Untrained encoder", "MoCoV3", "SimCLRv2", "DINO"}
+                                                                  "Untrained encoder", "MoCoV3", "SimCLRv2", "DINO",
+                                                                  "GU2Net", "Global-to-local"}
     assert BACKBONES.keys() <= COLOURS.keys() and len(set(COLOURS.values())) == len(COLOURS)
 
 

@@ -12,6 +12,7 @@ from tests.conftest import PROJECT
 
 PRETRAINING = "ddpm_pretraining.train"
 # A module that pre-trains and in rank 1's n-th step does what its first arguments say.
+THREADS = "threads: 1, as OMP_NUM_THREADS says\n"
 SABOTAGE = """
 import os, runpy, sys
 import core.training.loop as loop
@@ -55,11 +56,11 @@ def test_a_killed_process_ends_the_job(tmp_path, config_file):
     """One line with its rank; what was saved stays, the claim is gone, and the same command goes on."""
     path, run_dir = config_file(), tmp_path / "runs/tiny/ddpm"
     status, out, lines = sabotaged(tmp_path, "self", signal.SIGKILL, "--config", path)
-    assert (status, out, len(lines)) == (1, "", 1), lines
+    assert (status, out, len(lines)) == (1, THREADS, 1), lines
     assert lines[0].startswith("error: rank 1 (process ") and "was killed by SIGKILL" in lines[0]
     assert read_pickle(run_dir / "last.pt")["step"] == 2
     status, out, lines = job(tmp_path, PRETRAINING, "--config", path)
-    assert (status, lines) == (0, []) and out == f"pre-training is done: {run_dir}\n"
+    assert (status, lines) == (0, []) and out == f"{THREADS}pre-training is done: {run_dir}\n"
     assert read_pickle(run_dir / "last.pt")["step"] == 6
 
 
@@ -74,7 +75,7 @@ def test_ctrl_c_saves_once(tmp_path, config_file):
     """torchrun gets SIGINT; one line says how to go on, and what it says is so."""
     path, run_dir = config_file(ddpm={"iterations": 5000, "save_every": 5000}), tmp_path / "runs/tiny/ddpm"
     status, out, lines = sabotaged(tmp_path, "parent", signal.SIGINT, "--config", path)
-    assert (status, out, len(lines)) == (130, "", 1), lines
+    assert (status, out, len(lines)) == (130, THREADS, 1), lines
     step = read_pickle(run_dir / "last.pt")["step"]
     assert lines[0].startswith(f"interrupted: saved at step {step} of 5000; continue with: ") and 3 <= step < 5000
     offered = shlex.split(lines[0].partition("continue with: ")[2])

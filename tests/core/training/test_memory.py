@@ -20,7 +20,8 @@ from core.training.loop import Training
 from core.training.memory import Fit, Step, fit, fit_step, parts_of, splits, step_bytes
 from ddpm_pretraining.train import Denoising
 from ddpm_pretraining.train import loop_settings as pretraining_settings
-from landmarks_finetuning.regression import HeatmapRegression, WeightedImages
+from landmarks_finetuning.detectors.registry import DETECTORS
+from landmarks_finetuning.regression import LandmarkRegression, WeightedImages
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20
@@ -252,7 +253,8 @@ def test_finetuning_in_parts_is_the_step_of_whole_batches(make_config, tmp_path,
     truth = images.truth.clone()
     truth[:3, 4:] = np.nan
     training = WeightedImages(images, np.arange(10))
-    task = HeatmapRegression(config, tmp_path, {"shape": truth[5].tolist()}, training, None)
+    task = LandmarkRegression(config, tmp_path, {"shape": truth[5].tolist(), "backbone": "ddpm"}, training, None,
+                              DETECTORS["unet"])
     monkeypatch.setattr(ImageSet, "truth", property(lambda _: truth))
     settings = pretraining_settings(config)
     model = UNet(config.unet, 1, truth.shape[1], config.dataset.image_size)
