@@ -68,8 +68,8 @@ def match(run_dir: Path, training: Sequence[Record], records: Sequence[Record], 
     if labels is None:
         images = (load_images(some, config.dataset) for some in (training, records))
         labels = PseudoLabels(ids, *match_landmarks(config, *images))
-        labels.save(run_dir / MATCHES)
         write_json(run_dir / MATCHES_FIGURES, figures(labels, None, records))
+        labels.save(run_dir / MATCHES)  # last: where it is there, so are its figures
     return labels
 
 
@@ -96,8 +96,8 @@ def answer(folder: Path, records: Sequence[Record], before: PseudoLabels | None,
         certainty.append(certainties(apply_maps(predictions.points, images.maps), predictions.confidence,
                                      detector.shape))
     labels = PseudoLabels(ids, np.concatenate(points), np.concatenate(certainty))
-    labels.save(folder / FILE)
     write_json(folder / FIGURES, figures(labels, before, records))
+    labels.save(folder / FILE)  # last: where it is there, so are its figures
     return labels
 
 

@@ -31,7 +31,7 @@ def second_stage(config: Config) -> Config:
     levels = [refine.crop // 2**level for level in range(len(config.unet.channel_multipliers))]
     attention = tuple(size for size in config.unet.full_attention_sizes if size in levels)
     finetune = config.finetune.model_copy(update={
-        "refine": Refine(), "self_training": SelfTraining(), "checkpoint": None, "losses": (),
+        "refine": Refine(), "self_training": _without_rounds(config), "checkpoint": None, "losses": (),
         "loss": "cross_entropy_pixels", "target": "gaussian", "sigma": refine.sigma,
         "decoder": "local_expectation", "shape_prior": None, "iterations": refine.iterations, "epochs": None,
         "batch_size": refine.batch_size, "accumulation": 1,
@@ -59,7 +59,7 @@ def local_step(config: Config) -> Config:
     else:
         grid = {"canvas_size": tuple(max(round(length * local.zoom), local.window) for length in dataset.whole_size)}
     changes: dict[str, Any] = {
-        "refine": Refine(), "self_training": SelfTraining(), "losses": (), "iterations": local.iterations,
+        "refine": Refine(), "self_training": _without_rounds(config), "losses": (), "iterations": local.iterations,
         "epochs": None, "batch_size": local.batch_size, "accumulation": 1, "augmentation": local.augmentation,
         "global_to_local": GlobalToLocal(channels=own.channels, local=local.model_copy(update={"iterations": 0}))}
     if own.preset == "released":
@@ -69,6 +69,11 @@ def local_step(config: Config) -> Config:
         "experiment": experiment.model_copy(update={"output_dir": str(config.experiment_dir), "name": FOLDER}),
         "dataset": dataset.model_copy(update={"image_size": window, **grid}),
         "finetune": config.finetune.model_copy(update=changes)})
+
+
+def _without_rounds(config: Config) -> SelfTraining:
+    """What answers weigh in the second stage: as in the first; its rounds are those of the whole run."""
+    return config.finetune.self_training.model_copy(update={"rounds": 0, "matching": 0})
 
 
 def second_of(config: Config, backbone: str) -> Config | None:

@@ -69,6 +69,10 @@ def cell_records(source: DataSource, config: Config, backbone: str, shots: int, 
     if settings.rounds or settings.matches(backbone, shots):
         labelled = {record.id for record in (*training, *validation)}
         records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
+        if not records["unlabelled"]:
+            raise UserError(f"finetune.self_training answers unlabelled training images, and {source.root} has none "
+                            f"beside the {shots} labelled ones; set rounds and matching to 0, or give "
+                            "dataset.unlabelled_dirs")
     return records
 
 

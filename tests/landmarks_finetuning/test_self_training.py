@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.config.load import load_config
 from core.data.records import Record
-from core.data.shots import labelled_subset, unlabelled_training
+from core.data.shots import cell_records, labelled_subset, unlabelled_training
 from core.data.source import load_source
 from core.runs.places import round_dir
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
@@ -57,6 +57,12 @@ def test_a_split_that_shares_a_file_is_refused(make_config, tmp_path, monkeypatc
     sneaky = source.__class__(**{**vars(source), "unlabelled": (shared,)})
     with pytest.raises(ValueError, match="test image is among"):
         unlabelled_training(sneaky, set(), config.dataset, 10)
+
+
+def test_rounds_without_unlabelled_images_are_refused(make_config, tmp_path):
+    config = make_config(tmp_path, finetune={"self_training": {"rounds": 1}})
+    message = error_of(cell_records, load_source(config.dataset), config, "scratch", 130, 0)
+    assert "has none beside the 130 labelled ones" in message and "finetune.self_training" in message
 
 
 def test_what_lies_elsewhere_than_the_shape_says_counts_less():

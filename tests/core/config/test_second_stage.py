@@ -31,6 +31,13 @@ def test_millimetres_shrink_by_the_zoom():
     assert second.dataset.resample_mm == pytest.approx(0.6) and second.dataset.canvas_size is None
 
 
+def test_answers_weigh_in_the_second_stage_as_in_the_first():
+    """What the study says of them, but the second stage makes no rounds of its own."""
+    second = second_stage(study(finetune={"refine": LOCAL, "self_training": {"rounds": 2, "share": 0.25, "power": 3}}))
+    weighing = second.finetune.self_training
+    assert (weighing.rounds, weighing.share, weighing.power) == (0, 0.25, 3)
+
+
 def test_no_canvas_is_smaller_than_a_crop():
     values = {"finetune": {"refine": {"zoom": 1.1, "crop": 64}}}
     assert second_stage(study(**values)).dataset.canvas_size == (64, 64)
