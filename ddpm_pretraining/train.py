@@ -26,7 +26,7 @@ from core.files import write_atomically
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
 from core.runs.claims import claim
-from core.runs.identity import check_pretraining
+from core.runs.identity import check_pretraining, training_settings
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import ema_path
 from core.runs.record import write_run_config
@@ -165,6 +165,7 @@ def loop_settings(config: Config) -> LoopSettings:
     pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
     return LoopSettings(
         title=f"pre-train {config.dataset.name}", identity=f"ddpm of experiment.seed {experiment.seed}",
+        made_with=training_settings(config, "pretraining", "ddpm"),
         iterations=ddpm.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,

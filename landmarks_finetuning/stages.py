@@ -19,6 +19,7 @@ from core.data.records import Record
 from core.errors import UserError
 from core.networks.unet import UNet
 from core.runs.cells import with_finetune
+from core.runs.identity import training_settings
 from core.runs.inputs import GroupedImages, write_inputs
 from core.runs.places import Cell, second_start_path, start_path
 from core.runs.record import write_run_config
@@ -163,6 +164,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         title=f"{stage}{cell.backbone} {cell.shots} shots draw {cell.draw}",
         identity=f"{stage}{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
                  f"{experiment.seed}",
+        made_with=training_settings(config, "training", cell.backbone),
         iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
         learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,

@@ -25,7 +25,7 @@ from core.networks.encoders import build_encoder
 from core.networks.weights import save_tensors
 from core.runs.cells import require_backbone
 from core.runs.claims import claim
-from core.runs.identity import check_ssl
+from core.runs.identity import check_ssl, training_settings
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import encoder_path, ssl_dir
 from core.runs.record import write_run_config
@@ -160,6 +160,7 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     device = resolve_device(experiment.device)
     return LoopSettings(
         title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        made_with=training_settings(config, "ssl", name),
         iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,

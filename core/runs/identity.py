@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
+from core.config.section import Run
 from core.config.settings import all_settings, counting_for
 from core.errors import UserError
 from core.runs.places import Cell, cell_dir, ssl_dir
@@ -35,6 +36,16 @@ def scoring_settings(config: Config, backbone: str, decoder: str | None = None) 
     values = _flat(config.plain())
     settings = {key: values[key] for key in sorted(counting_for("scoring", backbone))}
     return settings | ({} if decoder is None else {"finetune.decoder": decoder})
+
+
+def training_settings(config: Config, stage: Run, backbone: str) -> dict[str, Any]:
+    """{key: value} of the settings of which another value makes another run of this stage.
+
+    Without files, whose places do not count, and what says where they come from: see core.runs.inputs.
+    """
+    values, settings = _flat(config.plain()), all_settings()
+    keys = {key for key in counting_for(stage, backbone) & values.keys() if not settings[key].is_file}
+    return {key: values[key] for key in sorted(keys - {"ddpm.checkpoint_iterations"})}
 
 
 def check_unchanged(run_dir: Path, config: Config, keys: frozenset[str]) -> None:
