@@ -20,7 +20,7 @@ from core.data.records import DataSource, Record, patient_group
 from core.data.shots import labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
-from core.files import write_json
+from core.files import content_digest, write_json
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
 from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
@@ -195,7 +195,9 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     images: GroupedImages = {
         config.evaluation.split: data_digests(test_images.records, source.landmark_names, config.dataset, scoring=True)}
     metrics["scored_on"] = images_digest(images)
-    write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
+    table = folder / "predictions.csv"
+    write_table(table, table_rows(predictions, errors, published, human))
+    metrics["predictions_sha256"] = content_digest(table)
     write_slicer_files(folder / "markups", predictions)
     _write_overlays(folder / "overlays", config.evaluation.overlays, predictions, source.unit, errors)
     if config.evaluation.overlays:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config.config import Config
 from core.config.dataset import Dataset
-from core.errors import UserError
+from core.errors import DamagedFile, UserError
 from core.files import stamp, write_json
+from core.formats.json_files import read_object
 from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
 from core.runs.inputs import GroupedImages, ImageDigests
@@ -38,14 +41,20 @@ def check_shots(config: Config, source: DataSource) -> None:
 
 
 def check_done(config: Config, stages: tuple[str, ...]) -> None:
-    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
-    for each in pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ():
-        check_pretraining(each)
-    for method in ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ():
-        check_ssl(config, method)
-    for study in studies(config, stages):
-        for cell in cells(study.finetune):
-            check_cell(study, cell)
+    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again.
+
+    One whose config.json is damaged is noted: where something is left to do of it that fails, and the others are done.
+    """
+    checks = [partial(check_pretraining, each)
+              for each in (pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ())]
+    checks += [partial(check_ssl, config, method)
+               for method in (ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ())]
+    checks += [partial(check_cell, study, cell) for study in studies(config, stages) for cell in cells(study.finetune)]
+    for check in checks:
+        try:
+            check()
+        except DamagedFile as error:
+            print(f"note: {error}", file=sys.stderr)
 
 
 def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
@@ -141,8 +150,11 @@ def data_stamp(dataset: Dataset) -> str:
 def remembered(experiment_dir: Path, digest: str) -> set[str]:
     """The folders of the runs that stand for the data with this `data_stamp`, as a launch has checked."""
     path = experiment_dir / CHECKED
-    memo = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    return set(memo["runs"]) if memo.get("stamp") == digest else set()
+    try:
+        memo = read_object(path, "") if path.is_file() else {}
+        return set(memo["runs"]) if memo.get("stamp") == digest else set()
+    except (DamagedFile, KeyError, TypeError):  # the data are read again
+        return set()
 
 
 def remember(experiment_dir: Path, digest: str, runs: Sequence[Run]) -> None:

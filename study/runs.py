@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,8 @@ from typing import Any, Literal
 from core.config.config import Config
 from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
+from core.errors import DamagedFile
+from core.formats.json_files import read_object
 from core.runs.cells import (
     cells,
     encoder_studies,
@@ -103,7 +104,12 @@ class Run:
     def failure(self) -> str | None:
         """The message of failed.json, where there is one."""
         path = self.failure_path
-        return json.loads(path.read_text(encoding="utf8"))["message"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return str(read_object(path, "the run is tried again").get("message", "for an unknown reason"))
+        except DamagedFile as error:
+            return str(error)
 
 
 def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.config.section import Count, Fraction, Index, Section, setting, unless
+from core.config.section import Count, Fraction, Index, Rate, Section, setting, unless
 from core.config.starts import HEATMAP_STARTS
 
 
@@ -20,7 +20,7 @@ class Evaluation(Section):
     leaked: Literal["keep", "drop"] = setting(
         "keep", "images with a twin in train, validation or pre-training: drop = they are not scored",
         counts_for=("scoring",), before="keep")
-    sdr_thresholds: tuple[float, ...] | None = setting(
+    sdr_thresholds: tuple[Rate, ...] | None = setting(
         None, "success detection rates: largest errors that succeed, mm or pixels; null = the data set's own",
         counts_for=("scoring",))
     overlays: Index = setting(12, "worst cases drawn in full")

@@ -395,7 +395,7 @@ def no_moments(state):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.update(identity="ddpm of experiment.seed 1"), "is the state of ddpm of experiment.seed 1, not"),
+    (lambda state: state.update(identity="ddpm of experiment.seed 1"), "is the state of ddpm of experiment.seed 1, "),
     (lambda state: state.update(made_with={"a.b": 3, "new": 1}), r"is the state of a run with a\.b = 3, not \[1, 2\]"),
     (other_moments, r"exp_avg of a parameter of shape \[1, 3\] has the shape \[2, 2\]"),
     (no_moments, "does not hold what this training's state holds"),
