@@ -34,12 +34,18 @@ from landmarks_finetuning.metrics import annotator_distances, physical_errors, s
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
-from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.predictions import (
+    NAME_BYTES,
+    Predictions,
+    find_landmarks,
+    printable,
+    table_rows,
+    write_slicer_files,
+    write_table,
+)
 from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
-
-NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
@@ -228,10 +234,10 @@ def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: st
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
     for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
         name = predictions.images.records[index].id
-        title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
+        title = f"{printable(name)}: mean error {mean_errors[index]:.2f} {unit}"
         expected = predictions.expected_error[index]
         title += "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
-        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
+        shortened = printable(name).replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
         path = folder / f"rank{rank:03d}_{shortened}.png"
         draw_predictions(path, predictions, index, title, errors[index])
 

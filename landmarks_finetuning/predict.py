@@ -22,6 +22,8 @@ from landmarks_finetuning.predictions import (
     Predictions,
     append_rows,
     find_landmarks,
+    picture_name,
+    printable,
     table_rows,
     write_slicer_files,
 )
@@ -81,8 +83,8 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
             append_rows(table, table_rows(predictions))
             write_slicer_files(out / "markups", predictions)
             for index, record in enumerate(images.records if overlays else ()):
-                draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index,
-                                 f"{record.id}{_doubt(predictions, index)}")
+                draw_predictions(out / "overlays" / picture_name(record.id, ".png"), predictions, index,
+                                 f"{printable(record.id)}{_doubt(predictions, index)}")
     return path
 
 
