@@ -17,7 +17,7 @@ from landmarks_finetuning.heatmaps import draw_target, probability_maps
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.pictures.overlays import Doubt
 from landmarks_finetuning.pictures.volume_overlays import draw_case
-from landmarks_finetuning.predictions import Predictions
+from landmarks_finetuning.predictions import Predictions, printable
 
 ID_KEY = "Title"  # of the PNG's text: file names are shortened ids, and may be alike
 PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth
@@ -107,7 +107,7 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
                         case.probabilities, title, case.spacing, errors, sides, case.doubt)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = PngInfo()
-    text.add_itxt(ID_KEY, record.id)
+    text.add_itxt(ID_KEY, printable(record.id))
     picture.save(path, compress_level=PNG_EFFORT, pnginfo=text)
 
 
