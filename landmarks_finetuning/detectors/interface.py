@@ -6,6 +6,7 @@ docs/design.md, "Add a detector", goes through it with the ones there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,17 @@ from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.uncertainty import Calibration
 
 Detector = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
+
+
+class Start(Protocol):
+    """A fresh network of `backbone`, which knows its channels, its out_channels and its `identity`.
+
+    `start`: a weights file in place of the one that the config names; what starts from random weights has no use for
+    it.
+    """
+
+    def __call__(self, config: Config, backbone: str, channels: int, landmarks: int, start: Path | None = None, /
+                 ) -> Detector: ...
 
 
 class Loss(Protocol):
@@ -88,15 +100,14 @@ class SecondStage(NamedTuple):
 class Kind(NamedTuple):
     """A kind of detector.
 
-    start: (config, backbone, channels, landmarks) -> a fresh network, which knows its channels, its out_channels and
-    the `identity` that a weights file must say for it to be rebuilt; rebuild: (weights, size of its input) -> that
-    network; loss and locate: what it learns from and how its outputs are read; terms: None where a step may not be
-    split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold, None where the
-    outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None without any; task:
-    trains it, a class; second: how its answers are refined, None where it is a second stage.
+    start: a fresh network, whose `identity` a weights file must say for it to be rebuilt; rebuild: (weights, size of
+    its input) -> that network; loss and locate: what it learns from and how its outputs are read; terms: None where a
+    step may not be split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold,
+    None where the outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None
+    without any; task: trains it, a class; second: how its answers are refined, None where it is a second stage.
     """
 
-    start: Callable[[Config, str, int, int], Detector]
+    start: Start
     rebuild: Callable[[Weights, tuple[int, ...]], Detector]
     loss: Loss
     terms: Terms | None
