@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from core.config.config import Config
+from core.data.dataset import ImageSet
 from core.data.records import Record
 from core.networks.encoders import EncoderUNet
 from core.networks.gu2net import GU2Net
@@ -76,6 +77,28 @@ class Refine(Protocol):
                  calibration: Calibration | None = None) -> Located: ...
 
 
+class ReleaseScore(NamedTuple):
+    """What the scorer of a system's own release says of its answers.
+
+    errors (M, N), None where that scorer is not defined for these images: `left_out` says why; radii: its success
+    rates'.
+    """
+
+    errors: np.ndarray | None
+    radii: tuple[float, ...]
+    left_out: str | None = None
+
+
+class ReleaseScorer(Protocol):
+    """Answers `points` (M, N, D) in stored pixels of labelled images -> what the system's own release says of them.
+
+    `rule`: the data set's published one. None where the run is not meant to be like the release.
+    """
+
+    def __call__(self, config: Config, rule: str | None, points: np.ndarray, images: ImageSet
+                 ) -> ReleaseScore | None: ...
+
+
 class StageTask(SplitTask, Protocol):
     """What a stage trains: `header` is that of its weights files."""
 
@@ -104,7 +127,8 @@ class Kind(NamedTuple):
     its input) -> that network; loss and locate: what it learns from and how its outputs are read; terms: None where a
     step may not be split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold,
     None where the outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None
-    without any; task: trains it, a class; second: how its answers are refined, None where it is a second stage.
+    without any; task: trains it, a class; second: how its answers are refined, None where it is a second stage; scorer:
+    that of its release, None where there is none of its own.
     """
 
     start: Start
@@ -116,3 +140,4 @@ class Kind(NamedTuple):
     deepest: Callable[[Config], tuple[int, ...]] | None
     task: Callable[..., StageTask]
     second: SecondStage | None
+    scorer: ReleaseScorer | None = None

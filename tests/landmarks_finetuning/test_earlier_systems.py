@@ -171,6 +171,22 @@ def test_presets_of_other_heatmaps_are_not_averaged(study, make_config, tmp_path
     assert status == 2 and "finetune.sigma is 16.0 there and 20.0 here" in error
 
 
+def test_the_released_preset_is_scored_by_its_own_scorer_as_well(make_config, tmp_path, run_main):
+    """Of images in its shape; where the pixels are not square one line says that it is left out."""
+    own = {"backbones": ["gu2net"], "iterations": 2, "gu2net": {"preset": "released"}}
+    for size, known in (((96, 78), True), ((48, 48), False)):
+        config = make_config(tmp_path / str(size[0]), dataset={"image_size": list(size)}, finetune=own,
+                             unet={"channel_multipliers": [1]})
+        run_dir = finetune_cell(config, Cell("gu2net", 2, 0, 0))
+        status, out, error = run_main(EVALUATE, run_dir)
+        assert status == 0, error
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        assert (metrics["release"] is not None) == known == (metrics["release_left_out"] is None)
+        assert ("by its release's own scorer: mean error" if known else "own scorer is left out: it takes pix") in out
+        if known:  # both are rounded to pixels of 2.5 mm: two roundings of half a pixel's diagonal at most
+            assert abs(metrics["release"]["mre"] - metrics["physical"]["mre"]) < 2.5 * 2**0.5
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_rounds_of_self_training(make_config, tmp_path, backbone):
     """The second round learns from the answers of the first, in both steps where there are two."""
