@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from core.config.config import Config
 from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
+from core.files import parse_json
 from core.runs.cells import (
     cells,
     encoder_studies,
@@ -103,7 +103,7 @@ class Run:
     def failure(self) -> str | None:
         """The message of failed.json, where there is one."""
         path = self.failure_path
-        return json.loads(path.read_text(encoding="utf8"))["message"] if path.is_file() else None
+        return parse_json(path.read_text(encoding="utf8"))["message"] if path.is_file() else None
 
 
 def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:

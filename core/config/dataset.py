@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from core.config.section import FREE, Count, Section, only, setting, unless
+from core.config.section import FREE, Count, Section, folder_name, only, setting, unless
 
 NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the data again with this key")
 
@@ -65,6 +65,11 @@ class Dataset(Section):
     window: tuple[float, float] | None = setting(None, "low, high intensities that become 0 and 1",
                                                  acts=[only("intensity", "window")])
     phantom: PhantomData | None = setting(None, "synthetic data, made where root does not exist yet; null = real data")
+
+    @field_validator("name")
+    @classmethod
+    def _names_files(cls, name: str) -> str:
+        return folder_name("dataset.name", name)
 
     @model_validator(mode="after")
     def _window_is_given(self) -> Dataset:

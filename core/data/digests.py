@@ -14,7 +14,7 @@ import numpy as np
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import image_digest, is_packed
 from core.data.records import Record
-from core.files import stamp, write_atomically
+from core.files import parse_json, stamp, write_atomically
 
 MEMO = "digests.json"  # in dataset.cache_dir: digests by place, valid while size and time of the file stay
 LENGTH = 16  # hexadecimal digits
@@ -75,7 +75,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
 def _read_memo(path: Path, _status: tuple) -> dict[str, Any]:
     """The memo as it was at that stamp, for a study asks for the digests of each of its runs; not to be written to."""
     try:
-        memo = json.loads(path.read_text(encoding="utf8"))
+        memo = parse_json(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError):  # not there yet, or cut off: made anew
         return {}
     return memo if isinstance(memo, dict) else {}

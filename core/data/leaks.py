@@ -34,7 +34,7 @@ from core.data.cache import load_one
 from core.data.records import DataSource, Record
 from core.data.resize import resize
 from core.data.store import is_large, open_store
-from core.files import stamp, write_atomically
+from core.files import parse_json, stamp, write_atomically
 
 VERSION = 1  # of what is looked for; part of the name under which a finding is kept
 GRID = {2: 32, 3: 16}  # cells along each axis, by number of axes
@@ -70,7 +70,7 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     groups = {**source.splits, "unlabelled": source.unlabelled}
     path = Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
     if path.is_file():
-        return tuple(Leak(**entry) for entry in json.loads(path.read_text(encoding="utf8")))
+        return tuple(Leak(**entry) for entry in parse_json(path.read_text(encoding="utf8")))
     labelled = {split: list(_reduced_parts(records, config)) for split, records in source.splits.items()}
     leaks: list[Leak] = []
     for split, others in OTHER_SIDES.items():

@@ -9,6 +9,7 @@ from typing import Any
 from core.config.config import Config
 from core.config.settings import all_settings, counting_for
 from core.errors import UserError
+from core.files import parse_json
 from core.runs.places import Cell, cell_dir, ssl_dir
 
 
@@ -43,7 +44,7 @@ def check_unchanged(run_dir: Path, config: Config, keys: frozenset[str]) -> None
     if not path.is_file():
         return
     older = {key: each.before for key, each in all_settings().items() if each.before is not None}
-    before = older | _flat(json.loads(path.read_text(encoding="utf8")))
+    before = older | _flat(parse_json(path.read_text(encoding="utf8")))
     now = _flat(config.plain())
     changed = [key for key in sorted(before.keys() & now.keys() & keys) if before[key] != now[key]]
     if changed:

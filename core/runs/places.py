@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from core.config.second_stage import second_stage
 from core.config.settings import all_settings
 from core.config.ssl import SSL
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
+from core.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _is_of_the_same_files(config: Config, backbone: str, name: str) -> bool:
     keys = [key for key, setting in all_settings().items() if setting.is_file and setting.concerns(backbone)]
     wanted = {_file_named(config.plain(), key) for key in keys}
     paths = (config.experiment_dir / "landmarks" / backbone / name).glob("*/config.json")
-    runs = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    runs = [parse_json(path.read_text(encoding="utf8")) for path in paths]
     return bool(runs) and all({_file_named(run, key) for key in keys} == wanted for run in runs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.files import write_atomically
+from core.files import parse_json, write_atomically
 
 
 class RunLog:
@@ -85,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf8").splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(parse_json(text))
         except json.JSONDecodeError:
             break
     return lines

@@ -24,6 +24,7 @@ from core.config.settings import all_settings
 from core.config.starts import MEAN_SHAPE
 from core.data.records import patient_group
 from core.errors import UserError
+from core.files import parse_json
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
@@ -81,7 +82,7 @@ def read_experiment(path: Path) -> Experiment:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(path.read_text(encoding="utf8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}); evaluate that run again") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from core.config.unet import UNet as UNetConfig
+from core.files import parse_json
 from core.training.run_log import read_metrics
 
 
@@ -54,7 +55,7 @@ def pretraining_flops(folder: Path, iteration: int) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    return parse_json(path.read_text(encoding="utf8")) if path.is_file() else {}
 
 
 def _flops(config: dict[str, Any], lines: list[dict[str, Any]], last_step: float, outputs: int, timed: bool) -> float:

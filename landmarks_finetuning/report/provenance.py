@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from core.errors import UserError
+from core.files import parse_json
 from core.training.run_log import read_metrics
 
 UNKNOWN = "unknown"
@@ -29,7 +29,7 @@ def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
     path = folder / "config.json"
     if backbone != "ddpm" or not path.is_file():
         return start
-    config = json.loads(path.read_text(encoding="utf8"))
+    config = parse_json(path.read_text(encoding="utf8"))
     finetune, checkpoints = config.get("finetune", {}), config.get("ddpm", {}).get("checkpoint_iterations")
     if finetune.get("checkpoint"):
         path = Path(finetune["checkpoint"])
@@ -49,7 +49,7 @@ def checkpoint_dataset(path: Path) -> str:
     if path.suffix == ".safetensors" and path.is_file():
         try:
             with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {}).get("header", "{}"))
+                header = parse_json((file.metadata() or {}).get("header", "{}"))
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{path} is truncated or not a weights file ({error})") from None
         name = header.get("config", {}).get("dataset", {}).get("name")
