@@ -236,7 +236,7 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
 
 
 def keep_again(training: Training, config: Config) -> None:
-    """Write the last weights once more where the state is there and they are gone; UserError for those of a step before.
+    """Write the last weights once more where their state is there and they are gone; UserError for earlier ones.
 
     A state holds the weights of its own step alone.
     """

@@ -86,7 +86,7 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
         for name, make in trainings.items():
             folder = round_dir(run_dir, number) / name
             make(config, Stage(folder, cell, data, resume if begun == [folder] else None, command))
-            if not (folder / WEIGHTS).is_file():  # gone, and the state is past the step that had them
+            if not (folder / WEIGHTS).is_file() and (folder / "last.pt").is_file():  # its state is past them
                 print(f"{folder / WEIGHTS} is gone: trained again", flush=True)
                 drop_states(folder)
                 make(config, Stage(folder, cell, data, None, command))

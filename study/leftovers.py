@@ -20,6 +20,6 @@ def clear(config: Config, runs: list[Run]) -> None:
                 (run.folder / ".previous.tmp").unlink(missing_ok=True)
                 if scored and run.done:
                     drop_states(run.folder)
-    for folder in (config.experiment_dir, Path(config.dataset.cache_dir)):
-        if folder.is_dir():
-            drop_left_behind(folder)
+    for folder in (config.experiment_dir, config.dataset.cache_dir):
+        if folder is not None and Path(folder).is_dir():
+            drop_left_behind(Path(folder))

@@ -57,7 +57,7 @@ class Dataset(Section):
     max_megapixels: float | None = setting(
         None, "largest image that is read, in millions of pixels or voxels of about 8 bytes of memory each; null: 300, "
         "2000 for volumes", gt=0, counts_for=FREE, before=None, acts=[NO_PACK])
-    cache_dir: str = setting("runs/cache", "folder for resized images", counts_for=FREE)
+    cache_dir: str | None = setting("runs/cache", "folder for resized images; null: they are not kept", counts_for=FREE)
     intensity: Literal["minmax", "percentile", "window"] = setting(
         "minmax", "what becomes 0 and 1: each image's darkest and brightest pixel, its percentiles, or a fixed window")
     percentiles: tuple[float, float] = setting((1.0, 99.0), "percentiles of an image that become 0 and 1",

@@ -52,8 +52,8 @@ def _by_name(names: Sequence[str], points: np.ndarray) -> list[tuple[str, list[s
 
 def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str | None]:
     """Of each record's file; a file whose size and time are as in the memo is not read again."""
-    path = Path(config.cache_dir) / MEMO
-    memo = _read_memo(path, stamp(path))
+    path = None if config.cache_dir is None else Path(config.cache_dir) / MEMO
+    memo = {} if path is None else _read_memo(path, stamp(path))
     digests: list[str | None] = []
     changed: dict[str, list[str | None]] = {}
     for record in records:
@@ -66,7 +66,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == status):
             entry = changed[place] = [status, image_digest(record, config)]
         digests.append(entry[1])
-    if changed:
+    if changed and path is not None:
         write_atomically(path, json.dumps({**memo, **changed}).encode())
     return digests
 

@@ -91,6 +91,9 @@ def read_description(path: Path) -> dict[str, Any]:
     names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{path}: landmarks must be a list of one or more names")
+    strange = next((name for name in names if not name.isprintable()), None)
+    if strange is not None:
+        raise UserError(f"{path}: landmark {strange!r} holds a line break or another character that cannot be shown")
     if len(set(names)) < len(names) or "spacing" in names:
         raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
     if thresholds is not None and not (

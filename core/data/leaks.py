@@ -68,8 +68,8 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     file, a split or a patient changes. UserError for an image that cannot be read.
     """
     groups = {**source.splits, "unlabelled": source.unlabelled}
-    path = Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
-    if path.is_file():
+    path = None if config.cache_dir is None else Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
+    if path is not None and path.is_file():
         return tuple(Leak(**entry) for entry in parse_json(path.read_text(encoding="utf8")))
     labelled = {split: list(_reduced_parts(records, config)) for split, records in source.splits.items()}
     leaks: list[Leak] = []
@@ -77,7 +77,8 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
         for other in others if groups[split] else ():
             parts = labelled[other] if other in labelled else _reduced_parts(groups[other], config)  # never all at once
             leaks += _twins(split, labelled[split], other, parts)
-    write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
+    if path is not None:
+        write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
     return tuple(leaks)
 
 

@@ -97,6 +97,8 @@ def _source(pack: Pack, config: DatasetConfig) -> DataSource:
     for each in (each for group in groups.values() for each in group):
         if each.id not in pack.images:
             raise ValueError(f"it has no pixels of image {each.id}")
+    if not all(name.isprintable() for name in description["landmark_names"]):
+        raise ValueError("a landmark's name cannot be shown")
     whole = DataSource(description["layout"], tuple(description["landmark_names"]),
                        {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
                        tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root))

@@ -73,8 +73,8 @@ def check_places(folders: Iterable[Path]) -> None:
         part = max(folder.parts, key=lambda name: len(name.encode()))
         if len(part.encode()) > FILE_BYTES:
             raise UserError(f'a run\'s folder would be called "{part[:60]}...", {len(part.encode())} bytes where file '
-                            f"systems allow {FILE_BYTES}; shorten experiment.output_dir, or the names of the files that "
-                            "finetune names")
+                            f"systems allow {FILE_BYTES}; shorten experiment.output_dir, or the names of the files "
+                            "that finetune names")
         if len(str(folder.absolute()).encode()) + BESIDE > PATH_BYTES:
             raise UserError(f"experiment.output_dir {str(folder)[:60]}... makes paths of more than {PATH_BYTES} bytes; "
                             "choose a shorter one")

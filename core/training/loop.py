@@ -356,7 +356,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
                                           "learning_rate": training.optimizer.param_groups[0]["lr"]})
             if validating or training.finished:
                 training.validate(log)
-            if milestone:  # after all that comes with this step: the last weights are there when nothing else is to come
+            if milestone:  # after all else that comes with this step: where its weights are, it is done
                 training.milestone()
             if saving or training.finished:
                 training.save(run_dir)

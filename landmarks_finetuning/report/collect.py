@@ -25,6 +25,7 @@ from core.config.starts import MEAN_SHAPE
 from core.data.records import patient_group
 from core.errors import UserError
 from core.files import parse_json
+from core.formats.cells import meant
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
@@ -195,6 +196,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf8")
         table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
+        for column in table.columns.difference(list(NUMBERS)):
+            table[column] = table[column].map(meant, na_action="ignore")
         rows = set(zip(table["image"], table["landmark"], strict=True))
         complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
         for column in table.columns.intersection(list(NUMBERS)):

@@ -1,4 +1,4 @@
-"""What killed processes leave is gone after the next launch; what running ones use stays; lost weights are made anew."""
+"""What killed processes leave is gone after the next launch; what running ones use stays; lost weights come back."""
 
 import os
 import time
