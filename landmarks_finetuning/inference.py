@@ -25,7 +25,7 @@ from landmarks_finetuning.decoding import sigma_pixels
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.ensemble import MeanOutputs
 from landmarks_finetuning.running import Outputs, run_batched
-from landmarks_finetuning.shape import stored_shape
+from landmarks_finetuning.shape import Shape
 
 JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 WEIGHTS = "best.safetensors"
@@ -52,7 +52,7 @@ class TrainedDetector:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.config = writing_nowhere(self.config, overrides)
         self.landmark_names = landmark_names(path, weights)
-        self.shape = stored_shape(weights.header)
+        self.shape = Shape.stored(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         self.kind = DETECTORS[weights.header.get("network", "unet")]
         try:

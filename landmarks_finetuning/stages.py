@@ -35,7 +35,7 @@ from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.refinement import FirstAnswers, first_errors, guessed_errors
 from landmarks_finetuning.regression import WeightedImages
 from landmarks_finetuning.self_training import mixed_order
-from landmarks_finetuning.shape import mean_shape, shape_modes
+from landmarks_finetuning.shape import Shape
 
 
 class CellData(NamedTuple):
@@ -116,14 +116,12 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
     torch.manual_seed(cell_seed(config, cell))
     model = kind.start(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names))
     labelled = images.images.truth[: len(data.training)].numpy()
-    shape = mean_shape(labelled)
-    modes = shape_modes(labelled, shape, config.finetune.shape_modes)
+    shape = Shape.of(labelled, config.finetune.augmentation, config.finetune.shape_modes)
     return model, {
         "kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
         "seed": cell.seed, "dataset": config.dataset.name, "landmark_names": list(data.landmark_names),
         "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
-        "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
-        **({"shape_modes": modes.tolist()} if len(modes) else {}),
+        **shape.header(),
         "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
         **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 

@@ -17,6 +17,7 @@ from core.formats.geometry import apply_maps, inverse
 from core.networks.patches import LOCAL_PATCH, GlobalNetwork, LocalNetworks
 from core.networks.weights import Weights
 from landmarks_finetuning.decoding import Located
+from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
 PATCHES = {2: 32, 3: 8}  # published sides of a patch, by the number of dimensions
@@ -127,14 +128,14 @@ def locate_patches(outputs: Tensor, maps: np.ndarray, patch: int) -> Located:
 
 
 def locate_global(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                  shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                  shape: Shape | None = None, spacing: np.ndarray | None = None,
                   calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The first step's answers; see interface.Locate."""
     return locate_patches(outputs, maps, patch_of(config))
 
 
 def locate_local(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                 shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                 shape: Shape | None = None, spacing: np.ndarray | None = None,
                  calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The second step's answers; see interface.Locate. `maps` (B, N, D, D + 1) lead to each landmark's window."""
     return locate_patches(outputs, maps, LOCAL_PATCH)

@@ -20,6 +20,7 @@ from core.networks.weights import Weights
 from core.training.loop import SplitTask
 from landmarks_finetuning.decoding import Located
 from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
+from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
 Detector = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
@@ -44,12 +45,12 @@ class Terms(Protocol):
 class Locate(Protocol):
     """Outputs (B, ...) of a network and `maps` (B, D, D + 1) from stored to its pixels -> landmarks in stored pixels.
 
-    `shape` is the labelled shapes' mean, `spacing` (B, D) mm per stored pixel, `measure` whether expected errors are
+    `shape` is the labels' common one, `spacing` (B, D) mm per stored pixel, `measure` whether expected errors are
     wanted; a detector may have no use for them.
     """
 
     def __call__(self, outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                 shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                 shape: Shape | None = None, spacing: np.ndarray | None = None,
                  calibration: Calibration | None = None, measure: bool = True) -> Located: ...
 
 
