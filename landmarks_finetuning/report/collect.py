@@ -196,7 +196,7 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf8")
         table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
-        for column in table.columns.difference(list(NUMBERS)):
+        for column in table.columns.intersection(["image", "patient", "landmark"]):
             table[column] = table[column].map(meant, na_action="ignore")
         rows = set(zip(table["image"], table["landmark"], strict=True))
         complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
