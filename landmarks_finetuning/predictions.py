@@ -13,6 +13,7 @@ import pandas as pd
 
 from core.data.dataset import ImageSet
 from core.files import atomic_file
+from core.formats.cells import harmless
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.decoding import Located
@@ -109,7 +110,8 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
 
 def append_rows(table: BinaryIO, rows: list[dict[str, Any]]) -> None:
     """Write `rows` to the end of a CSV with empty cells for NaN, below a header where nothing is there yet."""
-    text = pd.DataFrame(rows).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
+    shown = [{key: harmless(value) for key, value in row.items()} for row in rows]
+    text = pd.DataFrame(shown).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
     table.write(text.encode(errors="backslashreplace"))  # of names that are no UTF-8
 
 

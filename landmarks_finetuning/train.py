@@ -16,12 +16,15 @@ from core.data.shots import cell_records
 from core.data.source import load_source
 from core.data.together import other_data, other_digests
 from core.errors import CommandParser, UserError, run_command
+from core.files import drop_states
 from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
 from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs
 from core.runs.places import Cell, cell_dir, choosing_path, is_scored, round_dir, start_path
+from core.runs.requirements import check_memory
 from landmarks_finetuning.coverage import coverage_order
+from landmarks_finetuning.inference import WEIGHTS
 from landmarks_finetuning.self_training import PseudoLabels, answer, labelled_by, match
 from landmarks_finetuning.stages import CellData, Stage, train_first, train_second
 from landmarks_finetuning.starts import START_WEIGHTS
@@ -36,6 +39,7 @@ def check_backbone(config: Config, backbone: str) -> None:
 
 def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path:
     """Train one cell; returns its folder. An interrupted run continues, a finished one returns at once."""
+    check_memory(config)
     check_backbone(config, cell.backbone)
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
@@ -82,6 +86,10 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
         for name, make in trainings.items():
             folder = round_dir(run_dir, number) / name
             make(config, Stage(folder, cell, data, resume if begun == [folder] else None, command))
+            if not (folder / WEIGHTS).is_file() and (folder / "last.pt").is_file():  # its state is past them
+                print(f"{folder / WEIGHTS} is gone: trained again", flush=True)
+                drop_states(folder)
+                make(config, Stage(folder, cell, data, None, command))
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from core.runs.identity import check_ssl, training_settings
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import encoder_path, ssl_dir
 from core.runs.record import write_run_config
+from core.runs.requirements import check_memory
 from core.training.batches import BatchPlan
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
@@ -185,6 +186,7 @@ def build_task(config: Config, name: str, source: DataSource) -> SelfSupervision
 
 def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
     """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
+    check_memory(config)
     require_backbone(config, name)
     run_dir = ssl_dir(config, name)
     check_ssl(config, name)
@@ -202,6 +204,8 @@ def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Pa
         write_inputs(run_dir, inputs)
     command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
     train(training, run_dir, resume, command)
+    if not encoder_path(config, name).is_file():  # gone, but the state of its step is there
+        training.milestone()
     return run_dir
 
 

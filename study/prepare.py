@@ -20,6 +20,7 @@ from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_me
 from core.runs.identity import check_cell, check_pretraining, check_ssl
 from core.runs.inputs import GroupedImages, ImageDigests
 from core.runs.places import is_scored
+from core.runs.requirements import check_memory, check_places
 from study.plan import print_plan
 from study.runs import Run, studies, study_runs
 
@@ -73,10 +74,25 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 
 def check_start_files(runs: Sequence[Run]) -> None:
     """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
+    to_come = {run.folder for run in runs}
     for run in runs:
-        if not run.done and not run.needs and run.start is not None and not run.start.is_file():
-            raise UserError(f"{run.arguments[0].backbone} starts from {run.start}, which does not exist; correct "
+        for path in (run.start, run.second_start, run.chosen_by) if not run.done else ():
+            if path is None or path.is_file() or path.parent in to_come:
+                continue
+            if path.parent in run.needs:
+                stage = "pretrain" if path.parent.name == "ddpm" else "ssl"
+                raise UserError(f"{run.folder.parts[-3]} needs {path}, which is not there; run stage {stage} first, or "
+                                "add it to --stages")
+            raise UserError(f"{run.folder.parts[-3]} starts from {path}, which does not exist; correct "
                             "finetune.checkpoint or finetune.encoder_weights")
+
+
+def check_device(runs: Sequence[Run]) -> None:
+    """UserError now, not in every run, where this machine lacks the device that what is left would be trained on."""
+    for name in {run.config.experiment.device for run in runs if not run.done and run.steps}:
+        from core.training.device import resolve_device  # imports for seconds
+
+        resolve_device(name)
 
 
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
@@ -171,7 +187,10 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     Where all of them are done and no file of the data has changed since, neither the data nor the modules that would
     read them are touched.
     """
+    for each in (config, *studies(config, stages)):
+        check_memory(each)
     source, runs = None, study_runs(config, stages)
+    check_places([run.folder for run in runs])
     unchecked = {str(run.folder) for run in runs} - remembered(config.experiment_dir, data_stamp(config.dataset))
     if unchecked or not all(run.done for run in runs):
         from core.data.source import load_source

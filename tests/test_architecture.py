@@ -8,12 +8,13 @@ from core.config.starts import BACKBONES
 from tests.conftest import PROJECT
 
 STAGES = ("ddpm_pretraining", "landmarks_finetuning", "ssl_baselines")
-GROUND = {"core.errors", "core.files", "core.background"}
+GROUND = {"core.errors", "core.files", "core.background", "core.bounds"}
 # from the ground up: a room and the rooms that it may import beside itself; docs/design.md says what each is for
 ARROWS = {
     "core.errors": set(),
     "core.files": set(),
     "core.background": set(),
+    "core.bounds": {"core.errors"},
     "core.config": GROUND,
     "core.formats": GROUND,
     "core.phantoms": {*GROUND, "core.formats"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from core.data.records import (
 )
 from core.data.splits import check_keys, check_patients, read_splits
 from core.errors import UserError, did_you_mean
+from core.files import parse_json
 from core.formats.geometry import RAS_TO_LPS, world_to_index
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
 from core.formats.markups import MARKUP_SUFFIXES, PLAIN_JSON, is_markup, read_markups
@@ -84,13 +84,16 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
 def read_description(path: Path) -> dict[str, Any]:
     """Read dataset.json; UserError unless its keys and their types are right (`splits` is checked with the ids)."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+        settings = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from None
     check_keys(settings, KEYS, ("landmarks", "splits"), str(path))
     names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{path}: landmarks must be a list of one or more names")
+    strange = next((name for name in names if not name.isprintable()), None)
+    if strange is not None:
+        raise UserError(f"{path}: landmark {strange!r} holds a line break or another character that cannot be shown")
     if len(set(names)) < len(names) or "spacing" in names:
         raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
     if thresholds is not None and not (

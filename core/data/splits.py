@@ -5,7 +5,6 @@ Fractions are drawn once and written down beside dataset.json: an image stays in
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from core.data.records import SPLITS, Record, image_id, is_number, patient_group
 from core.errors import UserError, did_you_mean, note_once
-from core.files import write_json
+from core.files import parse_json, write_json
 
 Patients = Mapping[str, str | None]
 
@@ -91,7 +90,7 @@ def _read_draws(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        draws = json.loads(path.read_text(encoding="utf8"))
+        draws = parse_json(path.read_text(encoding="utf8"))
         if all({"shares", "seed", "splits"} <= draw.keys() and draw["splits"].keys() == set(SPLITS) for draw in draws):
             return draws
     except (ValueError, AttributeError, TypeError):

@@ -11,6 +11,7 @@ from core.config.finetune import Finetune, LossSettings
 from core.config.second_stage import second_stage
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
+from core.files import parse_json
 from core.runs.places import Cell, ema_path, variant
 
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
@@ -69,7 +70,7 @@ def transfer_paths(config: Config) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise UserError(f"finetune.transfer_from {folder.parent}: {folder} holds no diffusion pre-training; run that "
                         "study's stage pretrain first, or name another runs/<experiment>")
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    theirs = parse_json((folder / "config.json").read_text(encoding="utf8"))
     for key, value in config.unet.model_dump(mode="json").items():
         other = theirs["unet"].get(key, value)
         if other != value:

@@ -354,10 +354,10 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             if training.due(settings.log_every) or validating or saving or milestone:
                 log.write(training.step, {"loss": training.check_losses(), **log.interval(),
                                           "learning_rate": training.optimizer.param_groups[0]["lr"]})
-            if milestone:
-                training.milestone()
             if validating or training.finished:
                 training.validate(log)
+            if milestone:  # after all else that comes with this step: where its weights are, it is done
+                training.milestone()
             if saving or training.finished:
                 training.save(run_dir)
             if stopping and not training.finished:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.files import write_atomically
+from core.files import parse_json, write_atomically
 
 
 class RunLog:
@@ -88,8 +88,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _line(text: bytes) -> dict[str, Any] | None:
     """A step and its figures, None where `text` is no such line."""
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = parse_json(text)
+    except ValueError:
         return None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         return None

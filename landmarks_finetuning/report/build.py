@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +17,7 @@ import pandas as pd
 
 from core.errors import RunsFailed
 from core.files import write_atomically
+from core.formats.cells import harmless
 from landmarks_finetuning.report import figures, paper_figures
 from landmarks_finetuning.report.collect import (
     Experiment,
@@ -58,6 +60,7 @@ from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
 from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
 
 HERE = Path(__file__).parent
+NAME_BYTES = 190  # of what figures are called after
 TEMPLATE = "page.html.j2"
 NEW = ".new"  # below the report's folder: its next tables and figures
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
@@ -79,7 +82,8 @@ class Output:
     def write_tables(self) -> None:
         """Write tables/*.csv."""
         for name, parts in self.tables.items():
-            text = pd.concat(parts, ignore_index=True).to_csv(index=False, float_format="%.6g")
+            table = pd.concat(parts, ignore_index=True).map(harmless).rename(columns=harmless)
+            text = table.to_csv(index=False, float_format="%.6g")
             write_atomically(self.folder / "tables" / f"{name}.csv", text.encode())
 
     def take_the_place(self, report: Path) -> None:
@@ -139,6 +143,11 @@ def _page(experiments: list[Experiment], output: Output) -> str:
         styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
 
 
+def file_name(text: str) -> str:
+    """`text`, which files may say that others made, as part of a file's name: no separators, and not too long."""
+    return re.sub(r"[^\w.-]", "-", text).encode()[:NAME_BYTES].decode(errors="ignore")
+
+
 def number(value: Any, digits: int = 2, sign: bool = False) -> str:
     """A number for a table cell; an en dash for none."""
     if value is None or pd.isna(value):
@@ -149,7 +158,8 @@ def number(value: Any, digits: int = 2, sign: bool = False) -> str:
 def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any]:
     config = {k: v for k, v in experiment.config.items() if k not in ("environment", "run", "$schema")}
     groups = [] if experiment.runs.empty else grouped(experiment.runs, ["dataset", "split"], sort=True)
-    sections = [_section(experiment, f"{experiment.name}_{'_'.join(key)}", runs, output) for key, runs in groups]
+    sections = [_section(experiment, file_name(f"{experiment.name}_{'_'.join(key)}"), runs, output)
+                for key, runs in groups]
     output.add_table("unfinished", experiment.unfinished)
     timesteps = config.get("ddpm", {}).get("num_train_timesteps", 500)
     curves = figures.pretraining_curves(experiment.pretraining, timesteps)

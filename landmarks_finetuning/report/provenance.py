@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,9 @@ def checkpoint_dataset(path: Path) -> str:
     if path.suffix == ".safetensors" and path.is_file():
         try:
             with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {}).get("header", "{}"))
+                header = parse_json((file.metadata() or {}).get("header", "{}"))
             name = header.get("config", {}).get("dataset", {}).get("name")
-        except (SafetensorError, ValueError, AttributeError, OSError, RecursionError) as error:
+        except (SafetensorError, ValueError, AttributeError, OSError) as error:
             raise UserError(f"{path} is truncated or not a weights file ({error})") from None
         if name:
             return str(name)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from core.errors import UserError
+from core.formats.cells import meant
 from core.formats.json_files import read_object
 from core.runs.inputs import INPUTS, read_record
 
@@ -38,6 +39,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf8")
         table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
+        for column in table.columns.intersection(["image", "patient", "landmark"]):
+            table[column] = table[column].map(meant, na_action="ignore")
         rows = set(zip(table["image"], table["landmark"], strict=True))
         complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
         for column in table.columns.intersection(list(NUMBERS)):

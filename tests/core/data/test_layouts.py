@@ -8,7 +8,7 @@ from PIL import Image
 
 from core.data.layouts import LAYOUTS, read_layout
 from core.errors import UserError
-from tests.conftest import DATA
+from tests.conftest import DATA, error_of
 
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")
 SPLITS = {"train": ["s/a"], "validation": ["b"], "test": ["c.png"]}
@@ -245,3 +245,12 @@ def test_real_data():
     assert len(cephalo.pretraining_records()) == 150 and len(chest.pretraining_records()) == 229
     assert chest.splits["train"][0].spacing == (0.5, 0.5)
     assert all(0.05 < record.spacing[0] < 0.25 for record in hand.splits["train"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x00", "\u2028"])
+def test_landmarks_that_cannot_be_shown_are_refused(tmp_path, name):
+    from core.data.folder_layout import read_description
+
+    (tmp_path / "dataset.json").write_text(json.dumps({"landmarks": ["$x^{$", name + "!"], "splits": {}}))
+    assert "holds a line break or another character that cannot be shown" in error_of(
+        read_description, tmp_path / "dataset.json")
