@@ -1,4 +1,4 @@
-"""Turn landmarks of one labelling tool into those of another: COCO, LabelMe, CVAT, Label Studio, TPS, Slicer, tables."""
+"""Turn landmarks of one tool into those of another: COCO, LabelMe, CVAT, Label Studio, TPS, Slicer, tables."""
 
 from __future__ import annotations
 

@@ -124,8 +124,8 @@ def check_size(row: FolderRow, size: tuple[int, ...], path: Path) -> None:
     """UserError where a label file tells another size of an image: its landmarks are those of a smaller copy, say."""
     if row.size is not None and row.size != size:
         told, real = (" x ".join(map(str, each[::-1])) for each in (row.size, size))
-        raise UserError(f'{path}: image "{row.image}" is {told} pixels there, but its file has {real}; label the images '
-                        "themselves, not copies of another size")
+        raise UserError(f'{path}: image "{row.image}" is {told} pixels there, but its file has {real}; label the '
+                        "images themselves, not copies of another size")
 
 
 def lost(labels: LabelSet, kind: str) -> list[str]:
@@ -150,7 +150,7 @@ def lost(labels: LabelSet, kind: str) -> list[str]:
 
 
 def write_label_file(path: Path, labels: LabelSet, kind: str, images: Images | None = None) -> None:
-    """Write a file, or for labelme and slicer a folder. UserError: volumes in a format of flat images, as the writer."""
+    """Write a file, or for labelme and slicer a folder. UserError: a volume in a format of pictures, as the writer."""
     if kind in FLAT:
         for row in labels.rows:
             if row.points.shape[1] != 2:
@@ -190,7 +190,8 @@ def _read_slicer(path: Path, names: Sequence[str] | None, images: Images) -> Lab
         image = name[: -len(suffix)]
         affine = images.geometry(image).affine
         if affine is None:
-            raise UserError(f'{file} counts in mm of the patient, but image "{image}" does not say where its voxels lie')
+            raise UserError(f'{file} counts in mm of the patient, but image "{image}" does not say where its voxels '
+                            "lie")
         rows.append(FolderRow(image, world_to_index(read_markups(file, chosen), affine)))
     return LabelSet(chosen, tuple(rows))
 
@@ -199,8 +200,8 @@ def _write_slicer(path: Path, labels: LabelSet, images: Images) -> None:
     for row in labels.rows:
         affine = images.geometry(row.image).affine
         if affine is None or row.points.shape[1] != 3:
-            raise UserError(f'3D Slicer counts in mm of the patient, and image "{row.image}" is flat or does not say where '
-                            "its voxels lie")
+            raise UserError(f'3D Slicer counts in mm of the patient, and image "{row.image}" is flat or does not say '
+                            "where its voxels lie")
         alone = path.name.endswith(".mrk.json")
         if alone and len(labels.rows) > 1:
             raise UserError(f"{path} holds one volume, but there are {len(labels.rows)}; name a folder")

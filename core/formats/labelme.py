@@ -70,8 +70,7 @@ def write_labelme(path: Path, labels: LabelSet, images: dict[str, Path] | None =
         file = path / f"{image_id(row.image)}.json"
         image = (images or {}).get(row.image)
         place = PurePosixPath(row.image).name if image is None else _beside(image, file.parent)
-        shapes = [{"label": mark.label, "points": [[mark.x + CORNER, mark.y + CORNER]], "group_id": None,
-                   "description": "", "shape_type": "point", "flags": {}} for mark in annotated(row, labels.names)]
+        shapes = [_shape(mark) for mark in annotated(row, labels.names)]
         height, width = row.size or (None, None)
         write_json(file, {"version": VERSION, "flags": {}, "shapes": shapes, "imagePath": place, "imageData": None,
                           "imageHeight": height, "imageWidth": width})
@@ -80,6 +79,11 @@ def write_labelme(path: Path, labels: LabelSet, images: dict[str, Path] | None =
 def _beside(image: Path, folder: Path) -> str:
     """Where `image` lies as seen from `folder`, with forward slashes."""
     return Path(os.path.relpath(image.resolve(), folder.resolve())).as_posix()
+
+
+def _shape(mark: Mark) -> dict[str, Any]:
+    return {"label": mark.label, "points": [[mark.x + CORNER, mark.y + CORNER]], "group_id": None, "description": "",
+            "shape_type": "point", "flags": {}}
 
 
 def _sheet(path: Path, folder: str) -> tuple[Sheet, list[str]]:

@@ -52,7 +52,6 @@ class Sheet:
     image: str
     size: tuple[int, int] | None = None
     marks: list[Mark] = field(default_factory=list)
-    spacing: tuple[float, float] | None = None
 
 
 def gather(sheets: Iterable[Sheet], path: Path, names: Sequence[str] | None, own_names: Iterable[str] = (),
@@ -91,14 +90,14 @@ def _row(sheet: Sheet, names: Sequence[str], path: Path) -> FolderRow:
             raise UserError(f'{path}: landmark "{mark.label}" of image "{sheet.image}" is not two finite numbers')
         index = names.index(mark.label)
         points[index], hidden[index] = (mark.y, mark.x), mark.hidden
-    return FolderRow(sheet.image, points, sheet.spacing, size=sheet.size, hidden=hidden)
+    return FolderRow(sheet.image, points, size=sheet.size, hidden=hidden)
 
 
 def annotated(row: FolderRow, names: Sequence[str]) -> list[Mark]:
     """The landmarks of a flat image that are annotated, in the order of `names`."""
     hidden = np.zeros(len(names), dtype=bool) if row.hidden is None else row.hidden
-    return [Mark(name, x, y, bool(unseen)) for name, (y, x), unseen in zip(names, row.points.tolist(), hidden, strict=True)
-            if not np.isnan(x)]
+    each = zip(names, row.points.tolist(), hidden.tolist(), strict=True)
+    return [Mark(name, x, y, unseen) for name, (y, x), unseen in each if not np.isnan(x)]
 
 
 def size_needed(row: FolderRow, path: Path) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def write_wide(path: Path, labels: LabelSet) -> None:
 
 
 def write_long(path: Path, labels: LabelSet) -> None:
-    """Write a row a landmark: image, patient, landmark, x, y[, z]; empty numbers = not annotated. UserError: as above."""
+    """Write a row a landmark: image, patient, landmark, x, y[, z]; empty = not annotated. UserError: as above."""
     dims = dims_of(labels, path)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,7 +1,7 @@
 """TPS files of tpsDig and MorphoJ (one .tps for all images), read and written.
 
 F. J. Rohlf, The tps series of software, Hystrix 26 (2015). An image is a block: LM=<count>, a line `x y` each, IMAGE=,
-ID=, SCALE= (mm a pixel). The origin is the image's lower left corner: a point (x, y) of a file about an image of height
+ID=, SCALE= (of a unit that is named nowhere: mm a pixel are written, and none is read). The origin is the image's lower left corner: a point (x, y) of a file about an image of height
 H is pixel (x - 0.5, H - 0.5 - y) with the first pixel's centre at 0 and y downwards. Landmarks have no names, only an
 order; those that are missing have negative numbers, or NA.
 """
@@ -27,18 +27,18 @@ def read_tps(path: Path, names: Sequence[str] | None = None, size_of: SizeOf | N
     number of landmarks than names, an image without a name or of unknown size.
     """
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    sheets, others, width = [], list[str](), 0
+    sheets, others, width = list[Sheet](), list[str](), 0
     ahead = iter(lines)
-    for sheet, count, curves in _blocks(ahead, path, names, size_of):
+    for sheet, count, rest in _blocks(ahead, path, names, size_of):
         sheets.append(sheet)
-        others += ["curve"] * curves
+        others += rest
         width = max(width, count)
     own = names or [str(number) for number in range(1, width + 1)]
     return gather(sheets, path, own, passed_over=counted(others))
 
 
 def write_tps(path: Path, labels: LabelSet) -> None:
-    """Write flat images; a landmark that is not annotated is -1 -1. UserError: a size not known, a point left outside."""
+    """Write flat images; not annotated is -1 -1. UserError: a size not known, a point beside the image."""
     blocks = []
     for number, row in enumerate(labels.rows):
         height, _ = size_needed(row, path)
@@ -54,8 +54,8 @@ def write_tps(path: Path, labels: LabelSet) -> None:
 
 
 def _blocks(ahead: Iterator[Line], path: Path, names: Sequence[str] | None, size_of: SizeOf | None
-            ) -> Iterator[tuple[Sheet, int, int]]:
-    """Each image's sheet, its number of landmarks and of curves."""
+            ) -> Iterator[tuple[Sheet, int, list[str]]]:
+    """Each image's sheet, its number of landmarks, and what else it has."""
     line = next(ahead, None)
     while line is not None:
         number, text = line
@@ -64,17 +64,18 @@ def _blocks(ahead: Iterator[Line], path: Path, names: Sequence[str] | None, size
             kind = "3D landmarks, which count in no image's pixels" if key.upper() == "LM3" else f'"{text[:40]}"'
             raise UserError(f'{path}, line {number}: expected "LM=<number of landmarks>", found {kind}')
         points = [_point(ahead, path) for _ in range(_count(value, path, number))]
-        facts, curves = dict[str, str](), 0
+        facts, others = dict[str, str](), list[str]()
         line = next(ahead, None)
         while line is not None and not line[1].upper().startswith(("LM=", "LM3=")):
             key, _, value = line[1].partition("=")
             facts[key.strip().upper()] = value.strip()
             if key.strip().upper() == "POINTS":
-                curves += 1
+                others.append("curve")
                 for _ in range(_count(value, path, line[0])):
                     _point(ahead, path)
             line = next(ahead, None)
-        yield _sheet(points, facts, f"{path}, line {number}", names, size_of), len(points), curves
+        others += ["SCALE of an unknown unit"] if "SCALE" in facts else []
+        yield _sheet(points, facts, f"{path}, line {number}", names, size_of), len(points), others
 
 
 def _sheet(points: list[tuple[float, float] | None], facts: dict[str, str], where: str, names: Sequence[str] | None,
@@ -85,15 +86,12 @@ def _sheet(points: list[tuple[float, float] | None], facts: dict[str, str], wher
     if names is not None and len(points) != len(names):
         raise UserError(f"{where}: image {image} has {len(points)} landmarks, not {len(names)}: {', '.join(names)}")
     if size_of is None:
-        raise UserError(f"{where}: y counts from the lower edge of {image}; name the folder of the images with --images")
+        raise UserError(f"{where}: y counts from the lower edge of {image}: name the folder of images, --images")
     height, width = size_of(image)
     marks = [Mark(name, float("nan"), float("nan")) if point is None else
              Mark(name, point[0] - CORNER, height - CORNER - point[1])
              for name, point in zip(names or map(str, range(1, len(points) + 1)), points, strict=True)]
-    scale = to_number(facts["SCALE"], where) if "SCALE" in facts else None
-    if scale is not None and not 0 < scale < float("inf"):
-        raise UserError(f"{where}: SCALE must be above 0, not {facts['SCALE']}")
-    return Sheet(image, (height, width), marks, None if scale is None else (scale, scale))
+    return Sheet(image, (height, width), marks)
 
 
 def _count(text: str, path: Path, number: int) -> int:
