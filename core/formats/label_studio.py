@@ -130,7 +130,7 @@ def _image_name(data: dict[str, Any], target: str, where: str) -> str:
         raise UserError(f"{where} names no image")
     address = next((each for each in addresses if image_suffix(each)), addresses[0])
     if address.startswith(LOCAL_FILES):
-        return parse_qs(urlsplit(address).query)["d"][0]
+        return parse_qs(urlsplit(address).query).get("d", [""])[0].lstrip("/")
     name = unquote(urlsplit(address).path)
     if name.startswith(UPLOADS):
         return UPLOAD_MARK.sub("", name.rpartition("/")[2])

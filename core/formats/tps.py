@@ -1,9 +1,9 @@
 """TPS files of tpsDig and MorphoJ (one .tps for all images), read and written.
 
 F. J. Rohlf, The tps series of software, Hystrix 26 (2015). An image is a block: LM=<count>, a line `x y` each, IMAGE=,
-ID=, SCALE= (of a unit that is named nowhere: mm a pixel are written, and none is read). The origin is the image's lower left corner: a point (x, y) of a file about an image of height
-H is pixel (x - 0.5, H - 0.5 - y) with the first pixel's centre at 0 and y downwards. Landmarks have no names, only an
-order; those that are missing have negative numbers, or NA.
+ID=, SCALE= (of a unit that is named nowhere: mm a pixel are written, and none is read). The origin is the image's lower
+left corner: a point (x, y) of a file about an image of height H is pixel (x - 0.5, H - 0.5 - y) with the first pixel's
+centre at 0 and y downwards. Landmarks have no names, only an order; those that are missing have negative numbers, or NA.
 """
 
 from __future__ import annotations
