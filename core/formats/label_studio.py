@@ -70,7 +70,7 @@ def read_label_studio(path: Path, names: Sequence[str] | None = None) -> LabelSe
 def write_label_studio(path: Path, labels: LabelSet) -> None:
     """Write tasks with annotations, or with predictions where the landmarks are `proposed`, and the interface beside.
 
-    `path`.xml is the labelling interface to paste into the project. UserError: a size that is not known.
+    <name>_interface.xml is the labelling interface to paste into the project. UserError: a size that is not known.
     """
     kind = "predictions" if labels.proposed else "annotations"
     tasks = []
@@ -90,7 +90,7 @@ def write_label_studio(path: Path, labels: LabelSet) -> None:
     for name in labels.names:
         Xml.SubElement(control, "Label", value=name)
     Xml.indent(view)
-    write_atomically(path.with_suffix(".xml"), Xml.tostring(view, encoding="utf-8") + b"\n")
+    write_atomically(path.with_name(f"{path.stem}_interface.xml"), Xml.tostring(view, encoding="utf-8") + b"\n")
 
 
 def _sheet(task: dict[str, Any], annotation: dict[str, Any], where: str, others: list[str]) -> Sheet:

@@ -17,7 +17,7 @@ NAMES = ("b", "a")
 SIZE = (40, 60)
 PLACES = {"landmarks.csv": "long", "landmarks": "labelme", "images": "labelme", "landmarks.json": "coco",
           "landmarks.xml": "cvat", "landmarks.tps": "tps"}
-POINTS = np.array([[20 + 1 / 3, 10.125], [39.5, 0]])  # (y, x)
+POINTS = np.array([[20 + 1 / 3, 10.125], [39.5, 4]])  # (y, x)
 
 
 def labels(names=("x/1.png", "2.png", "3.png")):
