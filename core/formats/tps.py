@@ -3,7 +3,7 @@
 F. J. Rohlf, The tps series of software, Hystrix 26 (2015). An image is a block: LM=<count>, a line `x y` each, IMAGE=,
 ID=, SCALE= (of a unit that is named nowhere: mm a pixel are written, and none is read). The origin is the image's lower
 left corner: a point (x, y) of a file about an image of height H is pixel (x - 0.5, H - 0.5 - y) with the first pixel's
-centre at 0 and y downwards. Landmarks have no names, only an order; those that are missing have negative numbers, or NA.
+centre at 0 and y downwards. Landmarks have no names, only an order; missing ones are negative or NA.
 """
 
 from __future__ import annotations

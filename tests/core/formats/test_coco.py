@@ -12,7 +12,7 @@ from tests.core.formats.label_sets import LABELS, NAMES, same
 
 def content(**changes):
     """Two images of which one is annotated: x, y, v of three landmarks."""
-    entry = {"id": 7, "image_id": 3, "category_id": 1, "num_keypoints": 2, "keypoints": [1.5, 2, 2, 3, 4.25, 1, 9, 9, 0]}
+    entry = {"id": 7, "image_id": 3, "category_id": 1, "num_keypoints": 2, "keypoints": [1.5, 2, 2, 3, 4.25, 1, 9, 9, 0]}  # noqa: E501
     return {"images": [{"id": 3, "file_name": "a.png", "height": 20, "width": 30}, {"id": 4, "file_name": "b.png"}],
             "categories": [{"id": 1, "name": "head", "keypoints": list(NAMES)}], "annotations": [entry], **changes}
 
@@ -62,10 +62,10 @@ def test_categories_of_one_landmark_are_joined_and_boxes_named(tmp_path):
     ({"annotations": content()["annotations"] * 2}, 'landmark "sella" of image "a.png" is there twice'),
     ({"annotations": [{"image_id": 9, "category_id": 1, "keypoints": [1, 2, 2]}]}, "annotation 1: its image_id or cat"),
     ({"annotations": [{"image_id": 3, "category_id": 1, "keypoints": [1, 2, 2]}]}, "must be 3 times x, y, v"),
-    ({"annotations": [{"image_id": 3, "category_id": 1, "keypoints": [1, 2, 3] * 3}]}, '"sella" must be 0, 1 or 2, not 3'),
+    ({"annotations": [{"image_id": 3, "category_id": 1, "keypoints": [1, 2, 3] * 3}]}, '"sella" must be 0, 1 or 2, not 3'),  # noqa: E501
     ({"annotations": [{"image_id": 3, "category_id": 1, "keypoints": ["1", 2, 2] * 3}]}, '"1" is not a finite number'),
     ({"annotations": []}, "holds no landmarks"),
-    ({"categories": [{"id": 1, "name": "head", "keypoints": ["a", "a", "b"]}]}, 'category "head": its keypoints must hav'),
+    ({"categories": [{"id": 1, "name": "head", "keypoints": ["a", "a", "b"]}]}, 'category "head": its keypoints must hav'),  # noqa: E501
     ({"images": [{"id": 3, "file_name": "a.png", "height": 0, "width": 3}]}, "whole numbers above 0"),
     ({"images": {}}, "images must be a list of objects"),
 ])

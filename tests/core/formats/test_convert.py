@@ -47,7 +47,7 @@ def test_every_pair(tmp_path, images, source, target):
     ("wide", ["that 1 points are hidden"]),
     ("long", ["that 1 points are hidden", "the spacing of 1 images"]),
     ("coco", ["the spacing of 1 images", "patients"]),
-    ("labelme", ["that 1 points are hidden", "the spacing of 1 images", "patients", "landmarks that no image has: tip"]),
+    ("labelme", ["that 1 points are hidden", "the spacing of 1 images", "patients", "landmarks that no image has: tip"]),  # noqa: E501
     ("cvat", ["the spacing of 1 images", "patients", "that 1 images were looked at and have no landmark"]),
     ("label-studio", ["the spacing of 1 images", "patients", "landmarks that no image has: tip <&> 1"]),
     ("tps", ["that 1 points are hidden", "a spacing that differs between x and y", "patients",
@@ -85,7 +85,7 @@ def test_volumes_of_slicer(tmp_path):
     convert(tmp_path / "l.csv", tmp_path / "marks", target_kind="slicer", folder=tmp_path / "images")
     convert(tmp_path / "marks", tmp_path / "m.csv", folder=tmp_path / "images")
     same(read_label_file(tmp_path / "m.csv"), volumes, hidden=False)
-    with pytest.raises(UserError, match='coco holds flat images only, and "w.nii.gz" is a volume; choose from wide, lo'):
+    with pytest.raises(UserError, match='coco holds flat images only, and "w.nii.gz" is a volume; choose from wide, lo'):  # noqa: E501
         convert(tmp_path / "l.csv", tmp_path / "c.json", target_kind="coco")
     with pytest.raises(UserError, match='image "w.nii.gz" must be looked at; name the folder of the images with --ima'):
         convert(tmp_path / "l.csv", tmp_path / "n", target_kind="slicer")

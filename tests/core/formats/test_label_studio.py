@@ -44,7 +44,7 @@ def test_the_converter_reads_ours(tmp_path):
     write_label_studio(tmp_path / "l.json", LABELS)
     tasks = json.loads((tmp_path / "l.json").read_text())
     write(tmp_path / "l.json", *({**each, "id": number} for number, each in enumerate(tasks)))
-    Converter(str(tmp_path / "l_interface.xml"), str(tmp_path)).convert_to_json_min(str(tmp_path / "l.json"), str(tmp_path / "o"),
+    Converter(str(tmp_path / "l_interface.xml"), str(tmp_path)).convert_to_json_min(str(tmp_path / "l.json"), str(tmp_path / "o"),  # noqa: E501
                                                                          is_dir=False)
     first, second = json.loads(next((tmp_path / "o").glob("*.json")).read_text())
     theirs = {point["keypointlabels"][0]: (point["x"] / 100 * 60 - 0.5, point["y"] / 100 * 40 - 0.5)

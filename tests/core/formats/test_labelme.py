@@ -60,7 +60,7 @@ def test_round_trip(tmp_path):
     ({"shapes": [{"label": "a", "shape_type": "point", "points": [[1, 2], [3, 4]]}]}, r"a point must be \[\[x, y\]\]"),
     ({"shapes": [{"label": "a", "shape_type": "point", "points": [[1, None]]}]}, "null is not a finite number"),
     ({"shapes": [{"label": "", "shape_type": "point", "points": [[1, 2]]}]}, "shape 1: label must be a text"),
-    ({"shapes": [{"label": "a", "shape_type": "point", "points": [[1, 2]]}] * 2}, '"a" of image "p.png" is there twice'),
+    ({"shapes": [{"label": "a", "shape_type": "point", "points": [[1, 2]]}] * 2}, '"a" of image "p.png" is there twice'),  # noqa: E501
 ])
 def test_bad_files(tmp_path, changes, message):
     path = tmp_path / "p.json"

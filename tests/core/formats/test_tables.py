@@ -20,7 +20,7 @@ def test_round_trip(tmp_path, write, long):
 
 @pytest.mark.parametrize("write", [write_wide, write_long])
 def test_volumes_and_patients(tmp_path, write):
-    volumes = LabelSet(("a",), (FolderRow("v", np.array([[3.0, 2, 1]]), patient="p"), FolderRow("w", np.full((1, 3), np.nan))))
+    volumes = LabelSet(("a",), (FolderRow("v", np.array([[3.0, 2, 1]]), patient="p"), FolderRow("w", np.full((1, 3), np.nan))))  # noqa: E501
     write(tmp_path / "t.csv", volumes)
     first, second = read_table(tmp_path / "t.csv").rows
     assert first.points.tolist() == [[3, 2, 1]] and first.patient == "p" and np.isnan(second.points).all()
