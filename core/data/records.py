@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
-from core.formats.images import image_suffix, read_geometry
+from core.formats.images import image_id, read_geometry
 
 SPLITS = ("train", "validation", "test")
 
@@ -127,16 +126,6 @@ class DataSource:
             raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
         kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
         return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
-
-
-def image_id(name: str | Path) -> str:
-    """The id of an image: its file name or relative path without its image suffix, with forward slashes.
-
-    Names that differ only in their Unicode form (macOS takes letters with marks apart) are one name.
-    """
-    text = unicodedata.normalize("NFC", name.as_posix() if isinstance(name, Path) else name.replace("\\", "/"))
-    suffix = image_suffix(text)
-    return text[: -len(suffix)] if suffix else text
 
 
 def patient_group(image: str, patient: str | None) -> str:

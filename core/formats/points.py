@@ -24,12 +24,18 @@ CEPHALO_POINTS, CHEST_POINTS, HAND_POINTS = 19, 6, 37
 
 @dataclass(frozen=True, eq=False)
 class FolderRow:
-    """One row of a folder layout's `landmarks.csv`: points (N, D), spacing (D) in mm or None, in tensor-axis order."""
+    """The landmarks of one image, such as a row of `landmarks.csv`, in tensor-axis order.
+
+    points (N, D) and spacing (D) in mm or None. Files of labelling tools also tell the image's `size` (D), and which
+    landmarks are `hidden` (N) bool: annotated where they must be, though not seen. None = the file does not say.
+    """
 
     image: str
     points: np.ndarray
     spacing: tuple[float, ...] | None = None
     patient: str | None = None
+    size: tuple[int, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 def read_cephalo(path: Path) -> np.ndarray:

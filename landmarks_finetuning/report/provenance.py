@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from core.errors import DamagedFile, UserError
+from core.files import parse_json
 from core.formats.json_files import read_object
 from core.training.run_log import read_metrics
 
