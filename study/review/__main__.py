@@ -7,8 +7,12 @@ import getpass
 import json
 import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+from werkzeug.serving import BaseWSGIServer
 
 from core.data.labels import FolderLabels, new_data_set
 from core.data.records import image_id
@@ -89,8 +93,19 @@ def training_command(run_dir: Path, config: dict[str, Any], labels: FolderLabels
     return shlex.join(words)
 
 
-def review(arguments: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C."""
+class Opened(NamedTuple):
+    """A review that is ready to be served."""
+
+    session: Review
+    server: BaseWSGIServer
+    keys: list[str]
+    labels: FolderLabels
+    config: dict[str, Any]
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
+    """A review whose data set is held against others while the block runs. UserError: arguments that do not fit."""
     config = recorded_config(arguments.run_dir)
     labels = find_labels(arguments.images, arguments.labels, config, arguments.run_dir)
     keys = chosen_images(labels, arguments.images)
@@ -102,25 +117,32 @@ def review(arguments: argparse.Namespace) -> None:
         else:
             answers = find_answers(arguments.run_dir, records, labels.names, folder, tuple(arguments.set))
         session = Review(labels, answers, folder, arguments.who, str(arguments.run_dir))
-        order = order_of_doubt(keys, answers, suggested(arguments.run_dir), list(session.at_start))
-        server = review_server(session, order, arguments.port, training_command(arguments.run_dir, config, labels))
-        open_ones = len(keys) - len(session.at_start.intersection(keys))
-        print(f"{len(keys)} images, {open_ones} of them with open landmarks; labels go to "
+        order = order_of_doubt(keys, answers, suggested(arguments.run_dir), session.at_start)
+        command = training_command(arguments.run_dir, config, labels)
+        yield Opened(session, review_server(session, order, arguments.port, command), keys, labels, config)
+
+
+def review(arguments: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    with opened(arguments) as found:
+        labels, session = found.labels, found.session
+        open_ones = len(found.keys) - len(session.at_start.intersection(found.keys))
+        print(f"{len(found.keys)} images, {open_ones} of them with open landmarks; labels go to "
               f"{labels.table if labels.table.exists() else labels.folder}, the journal is {session.journal.path}")
-        print(f"listening on http://{HOST}:{server.port}/  (Ctrl-C stops)", flush=True)
+        print(f"listening on http://{HOST}:{found.server.port}/  (Ctrl-C stops)", flush=True)
         signal.signal(signal.SIGTERM, _stop)
-        server.serve_forever()
+        found.server.serve_forever()
         with session.lock:  # a change that is being made is finished
-            print(f"\nstopped; changed in reviews: {len(session.labelled_since())} images. To train with the labels:")
-            print(f"  {training_command(arguments.run_dir, config, labels)}")
+            print(f"\nstopped; changed in reviews: {len(session.changed())} images. To train with the labels:")
+            print(f"  {training_command(arguments.run_dir, found.config, labels)}")
 
 
 def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    """Command line."""
+def command_line() -> CommandParser:
+    """The arguments of the command."""
     parser = CommandParser(
         prog="python -m study.review", description=__doc__,
         epilog="example: python -m study.review runs/mine/landmarks/ddpm/default/shots010_draw0_seed0 "
@@ -135,7 +157,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
     parser.add_argument("--who", default=getpass.getuser(), help="who looks, for the journal; default: your login")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE")
-    review(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    review(command_line().parse_args())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def suggested(run_dir: Path) -> list[str]:
 
 
 def order_of_doubt(keys: Sequence[str], answers: Mapping[str, Answer], first: Sequence[str],
-                   done: Sequence[str]) -> list[str]:
+                   done: Collection[str]) -> list[str]:
     """`keys` as they are worth looking at: those in `first` in that order, then the largest doubt; `done` ones last."""
     rank = {key: number for number, key in enumerate(first)}
 

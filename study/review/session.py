@@ -202,7 +202,7 @@ class Review:
         """Whether something is said of every landmark of an image."""
         return all(mark is not None for mark in self.images[key].marks)
 
-    def labelled_since(self) -> list[str]:
+    def changed(self) -> list[str]:
         """Images that have been changed in reviews, by the journal."""
         return sorted({entry["image"] for entry in self.journal.entries} & set(self.images))
 

@@ -71,6 +71,7 @@ async function open(number) {
 
 function show(number, image) {
   Object.assign(state, { number, image, active: 0 });
+  state.images[number].version = Math.max(state.images[number].version, image.version);
   $("stage").replaceChildren();
   $("stage").classList.toggle("volume", image.panes.length > 1);
   document.body.classList.toggle("is-volume", image.panes.length > 1);
@@ -265,7 +266,7 @@ async function send() {
   }
   sending = false;
   document.body.dataset.pending = 0;
-  $("saved").textContent = `saved ${new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" })}`;
+  $("saved").textContent = `saved ${new Date().toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" })}`;
 }
 
 function settle(number, values) { // what the program says of an image
