@@ -1,0 +1,186 @@
+"""The review measured: how near drags end to the pointer, what kill -9 loses, how fast images page.
+
+    python -m benchmarks.review                  # all three, about ten minutes; needs chromium and chromedriver
+    python -m benchmarks.review kill --kills 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.reviewing import (
+    Page,
+    Served,
+    browser,
+    coded_drag,
+    saved_points,
+    served,
+    write_coded_images,
+    write_data_set,
+)
+from core.phantoms.radiographs import render_radiograph
+
+SIZE = (2400, 1935)  # rows, columns of the images that page
+
+
+def drags(folder: Path, count: int) -> str:
+    """`count` drags at random zooms, half of them on each coded image."""
+    root = folder / "mine"
+    run = write_coded_images(root)
+    rng, found = np.random.default_rng(0), []
+    with served(run, root) as review, browser(folder / "profile") as driver:
+        for number, name in enumerate(("across", "down")):
+            page = Page(driver, review.address)
+            if number:
+                page.keys("n")
+                page.wait_shown(number)
+            found += [coded_drag(page, rng, root / "landmarks.csv", name) for _ in range(count // 2)]
+    scale, off, drawn = np.array(found).T
+    within = off <= 0.5 + 0.5 / scale  # the pointer is in whole screen pixels
+    return (f"drags: {len(found)} at {scale.min():.2f} to {scale.max():.1f} screen pixels a pixel (median "
+            f"{np.median(scale):.1f}). The point is drawn at most {drawn.max():.2f} screen pixels from the pointer "
+            f"(mean {drawn.mean():.2f}); the saved coordinate is that of the pixel under the pointer, to half a pixel "
+            f"and half a screen pixel, in {within.sum()} of {len(found)}; at 4 screen pixels a pixel and more the "
+            f"saved coordinate is at most {off[scale >= 4].max():.3f} pixels from that pixel's centre")
+
+
+class Writer(threading.Thread):
+    """Makes one change after the other and remembers which were answered."""
+
+    def __init__(self, review: Served, images: int) -> None:
+        super().__init__()
+        self.review, self.images = review, images
+        self.answered: list[str] = []
+        self.asked = 0
+
+    def run(self) -> None:
+        """Until nobody answers."""
+        versions = [self.review.ask(f"image/{number}")[1]["version"] for number in range(self.images)]
+        pick = random.Random(len(self.answered))
+        try:
+            while True:
+                number, self.asked = pick.randrange(self.images), self.asked + 1
+                change = f"{self.review.port}-{self.review.process.pid}-{self.asked}"
+                action = pick.choice(["move", "move", "move", "absent", "undo"])
+                status, values = self.review.ask(f"change/{number}", {
+                    "version": versions[number], "action": action, "landmark": pick.randrange(2),
+                    "to": [round(pick.uniform(0, 250), 2), round(pick.uniform(0, 250), 2)], "change": change})
+                if status != 200:
+                    raise RuntimeError(values.get("message"))
+                if values["version"] > versions[number]:
+                    self.answered.append(change)
+                versions[number] = values["version"]
+        except OSError:
+            return
+
+
+def kills(folder: Path, count: int) -> str:
+    """`count` times: changes as fast as they are answered, kill -9 at a random moment, start again, compare."""
+    root, images = folder / "mine", 40
+    (root / "images").mkdir(parents=True)
+    points = {}
+    for number in range(images):
+        Image.fromarray(np.zeros((254, 254), np.uint8)).save(root / f"images/{number:03d}.png")
+        points[f"{number:03d}"] = np.array([[10.0, 20], [30, 40]])
+    run = write_data_set(root, ["tip", "base"], points, splits={"train": []})
+    pick, answered, mended, lost, wrong = random.Random(0), [], 0, 0, 0
+    for _ in range(count):
+        review = Served(run, root)
+        writer = Writer(review, images)
+        writer.start()
+        time.sleep(pick.uniform(0.3, 2.5))
+        review.kill()
+        writer.join()
+        answered += writer.answered
+        before = (root / "landmarks.csv").read_bytes(), (root / "dataset.json").read_bytes()
+        with served(run, root) as again:  # what the program says now, and what lies on disk
+            mended += before != ((root / "landmarks.csv").read_bytes(), (root / "dataset.json").read_bytes())
+            lines = (root / "review/journal.jsonl").read_text(encoding="utf8").splitlines()
+            kept = {json.loads(line)["change"] for line in lines}
+            lost += sum(change not in kept for change in answered)
+            saved = saved_points(root / "landmarks.csv")
+            listed = json.loads((root / "dataset.json").read_text(encoding="utf8"))["splits"]["train"]
+            for number in range(images):
+                image = again.ask(f"image/{number}")[1]
+                at = [each["at"] or [np.nan, np.nan] for each in image["landmarks"]]
+                labelled = bool(np.isfinite(at).any())
+                same = np.array_equal(saved.get(image["id"], np.full((2, 2), np.nan)), at, equal_nan=True)
+                wrong += not same or labelled != (image["id"] in listed)
+    return (f"kill -9: {count} times at random moments among {len(answered)} answered changes: {lost} of them lost, "
+            f"{wrong} images whose labels, journal and splits disagree after the next start; {mended} times that start "
+            "finished a change that was cut between its files")
+
+
+def paging(folder: Path, count: int) -> str:
+    """Press N through `count` radiographs of SIZE, at once when one is shown, and again with a second to look at each.
+
+    The time runs in the page from the key to the frame after the image is drawn.
+    """
+    root = folder / "mine"
+    (root / "images").mkdir(parents=True)
+    pixels, marks = render_radiograph(SIZE, np.random.default_rng(0))
+    pixels = np.asarray(pixels)
+    rng, points = np.random.default_rng(1), {}
+    grain = rng.normal(0, 6, (SIZE[0] * 2, SIZE[1]))
+    for number in range(count):
+        first, roll = int(rng.integers(SIZE[0])), int(rng.integers(SIZE[1]))
+        noisy = pixels + np.roll(grain[first : first + SIZE[0]], roll, axis=1)
+        name = f"{number:04d}"
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"images/{name}.jpg", quality=92)
+        points[name] = marks[:, ::-1]
+    run = write_data_set(root, [f"landmark {number}" for number in range(len(marks))], points)
+    said = []
+    with served(run, root) as review, browser(folder / "profile") as driver:
+        driver.set_script_timeout(60)
+        for how, wait, pages in (("at once", 0.0, count - 1), ("after a second each", 1.0, min(count - 1, 60))):
+            page = Page(driver, review.address)
+            times = []
+            for number in range(pages):
+                times.append(float(driver.execute_async_script(PRESS, str(number + 1))))
+                time.sleep(wait)
+            said.append(f"{pages} pages {how}: median {np.median(times):.0f} ms, 95 % {np.percentile(times, 95):.0f}, "
+                        f"99 % {np.percentile(times, 99):.0f}, longest {max(times):.0f}; "
+                        f"{np.mean(np.array(times) <= 300):.1%} within 300 ms")
+            page.settle()
+    size = np.mean([path.stat().st_size for path in (root / "images").iterdir()]) / 1e6
+    return f"paging {count} JPEG files of {SIZE[0]} x {SIZE[1]} ({size:.1f} MB each): " + ". ".join(said)
+
+
+PRESS = """
+const wanted = arguments[0], done = arguments[1], start = performance.now();
+const seen = new MutationObserver(() => {
+  if (document.body.dataset.shown === wanted) { seen.disconnect(); done(performance.now() - start); }
+});
+seen.observe(document.body, { attributes: true, attributeFilter: ["data-shown"] });
+document.dispatchEvent(new KeyboardEvent("keydown", { key: "n" }));
+"""
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.review", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["drags", "kill", "paging"], help="drags, kill, paging; all three")
+    parser.add_argument("--drags", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--images", type=int, default=1000)
+    arguments = parser.parse_args(given)
+    measures = {"drags": (drags, arguments.drags), "kill": (kills, arguments.kills), "paging": (paging, arguments.images)}
+    for what in arguments.what:
+        measure, count = measures[what]
+        with tempfile.TemporaryDirectory() as folder:
+            print(measure(Path(folder), count), flush=True)
+
+
+if __name__ == "__main__":
+    main()
