@@ -1,9 +1,9 @@
 // The review's page: what is shown, the keys, and changes on their way to disk.
 
-import { View, placeOf } from "./view.js";
+import { View, placeOf, shaded } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
-const AHEAD = 2, KEPT = 12; // pictures fetched before they are wanted, and kept
+const AHEAD = 2, KEPT = 7; // pictures fetched before they are wanted, and kept
 const state = { images: [], names: false, chosen: 0, number: -1, image: null, views: [], active: 0 };
 const look = { brightness: 0, contrast: 0 };
 const pictures = new Map(); // address -> promise of pixels, the last used ones last
@@ -61,11 +61,18 @@ async function open(number) {
     if (ticket !== asked) return;
     draw();
     requestAnimationFrame(() => setTimeout(() => { document.body.dataset.shown = number; }));
-    if (state.views.length === 1) for (let more = 1; more <= AHEAD; more++) {
-      if (number + more < state.images.length) pixels(number + more).catch(() => null);
-    }
+    if (state.views.length === 1) prepare(number, ticket);
   } catch (error) {
     if (ticket === asked) say(`Image cannot be shown: ${error.message}`, true);
+  }
+}
+
+async function prepare(number, ticket) { // the next images, while this one is looked at
+  for (let more = 1; more <= AHEAD && number + more < state.images.length; more++) {
+    const found = await pixels(number + more).catch(() => null);
+    await new Promise((resolve) => requestIdleCallback(resolve, { timeout: 500 }));
+    if (ticket !== asked) return;
+    if (found) shaded(found, look);
   }
 }
 

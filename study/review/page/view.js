@@ -31,8 +31,7 @@ export class View {
     this.label.className = "name";
     this.box.append(this.canvas, this.overlay, this.label);
     stage.append(this.box);
-    this.source = document.createElement("canvas");
-    this.pixels = null;
+    this.pixels = this.source = null;
   }
 
   get turned() { return this.down < this.across; } // the rows of its pixels are the later axis
@@ -124,20 +123,9 @@ export class View {
 
   take(pixels) { this.pixels = pixels; this.shade(); }
 
-  shade(look = this.look) { // grey values through the window, in the numbers of the file
+  shade(look = this.look) {
     this.look = look;
-    if (!this.pixels) return;
-    const { values, rows, columns, bytes, window: [low, high] } = this.pixels;
-    if (this.source.width !== columns || this.source.height !== rows) {
-      this.source.width = columns;
-      this.source.height = rows;
-      this.data = null;
-    }
-    const context = this.source.getContext("2d");
-    this.data ??= context.createImageData(columns, rows);
-    const table = shades(bytes, low, high, look), out = new Uint32Array(this.data.data.buffer);
-    for (let index = 0; index < out.length; index++) out[index] = table[values[index]];
-    context.putImageData(this.data, 0, 0);
+    if (this.pixels) this.source = shaded(this.pixels, look);
   }
 
   draw(state) {
@@ -145,7 +133,7 @@ export class View {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = "#000";
     context.fillRect(0, 0, this.canvas.width, this.canvas.height);
-    if (this.pixels) {
+    if (this.source) {
       const x = this.stepX * this.scale, y = this.stepY * this.scale;
       context.setTransform(density * x * (this.flip_across ? -1 : 1), 0, 0, density * y * (this.flip_down ? -1 : 1),
         density * (this.left + (this.flip_across ? this.columns * x : 0)),
@@ -198,8 +186,25 @@ export class View {
     svg("path", { d: path, class: "halo" }, group);
     svg("path", { d: path, class: "mark" }, group);
     if (landmark.state !== "absent") svg("circle", { cx: x, cy: y, r: 5.5, class: "mark place" }, group);
-    if (chosen || state.names) svg("text", { x: x + 12, y: y - 9 }, group).textContent = landmark.name;
+    if (chosen || state.names) {
+      const before = x + 12 + 7.5 * landmark.name.length > this.width; // there is no room behind the point
+      svg("text", { x: before ? x - 12 : x + 12, y: y - 9, "text-anchor": before ? "end" : "start" }, group)
+        .textContent = landmark.name;
+    }
   }
+}
+
+// A canvas of the grey values through the window, made of the numbers of the file; kept with them while the look stays.
+export function shaded(pixels, { brightness, contrast }) {
+  const { values, rows, columns, bytes, window: [low, high] } = pixels, look = `${brightness} ${contrast}`;
+  if (pixels.look === look) return pixels.canvas;
+  pixels.canvas ??= Object.assign(document.createElement("canvas"), { width: columns, height: rows });
+  const context = pixels.canvas.getContext("2d"), data = context.createImageData(columns, rows);
+  const table = shades(bytes, low, high, { brightness, contrast }), out = new Uint32Array(data.data.buffer);
+  for (let index = 0; index < out.length; index++) out[index] = table[values[index]];
+  context.putImageData(data, 0, 0);
+  pixels.look = look;
+  return pixels.canvas;
 }
 
 export function placeOf(landmark) { return landmark.at ?? landmark.predicted; }
