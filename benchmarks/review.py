@@ -1,13 +1,14 @@
 """The review measured: how near drags end to the pointer, what kill -9 loses, how fast images page.
 
-    python -m benchmarks.review                  # all three, about ten minutes; needs chromium and chromedriver
-    python -m benchmarks.review kill --kills 20
+    python -m benchmarks.review                  # all three; needs chromium and chromedriver
+    python -m benchmarks.review paging --images 1000 --pages 200
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,14 +16,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.reviewing import (
+    Asked,
     Page,
-    Served,
     browser,
     coded_drag,
     saved_points,
@@ -31,8 +34,10 @@ from benchmarks.reviewing import (
     write_data_set,
 )
 from core.phantoms.radiographs import render_radiograph
+from study.review.__main__ import command_line, opened
 
 SIZE = (2400, 1935)  # rows, columns of the images that page
+FORKS = multiprocessing.get_context("fork")
 DRAWN = 50  # of them differ, the others are copies, which nobody knows but the disk's own memory
 
 
@@ -57,23 +62,46 @@ def drags(folder: Path, count: int) -> str:
             f"saved coordinate is at most {off[scale >= 4].max():.3f} pixels from that pixel's centre")
 
 
+class Forked(Asked):
+    """The review in a process that is split off this one, so that its start takes no time; killed like any other."""
+
+    def __init__(self, run: Path, root: Path) -> None:
+        ours, theirs = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=_serve, args=(run, root, theirs), daemon=True)
+        self.process.start()
+        self.address = f"http://127.0.0.1:{ours.recv()}/"
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(run: Path, root: Path, port: Connection) -> None:
+    arguments = command_line().parse_args([str(run), "--images", str(root), "--port", "0", "--predictions",
+                                           str(run / "predictions.csv")])
+    with opened(arguments) as review:
+        port.send(review.server.port)
+        review.server.serve_forever()
+
+
 class Writer(threading.Thread):
     """Makes one change after the other and remembers which were answered."""
 
-    def __init__(self, review: Served, images: int) -> None:
+    def __init__(self, review: Forked, images: int, seed: int) -> None:
         super().__init__()
-        self.review, self.images = review, images
+        self.review, self.images, self.seed = review, images, seed
         self.answered: list[str] = []
         self.asked = 0
 
     def run(self) -> None:
         """Until nobody answers."""
         versions = [image["version"] for image in self.review.ask("state")[1]["images"]]
-        pick = random.Random(len(self.answered))
+        pick = random.Random(self.seed)
         try:
             while True:
                 number, self.asked = pick.randrange(self.images), self.asked + 1
-                change = f"{self.review.port}-{self.review.process.pid}-{self.asked}"
+                change = f"{self.seed}-{self.asked}"
                 action = pick.choice(["move", "move", "move", "absent", "undo"])
                 status, values = self.review.ask(f"change/{number}", {
                     "version": versions[number], "action": action, "landmark": pick.randrange(2),
@@ -89,43 +117,43 @@ class Writer(threading.Thread):
 
 def kills(folder: Path, count: int) -> str:
     """`count` times: changes as fast as they are answered, kill -9 at a random moment, start again, compare."""
-    root, images = folder / "mine", 40
+    root, images = folder / "mine", 20
     (root / "images").mkdir(parents=True)
     points = {}
     for number in range(images):
         Image.fromarray(np.zeros((254, 254), np.uint8)).save(root / f"images/{number:03d}.png")
         points[f"{number:03d}"] = np.array([[10.0, 20], [30, 40]])
     run = write_data_set(root, ["tip", "base"], points, splits={"train": []})
-    pick, answered, mended, lost, wrong = random.Random(0), [], 0, 0, 0
-    for _ in range(count):
-        review = Served(run, root)
-        writer = Writer(review, images)
+    pick, answered, mended, lost, wrong = random.Random(0), list[str](), 0, 0, 0
+    for seed in range(count):
+        review = Forked(run, root)
+        writer = Writer(review, images, seed)
         writer.start()
         time.sleep(pick.uniform(0.3, 2.5))
         review.kill()
         writer.join()
         answered += writer.answered
         before = (root / "landmarks.csv").read_bytes(), (root / "dataset.json").read_bytes()
-        with served(run, root) as again:  # what the program says now, and what lies on disk
-            mended += before != ((root / "landmarks.csv").read_bytes(), (root / "dataset.json").read_bytes())
-            lines = (root / "review/journal.jsonl").read_text(encoding="utf8").splitlines()
-            kept = {json.loads(line)["change"] for line in lines}
-            lost += sum(change not in kept for change in answered)
-            saved = saved_points(root / "landmarks.csv")
-            listed = json.loads((root / "dataset.json").read_text(encoding="utf8"))["splits"]["train"]
-            for number in range(images):
-                image = again.ask(f"image/{number}")[1]
-                at = [each["at"] or [np.nan, np.nan] for each in image["landmarks"]]
-                labelled = bool(np.isfinite(at).any())
-                same = np.array_equal(saved.get(image["id"], np.full((2, 2), np.nan)), at, equal_nan=True)
-                wrong += not same or labelled != (image["id"] in listed)
+        again = Forked(run, root)  # what the program says now, and what lies on disk
+        mended += before != ((root / "landmarks.csv").read_bytes(), (root / "dataset.json").read_bytes())
+        lines = (root / "review/journal.jsonl").read_text(encoding="utf8").splitlines()
+        lost += len(set(answered) - {json.loads(line)["change"] for line in lines})
+        saved = saved_points(root / "landmarks.csv")
+        listed = json.loads((root / "dataset.json").read_text(encoding="utf8"))["splits"]["train"]
+        for number in range(images):
+            image = again.ask(f"image/{number}")[1]
+            at = [each["at"] or [np.nan, np.nan] for each in image["landmarks"]]
+            labelled = bool(np.isfinite(at).any())
+            same = np.array_equal(saved.get(image["id"], np.full((2, 2), np.nan)), at, equal_nan=True)
+            wrong += not same or labelled != (image["id"] in listed)
+        again.kill()
     return (f"kill -9: {count} times at random moments among {len(answered)} answered changes: {lost} of them lost, "
             f"{wrong} images whose labels, journal and splits disagree after the next start; {mended} times that start "
             "finished a change that was cut between its files")
 
 
-def paging(folder: Path, count: int) -> str:
-    """Press N through `count` radiographs of SIZE, at once when one is shown, and again with a second to look at each.
+def paging(folder: Path, count: int, most: int) -> str:
+    """Press N in `count` radiographs of SIZE, with a second to look at each, and again at once when one is shown.
 
     The time runs in the page from the key to the frame after the image is drawn.
     """
@@ -148,7 +176,7 @@ def paging(folder: Path, count: int) -> str:
     said = []
     with served(run, root) as review, browser(folder / "profile") as driver:
         driver.set_script_timeout(60)
-        for how, wait, pages in (("at once", 0.0, count - 1), ("after a second each", 1.0, min(count - 1, 60))):
+        for how, wait, pages in (("after a second each", 1.0, min(count - 1, most, 60)), ("at once", 0.0, min(count - 1, most))):
             page = Page(driver, review.address)
             times = []
             for number in range(pages):
@@ -180,9 +208,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--drags", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--pages", type=int, default=999, help="of these images, how many are paged through at once")
     arguments = parser.parse_args(given)
     measures = {"drags": (drags, arguments.drags), "kill": (kills, arguments.kills),
-                "paging": (paging, arguments.images)}
+                "paging": (partial(paging, most=arguments.pages), arguments.images)}
     for what in arguments.what:
         measure, count = measures[what]
         with tempfile.TemporaryDirectory() as folder:
