@@ -176,7 +176,8 @@ def paging(folder: Path, count: int, most: int) -> str:
     said = []
     with served(run, root) as review, browser(folder / "profile") as driver:
         driver.set_script_timeout(60)
-        for how, wait, pages in (("after a second each", 1.0, min(count - 1, most, 60)), ("at once", 0.0, min(count - 1, most))):
+        for how, wait, limit in (("after a second each", 1.0, min(most, 60)), ("at once", 0.0, most)):
+            pages = min(count - 1, limit)
             page = Page(driver, review.address)
             times = []
             for number in range(pages):
