@@ -129,7 +129,9 @@ def kills(folder: Path, count: int) -> str:
         review = Forked(run, root)
         writer = Writer(review, images, seed)
         writer.start()
-        time.sleep(pick.uniform(0.3, 2.5))
+        while not writer.answered:
+            time.sleep(0.01)
+        time.sleep(pick.uniform(0, 2))
         review.kill()
         writer.join()
         answered += writer.answered
