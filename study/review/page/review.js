@@ -167,7 +167,9 @@ function fill(list, entries, chosen, choose) {
     node.addEventListener("click", () => choose(index));
   }
   entries.forEach(({ text, more, kind, spoken }, index) => {
-    const node = list.children[index], selected = index === chosen;
+    const node = list.children[index], selected = index === chosen, said = [text, more, kind, spoken, selected].join("\n");
+    if (node.said === said) return; // of a thousand images two or three differ
+    node.said = said;
     if (node.firstChild.textContent !== text) { node.firstChild.textContent = text; node.title = text; }
     if (node.lastChild.textContent !== more) node.lastChild.textContent = more;
     if (node.dataset.state !== kind) { node.dataset.state = kind; }

@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.data.folder_layout import read_folder
 from core.data.labels import FolderLabels, new_data_set
-from core.formats.markups import read_markups
+from core.formats.markups import read_markups, write_markups
 from tests.conftest import error_of
 
 NAN = [np.nan, np.nan]
@@ -104,8 +104,9 @@ def test_markup_files_of_volumes(tmp_path):
     world = read_markups(file, ["tip", "base"])
     assert np.allclose(world[0], (affine @ [5.25, 4, 3, 1])[:3]) and np.isnan(world[1]).all()
     assert np.allclose(labels.read()["c1"], points, equal_nan=True)
+    write_markups(file, ["tip", "base"], np.array([[1 / 3, 2 / 7, 20.1], [np.nan] * 3]))
     first = json.loads(file.read_text())["markups"][0]["controlPoints"][0]["position"]
-    labels.write("c1", np.array([[3, 4, 5.25], [1, 1, 1]]))
+    labels.write("c1", np.array([labels.read()["c1"][0], [1, 1, 1]]))  # pixels and back lose the last digits
     assert json.loads(file.read_text())["markups"][0]["controlPoints"][0]["position"] == first
     labels.write("c1", np.full((2, 3), np.nan))
     assert not file.exists()
