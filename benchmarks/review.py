@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -213,8 +213,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--pages", type=int, default=999, help="of these images, how many are paged through at once")
     arguments = parser.parse_args(given)
-    measures = {"drags": (drags, arguments.drags), "kill": (kills, arguments.kills),
-                "paging": (partial(paging, most=arguments.pages), arguments.images)}
+    measures: dict[str, tuple[Callable[[Path, int], str], int]] = {
+        "drags": (drags, arguments.drags), "kill": (kills, arguments.kills),
+        "paging": (partial(paging, most=arguments.pages), arguments.images)}
     for what in arguments.what:
         measure, count = measures[what]
         with tempfile.TemporaryDirectory() as folder:
