@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from core.formats.labels import LabelSet
 from core.formats.points import FolderRow
 from core.formats.series import is_series
 from landmarks_finetuning.calibration import read_calibration
-from landmarks_finetuning.inference import trained_detector
+from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predictions import (
     Predictions,
@@ -30,6 +30,7 @@ from landmarks_finetuning.predictions import (
     table_rows,
     write_slicer_files,
 )
+from landmarks_finetuning.uncertainty import Calibration
 
 
 def collect_images(paths: list[Path], out: Path, spacing_mm: float | None = None) -> list[Record]:
@@ -80,17 +81,14 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     records = collect_images(paths, out, detector.config.dataset.spacing_mm)
     _check_formats(formats, records)
     rows: list[FolderRow] = []
-    some = detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:
-        for first in tqdm(range(0, len(records), some), "batches"):
-            images = load_images(records[first : first + some], detector.config.dataset)
-            predictions = find_landmarks(detector, images, calibration=calibration)
+        for predictions in predictions_of(detector, records, calibration):
             append_rows(table, table_rows(predictions))
             write_slicer_files(out / "markups", predictions)
             rows += [FolderRow(record.id, points, size=record.file_geometry().size)
-                     for record, points in zip(images.records, predictions.points, strict=True)]
-            for index, record in enumerate(images.records if overlays else ()):
+                     for record, points in zip(predictions.images.records, predictions.points, strict=True)]
+            for index, record in enumerate(predictions.images.records if overlays else ()):
                 draw_predictions(out / "overlays" / picture_name(record.id, ".png"), predictions, index,
                                  f"{printable(record.id)}{_doubt(predictions, index)}")
     labels = LabelSet(tuple(detector.landmark_names), tuple(rows), proposed=True)
@@ -117,6 +115,15 @@ def _write_formats(out: Path, labels: LabelSet, images: dict[str, Path], formats
         print(f"{name}: {path}")
         if gone := lost(labels, name):
             note_once(str(path), f"note: {name} cannot hold {', '.join(gone)}")
+
+
+def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None
+                   ) -> Iterator[Predictions]:
+    """What `detector` finds in `records`, batch by batch, with a progress bar."""
+    some = detector.config.evaluation.batch_size
+    for first in tqdm(range(0, len(records), some), "batches"):
+        images = load_images(records[first : first + some], detector.config.dataset)
+        yield find_landmarks(detector, images, calibration=calibration)
 
 
 def _doubt(predictions: Predictions, index: int) -> str:

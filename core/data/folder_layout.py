@@ -43,7 +43,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     check_unique(images)
     images = [record if record.id in excluded else replace(record, geometry=read_geometry(record.image))
               for record in images]
-    dims = _common_dims([record for record in images if record.geometry is not None], root / "images")
+    dims = common_dims([record for record in images if record.geometry is not None], root / "images")
     common = parse_spacing(settings.get("spacing_mm") if spacing_mm is None else spacing_mm, dims, str(description))
     labels = find_labels(root, names, images, settings, dims, description)
     patients = _patients(settings.get("patients", {}), {record.id for record in images}, description)
@@ -108,7 +108,8 @@ def _patients(given: dict[str, str], images: set[str], description: Path) -> dic
     return patients
 
 
-def _common_dims(images: Sequence[Record], folder: Path) -> int:
+def common_dims(images: Sequence[Record], folder: Path) -> int:
+    """The number of axes that all images of `folder` have; UserError where there is none, or they differ."""
     if not images:
         raise UserError(f"{folder} holds no image or volume; supported: {', '.join(IMAGE_SUFFIXES)}, DICOM series")
     dims = [len(record.file_geometry().size) for record in images]

@@ -32,8 +32,10 @@ def check_keys(value: Any, allowed: Sequence[str], required: Sequence[str], wher
 
 
 def read_splits(wanted: Any, labelled: Patients, images: Collection[str], description: Path,
-                labels: Path) -> dict[str, list[str]]:
+                labels: Path, keep: bool = True) -> dict[str, list[str]]:
     """Image ids by split, as listed or drawn from fractions; `labelled` maps the ids with landmarks to their patients.
+
+    A draw is written down for later unless `keep` is false.
 
     UserError: an id that is unknown, without landmarks or listed twice; lists and fractions mixed.
     """
@@ -41,7 +43,7 @@ def read_splits(wanted: Any, labelled: Patients, images: Collection[str], descri
     check_keys(wanted, (*SPLITS, "seed"), ("train",), where)
     given = {split: wanted[split] for split in SPLITS if split in wanted}
     if all(is_number(share) for share in given.values()):
-        return _drawn_splits(given, wanted.get("seed", 0), labelled, description)
+        return _drawn_splits(given, wanted.get("seed", 0), labelled, description, keep)
     if "seed" in wanted or not all(isinstance(ids, list) for ids in given.values()):
         raise UserError(f"{where}: give either a list of image ids per split, or a fraction per split and a seed")
     split_of: dict[str, str] = {}
@@ -63,7 +65,8 @@ def draws_path(description: Path) -> Path:
     return description.with_suffix(".splits.json")
 
 
-def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path) -> dict[str, list[str]]:
+def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path, keep: bool
+                  ) -> dict[str, list[str]]:
     """The splits written down for these fractions and this seed, else newly drawn ones, which are written down.
 
     Images labelled since then join the split of their patient, or train: pre-training may have seen them. UserError for
@@ -74,6 +77,8 @@ def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, descr
     before = next((draw for draw in draws if (draw["shares"], draw["seed"]) == (shares, seed)), None)
     if before is None:
         splits = _draw_splits(shares, seed, labelled, f"{description}, splits")
+        if not keep:
+            return splits
         try:
             write_json(path, [*draws, {"shares": shares, "seed": seed, "splits": splits}])
         except OSError as error:
