@@ -28,10 +28,11 @@ CHECKED = "data_checked"  # in the experiment's folder: a data_stamp and the run
 
 def check_shots(config: Config, source: DataSource) -> None:
     """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
-    from core.data.shots import select_shots
+    from core.data.shots import above_labels
 
-    for shots in config.finetune.shots:
-        select_shots(source.require("train"), shots, 0, "first")
+    labels = len(source.require("train"))
+    if max(config.finetune.shots) > labels:
+        raise UserError(above_labels(config.finetune.shots, labels))
     source.require(config.evaluation.split)
     if config.finetune.validation == "official":
         source.require("validation")

@@ -46,9 +46,10 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
 
     Landmarks become pixels of the stored image whatever they were; volumes may be .nii, .nii.gz, .npy, .npz or DICOM
     series. Of `excluded` images, which may be damaged, nothing is read: they only keep their place in the splits.
+    Without any label (neither landmarks.csv nor landmarks/) there may be no description either.
     UserError: files missing or contradicting each other, images of different dimensions.
     """
-    settings = read_description(description)
+    settings = read_description(description) if description.exists() or has_labels(root) else {"landmarks": []}
     names = tuple(settings["landmarks"])
     images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]
@@ -69,7 +70,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
             spacing=None if record.geometry is None else
             own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
-    ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
+    ids = read_splits(settings.get("splits"), {key: r.patient for key, r in labelled.items()}, records, description,
                       labels.path)
     splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
     check_patients(splits, description)
@@ -78,7 +79,13 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     unit = _common_unit([r for split in SPLITS for r in splits[split] if r.geometry is not None])
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
-    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root)
+    held_back = splits["validation"] or splits["test"]
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back)
+
+
+def has_labels(root: Path) -> bool:
+    """Whether the folder has a table, or a folder, of landmarks."""
+    return (root / "landmarks.csv").exists() or (root / "landmarks").exists()
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def read_description(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from None
-    check_keys(settings, KEYS, ("landmarks", "splits"), str(path))
+    check_keys(settings, KEYS, ("landmarks",), str(path))
     names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{path}: landmarks must be a list of one or more names")
@@ -131,9 +138,11 @@ def _common_dims(images: Sequence[Record], folder: Path) -> int:
 def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], settings: dict[str, Any],
                  dims: int, description: Path) -> Labels:
     table, folder = root / "landmarks.csv", root / "landmarks"
-    if table.exists() == folder.exists():
-        sources = "both landmarks.csv and landmarks/" if table.exists() else "neither landmarks.csv nor landmarks/"
-        raise UserError(f"folder data set at {root} has {sources}; give one of them, see datasets/README.md")
+    if not has_labels(root):
+        return Labels({}, root / "landmarks.csv or landmarks", {})
+    if table.exists() and folder.exists():
+        raise UserError(f"folder data set at {root} has both landmarks.csv and landmarks/; give one of them, see "
+                        "datasets/README.md")
     by_id = {record.id: record for record in images}
     system = settings.get("coordinates", "pixel")
     if system != "pixel" and (dims == 2 or folder.exists()):

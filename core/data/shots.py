@@ -24,7 +24,7 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     larger k contains the smaller. UserError when there are fewer records than shots.
     """
     if shots > len(records):
-        raise UserError(f"finetune.shots {shots} is above the training split's {len(records)} labelled images")
+        raise UserError(above_labels([shots], len(records)))
     if selection == "first":
         return tuple(records[:shots])
     if selection == "coverage":
@@ -34,6 +34,14 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
         return tuple(record for record in records if record.id in chosen)
     shuffled = np.random.default_rng([draw, len(records)]).permutation(len(records))
     return tuple(records[i] for i in sorted(shuffled[:shots]))
+
+
+def above_labels(shots: Sequence[int], labels: int, training: str = "the training split's") -> str:
+    """Which of finetune.shots ask for more than there are to train on, and the numbers to set instead."""
+    above = [number for number in shots if number > labels]
+    numbers = sorted({min(number, labels) for number in shots})
+    return (f"finetune.shots {', '.join(map(str, above))} {'is' if len(above) == 1 else 'are'} above {training} "
+            f"{labels} labelled images; set finetune.shots to {numbers}")
 
 
 def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int, order: Sequence[str] | None = None
