@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from core.config.dataset import Dataset
 from core.config.starts import MEAN_SHAPE, SOFTMAX_STARTS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
+from core.data.elsewhere import all_test, dataset_at
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
 from core.data.shots import labelled_subset, scored_records
@@ -23,7 +25,16 @@ from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
-from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
+from core.runs.inputs import (
+    INPUTS,
+    SCORED,
+    GroupedImages,
+    counted,
+    image_changes,
+    images_digest,
+    read_record,
+    write_inputs,
+)
 from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
@@ -43,23 +54,29 @@ NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
-             config: Config | None = None, others: Sequence[Path] = ()) -> tuple[Path, dict]:
+             config: Config | None = None, others: Sequence[Path] = (), data: Path | None = None) -> tuple[Path, dict]:
     """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
     which may say other places than the run's own. The heatmaps are the mean of those of `run_dir` and of the runs
-    `others`.
+    `others`. `data` is the folder, or a study's config, of another data set; where that holds nothing back, all its
+    labels are scored.
     """
     detector = trained_detector(run_dir, overrides, others)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
     check_decoder(detector, decoder)
-    source = load_source(config.dataset).ordered(detector.landmark_names)
+    if data is not None:
+        config = detector.config = config.model_copy(update={"dataset": dataset_at(data, config.dataset)})
+    source = load_source(config.dataset)
+    source = (source if data is None else all_test(source)).ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
-    own_data = has_data_of(run_dir, source, config.dataset)
-    if not own_data:
+    own_data = data is None and has_data_of(run_dir, source, config.dataset)
+    if data is not None:
+        note_seen(run_dir, scored_records(source, config.evaluation, config.dataset), config.dataset)
+    elif not own_data:
         print(f"note: the data at {source.root} have other training images or labels than this run was made from",
               file=sys.stderr)
     if out is None:
@@ -119,6 +136,16 @@ def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
     training = {"training": record["images"]["training"]}
     images = [image for image in source.labelled if image.id in training["training"]]
     return not image_changes(training, {"training": data_digests(images, source.landmark_names, dataset)})
+
+
+def note_seen(run_dir: Path, records: Sequence[Record], dataset: Dataset) -> None:
+    """Say which of the `records` of another data set are files that the run was trained on, if it recorded those."""
+    record = read_record(run_dir / INPUTS)
+    known = {pixels for images in (record or {"images": {}})["images"].values() for pixels, _ in images.values()}
+    digests = data_digests([replace(each, landmarks=None) for each in records], (), dataset)
+    seen = [name for name, (pixels, _) in digests.items() if pixels is not None and pixels in known]
+    if seen:
+        print(f"note: {counted(seen)} of this data set are files that the run was made from", file=sys.stderr)
 
 
 def validation_images(detector: TrainedDetector, source: DataSource) -> ImageSet | None:
@@ -234,6 +261,15 @@ def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: st
         draw_predictions(path, predictions, index, title, errors[index])
 
 
+def check_other_data(run_dir: Path, overrides: Sequence[str], out: Path | None) -> None:
+    """UserError where a score on another data set would take the place of the run's own, or is described twice."""
+    twice = [override for override in overrides if override.startswith("dataset.")]
+    if twice:
+        raise UserError(f"--set {twice[0]}: --data says what the data set is; put the key into a config and name that")
+    if out is not None and out.resolve() == run_dir.resolve():
+        raise UserError(f"--out {out} is the run's own folder, which holds its own score; name another one")
+
+
 def main() -> None:
     """Command line."""
     parser = CommandParser(
@@ -243,6 +279,8 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
                         help="runs on the same data whose heatmaps are averaged with those of run_dir")
+    parser.add_argument("--data", type=Path, metavar="DIR_OR_CONFIG", help="another data set: a folder with images/ "
+                        "and labels, or a study's config; all labels are scored, or a split where it has splits")
     parser.add_argument("--decoder", help="another decoder than the config's")
     parser.add_argument("--out", type=Path, help="where the files go; default: the run's folder for the study's own "
                         "score, a folder below its evaluations/ for another split, decoder or data set")
@@ -251,9 +289,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
+    if arguments.data is not None:
+        check_other_data(arguments.run_dir, arguments.set, arguments.out)
     with claim(arguments.run_dir):
         folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
-                                   others=arguments.others)
+                                   others=arguments.others, data=arguments.data)
     physical, unit = metrics["physical"], metrics["unit"]
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]
