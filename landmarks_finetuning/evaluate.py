@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from core.data.digests import data_digests
 from core.data.elsewhere import all_test, dataset_at
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
-from core.data.shots import labelled_subset, scored_records
+from core.data.shots import answered_records, labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
@@ -43,19 +42,20 @@ from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
-from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.pictures.cases import draw_ranked
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
 from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
 from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
-
-NAME_BYTES = 200  # of an id in a file name, which may have 255
+from landmarks_finetuning.unscored import write_answers
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
              config: Config | None = None, others: Sequence[Path] = (), data: Path | None = None) -> tuple[Path, dict]:
     """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+
+    Where the data set holds nothing back there is no score: the detector answers unlabelled images.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
@@ -85,14 +85,15 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         parts += [f"with-{other.resolve().parent.name}-{other.resolve().name}" for other in others]
         parts += [] if own_data else [f"data-{config.dataset.name}"]
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
-    records = scored_records(source, config.evaluation, config.dataset)
-    scored = load_images(records, config.dataset)
+    use, records = answered_records(source, config.evaluation, config.dataset)
+    answered = load_images(records, config.dataset) if records else None
     validation = validation_images(detector, source) if own_data else None
     if validation is None:
         errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)
     else:
         errors, calibration = calibrate(detector, validation, decoder)
-    predictions = find_landmarks(detector, scored, decoder, calibration=calibration, unit=source.unit)
+    predictions = None if answered is None else find_landmarks(detector, answered, decoder, calibration=calibration,
+                                                               unit=source.unit)
     seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
@@ -103,9 +104,11 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
                     "images": calibration.images, "landmarks": calibration.landmarks,
-                    "of_scored": validation is not None and share_images(validation, scored)},
+                    "of_scored": None not in (validation, answered) and share_images(validation, answered)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
+    if source.nothing_held_back or predictions is None:
+        return out, write_answers(out, config, source, use, records, predictions, identity)
     return out, score(out, config, source, predictions, identity)
 
 
@@ -162,16 +165,14 @@ def share_images(one: ImageSet, other: ImageSet) -> bool:
 
 
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
-    """Score the mean of the cell's labels as a prediction for every image: what a detector must beat."""
+    """Score the mean of the cell's labels as a prediction for every image: what a detector must beat.
+
+    Where the data set holds nothing back there is nothing to say.
+    """
     source = load_source(config.dataset)
     order = coverage_order(config, source, cell.shots)
     chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw, order)
-    training = load_images(chosen, config.dataset)
-    test_images = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
-    points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
-    side = config.dataset.image_size
-    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
-    scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
+    use, records = answered_records(source, config.evaluation, config.dataset)
     run_dir = cell_dir(config, cell)
     identity = {"backbone": MEAN_SHAPE, "variant": variant(config, MEAN_SHAPE), "shots": cell.shots,
                 "draw": cell.draw, "seed": cell.seed, "training_images": [record.id for record in chosen],
@@ -179,6 +180,14 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     inputs = {"training": data_digests(chosen, source.landmark_names, config.dataset)}
     write_inputs(run_dir, inputs, chosen_by=None if order is None else choosing_path(config))
+    if source.nothing_held_back:
+        write_answers(run_dir, config, source, use, records, None, identity)
+        return run_dir
+    training, test_images = load_images(chosen, config.dataset), load_images(records, config.dataset)
+    points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
+    side = config.dataset.image_size
+    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
+    scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
     unknown = np.full(points.shape[:2], np.nan)
     guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)
@@ -249,16 +258,13 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
     """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
-    shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
-    for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
-        name = predictions.images.records[index].id
-        title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
-        expected = predictions.expected_error[index]
-        title += "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
-        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
-        path = folder / f"rank{rank:03d}_{shortened}.png"
-        draw_predictions(path, predictions, index, title, errors[index])
+    titles = []
+    for record, error, expected in zip(predictions.images.records, mean_errors, predictions.expected_error,
+                                       strict=True):
+        doubt = "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
+        titles.append(f"{record.id}: mean error {error:.2f} {unit}{doubt}")
+    draw_ranked(folder, count, predictions, mean_errors, titles, errors)
 
 
 def check_other_data(run_dir: Path, overrides: Sequence[str], out: Path | None) -> None:
@@ -295,6 +301,10 @@ def main() -> None:
         folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
                                    others=arguments.others, data=arguments.data)
     physical, unit = metrics["physical"], metrics["unit"]
+    if physical is None:
+        print(f"every label of the data set is for training: no score, but predictions on {metrics['images']} "
+              f"unlabelled images; files in {folder}")
+        return
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]
     known = rest is not None and rest["mre"] is not None

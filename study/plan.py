@@ -35,6 +35,9 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         if studies(config, stages):
             from core.data.leaks import find_leaks, leak_lines
 
+            if source.nothing_held_back:
+                print("note  every label is for training (dataset.json gives no splits): a fixed schedule, and "
+                      "predictions on unlabelled images in place of a score")
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
     if source is not None:

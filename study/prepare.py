@@ -28,13 +28,16 @@ CHECKED = "data_checked"  # in the experiment's folder: a data_stamp and the run
 
 def check_shots(config: Config, source: DataSource) -> None:
     """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
-    from core.data.shots import above_labels
+    from core.data.shots import above_labels, check_schedule
 
     labels = len(source.require("train"))
     if max(config.finetune.shots) > labels:
         raise UserError(above_labels(config.finetune.shots, labels))
-    source.require(config.evaluation.split)
-    if config.finetune.validation == "official":
+    if not source.nothing_held_back or config.evaluation.split != "test":
+        source.require(config.evaluation.split)
+    if config.finetune.validation == "official" and source.nothing_held_back:
+        check_schedule(config.finetune)
+    elif config.finetune.validation == "official":
         source.require("validation")
 
 
@@ -77,7 +80,7 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
     """
     from core.data.digests import data_digests
-    from core.data.shots import cell_records, scored_records
+    from core.data.shots import answered_records, cell_records
     from core.data.together import other_data, other_digests
 
     if not runs:
@@ -95,7 +98,8 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        use, answered = answered_records(source, evaluation, dataset)
+        test: GroupedImages = {use: digests(answered, scoring=True)}
         if run.chosen_by is not None and run.chosen_by not in orders:
             extended.append(replace(run, test=test))
             continue

@@ -50,6 +50,7 @@ class Experiment:
     config: dict[str, Any]
     pretraining: list[dict[str, Any]] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)  # scored runs of other data, which no figure has
+    unscored: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row per run trained on every label there is
 
     @property
     def name(self) -> str:
@@ -70,13 +71,15 @@ def read_experiment(path: Path) -> Experiment:
     scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
     apart = set_apart(scored)
     others = {run.folder for run in apart}
-    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored if folder not in others])
+    without = {folder for folder in scored if _read_json(folder / "metrics.json").get("physical", {}) is None}
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored if folder not in others | without])
+    unscored = pd.DataFrame([_unscored_row(folder) for folder in scored if folder in without - others])
     unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
     config = next((_read_json(file) for file in configs if file.is_file()), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
-    return Experiment(path, runs, unfinished, config, pretraining, apart)
+    return Experiment(path, runs, unfinished, config, pretraining, apart, unscored)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,6 +119,13 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
     if metrics.get("validation_mre") is not None:  # of runs scored before there was one, what training logged
         start["validation_mre"] = metrics["validation_mre"]
     return {"experiment": experiment, **row, **start, "path": folder}
+
+
+def _unscored_row(folder: Path) -> dict[str, Any]:
+    metrics = _read_json(folder / "metrics.json")
+    row = {key: metrics[key] for key in ("dataset", "backbone", "variant", "shots", "draw", "seed", "unit", "images")}
+    return {**row, "volumes": len(metrics["image_size"]) == 3, "path": folder,
+            "expected_error": metrics.get("expected_error") or np.nan}
 
 
 def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
