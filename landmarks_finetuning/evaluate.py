@@ -16,6 +16,7 @@ from core.config.starts import MEAN_SHAPE, SOFTMAX_STARTS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
 from core.data.elsewhere import all_test, dataset_at
+from core.data.folds import cell_source
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
 from core.data.shots import answered_records, labelled_subset, scored_records
@@ -70,8 +71,12 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
     check_decoder(detector, decoder)
     if data is not None:
         config = detector.config = config.model_copy(update={"dataset": dataset_at(data, config.dataset)})
-    source = load_source(config.dataset)
-    source = (source if data is None else all_test(source)).ordered(detector.landmark_names)
+    check_folds(detector, others)
+    if data is not None:
+        source = all_test(load_source(config.dataset))
+    else:
+        source = cell_source(config, header["draw"], header.get("fold"))
+    source = source.ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     own_data = data is None and has_data_of(run_dir, source, config.dataset)
     if data is not None:
@@ -107,9 +112,22 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                     "of_scored": None not in (validation, answered) and share_images(validation, answered)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
-    if source.nothing_held_back or predictions is None:
+    if source.unscored or predictions is None:
         return out, write_answers(out, config, source, use, records, predictions, identity)
     return out, score(out, config, source, predictions, identity)
+
+
+def check_folds(detector: TrainedDetector, others: Sequence[Path]) -> None:
+    """UserError where a run of a cross-validation would be scored on labels that it, or one beside it, has seen."""
+    header, config = detector.header, detector.config
+    own = (header.get("folds"), header.get("fold"), header["draw"])
+    if own[0] is not None and own[0] != config.evaluation.folds:
+        raise UserError(f"evaluation.folds {config.evaluation.folds}: this run is of one of {own[0]} folds")
+    for path in others if own[0] is not None else ():
+        other = trained_detector(path).header
+        if (other.get("folds"), other.get("fold"), other["draw"]) != own:
+            raise UserError(f"--with {path}: it is not of fold {own[1]} of {own[0]} of draw {own[2]}, whose labels it "
+                            "may have seen")
 
 
 def check_decoder(detector: TrainedDetector, decoder: str | None) -> None:
@@ -169,7 +187,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
 
     Where the data set holds nothing back there is nothing to say.
     """
-    source = load_source(config.dataset)
+    source = cell_source(config, cell.draw, cell.fold)
     order = coverage_order(config, source, cell.shots)
     chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw, order)
     use, records = answered_records(source, config.evaluation, config.dataset)
@@ -180,7 +198,7 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     inputs = {"training": data_digests(chosen, source.landmark_names, config.dataset)}
     write_inputs(run_dir, inputs, chosen_by=None if order is None else choosing_path(config))
-    if source.nothing_held_back:
+    if source.unscored:
         write_answers(run_dir, config, source, use, records, None, identity)
         return run_dir
     training, test_images = load_images(chosen, config.dataset), load_images(records, config.dataset)

@@ -126,6 +126,7 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "shape": [[None if np.isnan(value) else value for value in point] for point in shape.tolist()],
         **({"shape_modes": modes.tolist()} if len(modes) else {}),
         "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
+        **({} if cell.fold is None else {"fold": cell.fold, "folds": config.evaluation.folds}),
         **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 
 

@@ -32,7 +32,7 @@ def dataset_at(place: Path, run: DatasetConfig) -> DatasetConfig:
 
 def all_test(source: DataSource) -> DataSource:
     """The data set with every label to be scored, where it holds nothing back; else as it is."""
-    if not source.nothing_held_back:
+    if not source.unscored:
         return source
     splits = {**dict.fromkeys(SPLITS, ()), "test": source.labelled}
-    return replace(source, splits=splits, nothing_held_back=False)
+    return replace(source, splits=splits)

@@ -61,7 +61,12 @@ class DataSource:
     sdr_thresholds: tuple[float, ...]
     paper_rule: str | None
     root: Path = Path()
-    nothing_held_back: bool = False  # every label is for training: there is nothing to validate on, and no score
+    nothing_held_back: bool = False  # by the data set's own splits: every label is for training, none to validate on
+
+    @property
+    def unscored(self) -> bool:
+        """Whether every label is for training, so that there is no score."""
+        return self.nothing_held_back and not self.splits["test"]
 
     @property
     def labelled(self) -> tuple[Record, ...]:

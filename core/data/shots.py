@@ -26,7 +26,7 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     larger k contains the smaller. UserError when there are fewer records than shots.
     """
     if shots > len(records):
-        raise UserError(above_labels([shots], len(records)))
+        raise UserError(above_labels([shots], len(records), training_labels(len(records))))
     if selection == "first":
         return tuple(records[:shots])
     if selection == "coverage":
@@ -38,12 +38,17 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     return tuple(records[i] for i in sorted(shuffled[:shots]))
 
 
-def above_labels(shots: Sequence[int], labels: int, training: str = "the training split's") -> str:
-    """Which of finetune.shots ask for more than there are to train on, and the numbers to set instead."""
+def training_labels(count: int) -> str:
+    """What shots are taken from, in words."""
+    return f"the training split's {count} labelled images"
+
+
+def above_labels(shots: Sequence[int], labels: int, them: str) -> str:
+    """Which of finetune.shots ask for more `labels` than there are, `them` in words, and the numbers to set instead."""
     above = [number for number in shots if number > labels]
     numbers = sorted({min(number, labels) for number in shots})
-    return (f"finetune.shots {', '.join(map(str, above))} {'is' if len(above) == 1 else 'are'} above {training} "
-            f"{labels} labelled images; set finetune.shots to {numbers}")
+    return (f"finetune.shots {', '.join(map(str, above))} {'is' if len(above) == 1 else 'are'} above {them}; "
+            f"set finetune.shots to {numbers}")
 
 
 def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int, order: Sequence[str] | None = None
@@ -125,7 +130,7 @@ def answered_records(source: DataSource, evaluation: Evaluation, config: Dataset
 
     Of more than MOST_SHOWN unlabelled images some are drawn, the same ones every time; there may be none.
     """
-    if not source.nothing_held_back:
+    if not source.unscored:
         return evaluation.split, scored_records(source, evaluation, config)
     order = np.random.default_rng([1, len(source.unlabelled)]).permutation(len(source.unlabelled))[:MOST_SHOWN]
     return "unlabelled", tuple(source.unlabelled[index] for index in sorted(order))
