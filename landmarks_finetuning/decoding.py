@@ -12,7 +12,7 @@ from core.config.dataset import Dataset
 from core.config.finetune import LossSettings
 from core.formats.geometry import apply_maps, inverse
 from landmarks_finetuning.heatmaps import LogMaps, confidence, find_points, log_maps, require_finite
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, shape_size
+from landmarks_finetuning.shape import Shape, add_shape_prior
 from landmarks_finetuning.uncertainty import Calibration, measure_spread
 
 
@@ -38,10 +38,10 @@ class Decoded(NamedTuple):
 
 
 def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: str | None = None,
-                shape: np.ndarray | None = None) -> Decoded:
+                shape: Shape | None = None) -> Decoded:
     """Raw outputs (B, N, *size) -> points, and the maps they come from; `sigma` is the heatmaps' in network pixels.
 
-    With `shape` (N, D), the labelled shapes' mean, or (1 + M, N, D) with modes, points are decoded again under
+    With the labels' common `shape` points are decoded again under
     settings.shape_prior, to whose fit each landmark counts by the mass of its map about it. `decoder` replaces
     settings.decoder.
     """
@@ -52,8 +52,8 @@ def decode_maps(outputs: Tensor, settings: LossSettings, sigma: float, decoder: 
     points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
     if shape is None or settings.shape_prior is None or raw:
         return Decoded(points, seen.scores, sure)
-    fitted = fit_shape(shape, points.numpy(), sure.numpy())
-    weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape_size(shape))
+    fitted = shape.fit(points.numpy(), sure.numpy())
+    weighted = add_shape_prior(outputs, fitted, settings.shape_prior * shape.size)
     points = find_points(weighted, seen._replace(scores=weighted), decoder, loss, sigma)
     points, sure = _copied(points, confidence(seen, points, loss, sigma), seen)
     return Decoded(points, weighted, sure)
@@ -76,7 +76,7 @@ class Located(NamedTuple):
 
 
 def locate(outputs: Tensor, maps: np.ndarray, settings: LossSettings, sigma: float, decoder: str | None = None,
-           shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+           shape: Shape | None = None, spacing: np.ndarray | None = None,
            calibration: Calibration | None = None, measure: bool = True) -> Located:
     """Raw outputs (B, N, *size) -> points (B, N, D) in stored pixels with expected errors and 90 % radii (B, N).
 

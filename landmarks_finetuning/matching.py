@@ -24,7 +24,7 @@ from core.runs.places import pretrained_path
 from landmarks_finetuning.decoding import sigma_pixels
 from landmarks_finetuning.features import Batch, FeatureNetwork
 from landmarks_finetuning.heatmaps import confidence, find_points, log_maps
-from landmarks_finetuning.shape import add_shape_prior, fit_shape, mean_shape, shape_size
+from landmarks_finetuning.shape import Shape, add_shape_prior
 
 NOISE_LEVELS = (0.2, 0.5, 0.8)  # timesteps that the network is told, of those of the pre-training
 TEMPERATURE = 0.0125  # of the mean cosine similarity, in the softmax over pixels
@@ -66,7 +66,7 @@ def matches(config: Config, labelled: ImageSet, others: ImageSet, spreads: Seque
     network = FeatureNetwork(config, path, labelled.images.shape[1])
     seer = Describer(network, labelled, others)
     own = seer.describe(labelled)
-    matcher = Matcher(seer, own, mean_shape(labelled.truth.cpu().numpy()), spreads,
+    matcher = Matcher(seer, own, Shape.of(labelled.truth.cpu().numpy(), config.finetune.augmentation), spreads,
                       sigma_pixels(config.finetune.sigma, config.dataset), labelled)
     found, wanted = matcher.search(others, own)
     for _ in range(ROUNDS - 1):
@@ -154,9 +154,9 @@ def similarity(maps: Maps, vectors: Vectors, size: Sequence[int]) -> Tensor:
 
 
 class Matcher:
-    """The search for landmarks whose labelled shapes' mean is `shape` (N, D), network pixels."""
+    """The search for landmarks of `shape`, which the labelled images give, in network pixels."""
 
-    def __init__(self, seer: Describer, own: Vectors, shape: np.ndarray, spreads: Sequence[float], sigma: float,
+    def __init__(self, seer: Describer, own: Vectors, shape: Shape, spreads: Sequence[float], sigma: float,
                  labelled: ImageSet) -> None:
         self.seer, self.own, self.shape, self.spreads, self.sigma = seer, own, shape, spreads, sigma
         self.labels = self._labels(labelled)
@@ -175,7 +175,7 @@ class Matcher:
 
     def search(self, others: ImageSet, wanted: Vectors) -> tuple[Matches, Vectors]:
         """Matches of the descriptions `wanted` in `others`, and what was found described: the mean by certainty."""
-        points, certainty = np.zeros((2, len(others.records), *self.shape.shape))
+        points, certainty = np.zeros((2, len(others.records), *self.shape.mean.shape))
         certainty = certainty[..., 0]
         totals: Vectors = [torch.zeros_like(vectors) for vectors in wanted]
         for batch in self.seer.network.batches(others):
@@ -193,8 +193,8 @@ class Matcher:
         seen = log_maps(scores, LOSS)
         points = find_points(scores, seen, DECODER, LOSS, self.sigma)
         for spread in self.spreads:
-            fitted = np.stack([fit_shape(self.shape, found, np.ones(len(found))) for found in points.numpy()])
-            weighted = add_shape_prior(scores, fitted, spread * shape_size(self.shape))
+            fitted = self.shape.fit(points.numpy(), np.ones(points.shape[:2]))
+            weighted = add_shape_prior(scores, fitted, spread * self.shape.size)
             points = find_points(weighted, seen._replace(scores=weighted), DECODER, LOSS, self.sigma)
         return points.numpy(), confidence(seen, points, LOSS, self.sigma).numpy()
 

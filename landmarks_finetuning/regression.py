@@ -26,7 +26,7 @@ from landmarks_finetuning.detectors.interface import Kind
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.refinement import FirstAnswers, decode_crops, run_crops
 from landmarks_finetuning.running import Outputs, joined, run_batched
-from landmarks_finetuning.shape import stored_shape
+from landmarks_finetuning.shape import Shape
 
 LEAST_WEIGHT = 0.01  # of a landmark that a crop is cut about
 MARGIN = 1.5  # of a crop: what is cut out before it is turned and scaled
@@ -66,7 +66,7 @@ class LandmarkRegression:
         self.training, self.order = training.images.to(self.device), training.order
         self.weights = None if training.weights is None else torch.from_numpy(training.weights).float().to(self.device)
         self.validation = None if validation is None else validation.to(self.device)
-        self.shape = stored_shape(header)
+        self.shape = Shape.stored(header)
         self.seen: dict[int, Tensor] = {}  # landmarks of validation batches in network pixels, by their first image
         self.validating: Replayed | None = None
 

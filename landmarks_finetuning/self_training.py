@@ -29,7 +29,7 @@ from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.matching import match_landmarks
 from landmarks_finetuning.metrics import physical_errors
 from landmarks_finetuning.predictions import find_landmarks
-from landmarks_finetuning.shape import fit_shape, shape_size
+from landmarks_finetuning.shape import Shape
 
 FILE, FIGURES = "pseudo_labels.npz", "pseudo_labels.json"
 MATCHES, MATCHES_FIGURES = "matches.npz", "matches.json"
@@ -133,15 +133,15 @@ def figures(labels: PseudoLabels, before: PseudoLabels | None, records: Sequence
             "certainty": float(labels.certainty.mean()), "moved": moved}
 
 
-def certainties(points: np.ndarray, confidence: np.ndarray, shape: np.ndarray | None) -> np.ndarray:
+def certainties(points: np.ndarray, confidence: np.ndarray, shape: Shape | None) -> np.ndarray:
     """How sure answers `points` (M, N, D) are, (M, N) in [0, 1], in network pixels.
 
-    The detector's `confidence` (M, N), cut down where a landmark lies elsewhere than the others and the labelled
-    shapes' mean `shape` (N, D) put it.
+    The detector's `confidence` (M, N), cut down where a landmark lies elsewhere than the others and the labels'
+    common `shape` put it.
     """
     if shape is None:
         return np.nan_to_num(confidence)
-    off = np.linalg.norm(fit_shape(shape, points, confidence) - points, axis=2) / shape_size(shape)
+    off = np.linalg.norm(shape.fit(points, confidence) - points, axis=2) / shape.size
     return np.nan_to_num(confidence / (1 + (np.nan_to_num(off) / FIT) ** 2))
 
 

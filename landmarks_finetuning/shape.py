@@ -2,25 +2,141 @@
 
 The labelled shapes' Procrustes mean is fitted to the landmarks found in an image by a robust similarity (translation,
 rotation, scale), and every heatmap is weighted by a Gaussian about its fitted place before it is decoded again. With
-modes the mean may also change as the labelled shapes do (point distribution model, Cootes et al. 1995): a shape is then
-(1 + M, N, D), the mean and M modes, each as far as one standard deviation goes; (N, D) is the mean alone.
+modes the mean may also change as the labelled shapes do (point distribution model, Cootes et al. 1995).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.config.section import Augmentation
 from core.errors import UserError
 
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.15, 0.15, 0.15)  # of the shape's size: what counts as an outlier, annealed
 SCATTER = 0.05  # of the shape's size: of found landmarks about the model, along each axis
 EXPLAINED = 0.95  # of the labelled shapes' variance: modes beyond it are noise
 LABELS_PER_MODE = 2  # beside the one for the mean
+TURNED, SCALED = np.deg2rad(10), 0.15  # what others may lie beyond the labelled poses, where augmentation says less
+
+
+class Poses(NamedTuple):
+    """How images' shapes lie, as similarities of the mean shape.
+
+    They are turned by at most `turn` radians from `rotation` (D, D), which acts on rows; scale: (least, most).
+    """
+
+    rotation: np.ndarray
+    turn: float
+    scale: tuple[float, float]
+
+    @classmethod
+    def of(cls, shapes: np.ndarray, mean: np.ndarray, augmentation: Augmentation) -> Poses | None:
+        """The poses of labelled shapes (K, N, D), and as far beyond them as `augmentation` goes, at least a little.
+
+        A detector does not know other poses. None where no shape has landmarks enough.
+        """
+        pose = _pose(mean, shapes, np.ones(shapes.shape[:2]))
+        rotations, scales = pose.rotation[pose.enough], pose.scale[pose.enough]
+        if not len(scales):
+            return None
+        left, _, right = np.linalg.svd(rotations.sum(axis=0))
+        left[:, -1] *= np.sign(np.linalg.det(left @ right))
+        middle = left @ right
+        turn = max(TURNED, float(np.deg2rad(np.max(augmentation.rotation_degrees))))
+        factor = 1 + max(SCALED, augmentation.scale)
+        return cls(middle, float(_angles(middle.T @ rotations).max()) + turn,
+                   (float(scales.min()) / factor, float(scales.max()) * factor))
+
+    def nearest(self, rotations: np.ndarray) -> np.ndarray:
+        """`rotations` (..., D, D), those that turn too far turned back about their own axis as far as they have to."""
+        relative = self.rotation.T @ rotations
+        angles = _angles(relative)[..., None, None]
+        if (angles <= self.turn).all():
+            return rotations
+        sines = np.sin(angles)
+        axes = (relative - relative.swapaxes(-1, -2)) / np.where(abs(sines) < 1e-6, np.inf, 2 * sines)
+        turned = np.eye(len(self.rotation)) + np.sin(self.turn) * axes + (1 - np.cos(self.turn)) * axes @ axes
+        return np.where(angles <= self.turn, rotations, self.rotation @ turned)
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """The mean (N, D) of labelled shapes in network pixels, NaN where no label has a landmark.
+
+    modes (M, N, D): ways in which they differ, each as far as one standard deviation goes. poses: how they lie in the
+    images; None = anyhow.
+    """
+
+    mean: np.ndarray
+    modes: np.ndarray | None = None
+    poses: Poses | None = None
+
+    @classmethod
+    def of(cls, shapes: np.ndarray, augmentation: Augmentation, modes: int = 0) -> Shape:
+        """The shape of labelled shapes (K, N, D), with up to `modes` modes; `augmentation` is that of the training."""
+        mean = mean_shape(shapes)
+        ways = shape_modes(shapes, mean, modes)
+        return cls(mean, ways if len(ways) else None, Poses.of(shapes, mean, augmentation))
+
+    @classmethod
+    def stored(cls, header: Mapping[str, Any]) -> Shape | None:
+        """The shape in a detector's header; None in files older than the prior."""
+        if header.get("shape") is None:
+            return None
+        modes, poses = header.get("shape_modes"), header.get("shape_poses")
+        return cls(
+            np.array(header["shape"], dtype=np.float64), None if modes is None else np.array(modes),
+            None if poses is None else Poses(np.array(poses["rotation"]), poses["turn"], tuple(poses["scale"])))
+
+    def header(self) -> dict[str, Any]:
+        """What `stored` reads, for JSON."""
+        mean = [[None if np.isnan(value) else value for value in point] for point in self.mean.tolist()]
+        poses = None if self.poses is None else self.poses._replace(rotation=self.poses.rotation.tolist())._asdict()
+        return {"shape": mean, **({} if self.modes is None else {"shape_modes": self.modes.tolist()}),
+                **({} if poses is None else {"shape_poses": poses})}
+
+    @property
+    def size(self) -> float:
+        """Root mean square distance of the mean's landmarks from their centroid, in pixels."""
+        known = self.mean[np.isfinite(self.mean).all(axis=1)]
+        return float(np.sqrt(((known - known.mean(axis=0)) ** 2).sum(axis=1).mean())) if len(known) else 0.0
+
+    def fit(self, points: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """The shape moved onto `points` (..., N, D) by similarities, (..., N, D); NaN where too few are known.
+
+        Weights are the confidences (..., N), cut down for outliers by the Geman-McClure function with a scale that
+        shrinks (graduated non-convexity, Blake & Zisserman 1987), so that a third of the points may lie anywhere.
+        """
+        if self.modes is not None and points.ndim > 2:
+            return np.stack([self.fit(*pair) for pair in zip(points, confidence, strict=True)])
+        weights, bent = np.asarray(confidence, dtype=np.float64), self.mean
+        for scale in SCALES:
+            if self.modes is not None:
+                bent = self._bent(_similarity(points, bent, weights + 1e-9), weights)
+            fitted = _similarity(bent, points, weights + 1e-9, self.poses)
+            off = np.linalg.norm(fitted - points, axis=-1) / self.size
+            weights = confidence / (1 + (off / scale) ** 2) ** 2
+        return fitted
+
+    def _bent(self, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """mean + sum of b modes (N, D), the most probable for `points` (N, D) in the mean's place, with `weights` (N,).
+
+        Every b is normal with variance 1, found landmarks scatter by SCATTER: weighted least squares with a ridge,
+        which shrinks a mode of small variance most. NaN on either side does not count.
+        """
+        assert self.modes is not None
+        known = np.isfinite(points).all(axis=1) & np.isfinite(self.mean).all(axis=1)
+        across = np.repeat(np.sqrt(weights[known]), points.shape[1]) / (SCATTER * self.size)
+        ways = self.modes[:, known].reshape(len(self.modes), -1) * across
+        off = (points - self.mean)[known].reshape(-1) * across
+        best = np.linalg.solve(ways @ ways.T + np.eye(len(ways)), ways @ off)
+        return self.mean + np.tensordot(best, self.modes, axes=1)
 
 
 def mean_shape(shapes: np.ndarray) -> np.ndarray:
@@ -55,54 +171,6 @@ def shape_modes(shapes: np.ndarray, mean: np.ndarray, most: int) -> np.ndarray:
     return (ways * np.sqrt(variances)[:, None])[:count].reshape(count, *mean.shape)
 
 
-def stored_shape(header: Mapping[str, Any]) -> np.ndarray | None:
-    """The shape of a detector's header: its mean, with its modes if it has any; None in files older than the prior."""
-    if header.get("shape") is None:
-        return None
-    mean = np.array(header["shape"], dtype=np.float64)
-    return np.stack([mean, *np.array(header["shape_modes"])]) if "shape_modes" in header else mean
-
-
-def fit_shape(shape: np.ndarray, points: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """`shape` (N, D) moved onto `points` (..., N, D) by similarities, (..., N, D); NaN where too few are known.
-
-    Weights are the confidences (..., N), cut down for outliers by the Geman-McClure function with a scale that shrinks
-    (graduated non-convexity, Blake & Zisserman 1987), so that a third of the points may lie anywhere. A shape with
-    modes (1 + M, N, D) is bent by them as well.
-    """
-    mean, modes = (shape, None) if shape.ndim == 2 else (shape[0], shape[1:])
-    if modes is not None and points.ndim > 2:
-        return np.stack([fit_shape(shape, *pair) for pair in zip(points, confidence, strict=True)])
-    size, weights, bent = shape_size(shape), np.asarray(confidence, dtype=np.float64), mean
-    for scale in SCALES:
-        if modes is not None:
-            bent = _bend(mean, modes, _similarity(points, bent, weights + 1e-9), weights)
-        fitted = _similarity(bent, points, weights + 1e-9)
-        off = np.linalg.norm(fitted - points, axis=-1) / size
-        weights = confidence / (1 + (off / scale) ** 2) ** 2
-    return fitted
-
-
-def _bend(mean: np.ndarray, modes: np.ndarray, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """mean + sum of b modes (N, D), the most probable for `points` (N, D) in the mean's place, with `weights` (N,).
-
-    Every b is normal with variance 1, found landmarks scatter by SCATTER: weighted least squares with a ridge, which
-    shrinks a mode of small variance most. NaN on either side does not count.
-    """
-    known = np.isfinite(points).all(axis=1) & np.isfinite(mean).all(axis=1)
-    across = np.repeat(np.sqrt(weights[known]), mean.shape[1]) / (SCATTER * shape_size(mean))
-    ways = modes[:, known].reshape(len(modes), -1) * across
-    off = (points - mean)[known].reshape(-1) * across
-    return mean + np.tensordot(np.linalg.solve(ways @ ways.T + np.eye(len(modes)), ways @ off), modes, axes=1)
-
-
-def shape_size(shape: np.ndarray) -> float:
-    """Root mean square distance of the landmarks from their centroid, in pixels; of a shape with modes its mean's."""
-    mean = shape if shape.ndim == 2 else shape[0]
-    known = mean[np.isfinite(mean).all(axis=1)]
-    return float(np.sqrt(((known - known.mean(axis=0)) ** 2).sum(axis=1).mean())) if len(known) else 0.0
-
-
 def add_shape_prior(outputs: Tensor, fitted: np.ndarray, spread_px: float) -> Tensor:
     """Raw outputs (B, N, *size) plus the log of a Gaussian of `spread_px` about `fitted` (B, N, D); NaN adds 0."""
     places = torch.from_numpy(fitted).to(outputs.device)
@@ -114,11 +182,18 @@ def add_shape_prior(outputs: Tensor, fitted: np.ndarray, spread_px: float) -> Te
     return total
 
 
-def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """All of `moving` (..., N, D) through the weighted least-squares similarity onto `fixed`, no mirror (Umeyama 1991).
+class _Pose(NamedTuple):
+    """Similarities: rows less `source` are turned by `rotation`, scaled by `scale` and moved to `target`."""
 
-    Either may be one for all of the other; weights (..., N). NaN throughout where fewer than D + 1 points are in both.
-    """
+    rotation: np.ndarray  # (..., D, D)
+    scale: np.ndarray  # (...)
+    source: np.ndarray  # (..., 1, D)
+    target: np.ndarray  # (..., 1, D)
+    enough: np.ndarray  # (...): whether more than D points are known on both sides
+
+
+def _pose(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray, poses: Poses | None = None) -> _Pose:
+    """The weighted least-squares similarities from `moving` onto `fixed`, no mirror (Umeyama 1991), within `poses`."""
     dims = moving.shape[-1]
     both = np.isfinite(moving).all(axis=-1) & np.isfinite(fixed).all(axis=-1)
     enough = both.sum(axis=-1) > dims
@@ -126,15 +201,32 @@ def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray) -> n
     weights = np.where(both, weights, 0.0)
     weights = weights / np.where(enough, weights.sum(axis=-1), 1.0)[..., None]
     source, target = (np.where(both[..., None], points, 0.0) for points in (moving, fixed))
-    source_mean, target_mean = (weights[..., None, :] @ points for points in (source, target))  # (..., 1, D)
+    source_mean, target_mean = (weights[..., None, :] @ points for points in (source, target))
     source, target = source - source_mean, target - target_mean
-    left, stretch, right = np.linalg.svd((weights[..., None] * source).swapaxes(-1, -2) @ target)
-    signs = np.ones(stretch.shape)
-    signs[..., -1] = np.sign(np.linalg.det(left @ right))
+    together = (weights[..., None] * source).swapaxes(-1, -2) @ target
+    left, _, right = np.linalg.svd(together)
+    left[..., -1] *= np.sign(np.linalg.det(left @ right))[..., None]
+    rotation = left @ right if poses is None else poses.nearest(left @ right)
     variance = (weights[..., None] * source**2).sum(axis=(-1, -2))
-    scale = np.where(variance > 0, (stretch * signs).sum(axis=-1) / np.where(variance > 0, variance, 1.0), 1.0)
-    turned = (moving - source_mean) @ ((left * signs[..., None, :]) @ right)
-    return np.where(enough[..., None, None], turned * scale[..., None, None] + target_mean, np.nan)
+    along = (together * rotation).sum(axis=(-1, -2))
+    scale = np.where(variance > 0, along / np.where(variance > 0, variance, 1.0), 1.0)
+    return _Pose(rotation, scale if poses is None else scale.clip(*poses.scale), source_mean, target_mean, enough)
+
+
+def _similarity(moving: np.ndarray, fixed: np.ndarray, weights: np.ndarray, poses: Poses | None = None) -> np.ndarray:
+    """All of `moving` (..., N, D) through `_pose` onto `fixed`.
+
+    Either may be one for all of the other; weights (..., N). NaN throughout where fewer than D + 1 points are in both.
+    """
+    pose = _pose(moving, fixed, weights, poses)
+    moved = ((moving - pose.source) @ pose.rotation) * pose.scale[..., None, None] + pose.target
+    return np.where(pose.enough[..., None, None], moved, np.nan)
+
+
+def _angles(rotations: np.ndarray) -> np.ndarray:
+    """By how many radians `rotations` (..., D, D) turn, D = 2 or 3."""
+    dims = rotations.shape[-1]
+    return np.arccos(((np.trace(rotations, axis1=-2, axis2=-1) - (dims - 2)) / 2).clip(-1, 1))
 
 
 def mean_shape_prediction(centred: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ in network pixels, of the image or of each landmark's own window.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from core.formats.geometry import apply_maps, inverse
 from core.networks.patches import LOCAL_PATCH, GlobalNetwork, LocalNetworks
 from core.networks.weights import Weights
 from landmarks_finetuning.decoding import Located
+from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
 PATCHES = {2: 32, 3: 8}  # published sides of a patch, by the number of dimensions
@@ -28,7 +31,8 @@ def patch_of(config: Config) -> int:
     return config.finetune.global_to_local.patch or PATCHES[len(config.dataset.image_size)]
 
 
-def start_global(config: Config, _backbone: str, channels: int, landmarks: int) -> GlobalNetwork:
+def start_global(config: Config, _backbone: str, channels: int, landmarks: int, _start: Path | None = None
+                 ) -> GlobalNetwork:
     """A fresh network of the first step, random weights."""
     return GlobalNetwork(len(config.dataset.image_size), channels, landmarks,
                          config.finetune.global_to_local.channels, patch_of(config))
@@ -40,7 +44,8 @@ def rebuild_global(weights: Weights, size: tuple[int, ...]) -> GlobalNetwork:
                          weights.header["patch"])
 
 
-def start_local(config: Config, _backbone: str, channels: int, landmarks: int) -> LocalNetworks:
+def start_local(config: Config, _backbone: str, channels: int, landmarks: int, _start: Path | None = None
+                ) -> LocalNetworks:
     """Fresh networks of the second step, random weights; `config` is that of the second step."""
     return LocalNetworks(len(config.dataset.image_size), channels, landmarks,
                          config.finetune.global_to_local.local.channels)
@@ -127,14 +132,14 @@ def locate_patches(outputs: Tensor, maps: np.ndarray, patch: int) -> Located:
 
 
 def locate_global(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                  shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                  shape: Shape | None = None, spacing: np.ndarray | None = None,
                   calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The first step's answers; see interface.Locate."""
     return locate_patches(outputs, maps, patch_of(config))
 
 
 def locate_local(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                 shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                 shape: Shape | None = None, spacing: np.ndarray | None = None,
                  calibration: Calibration | None = None, measure: bool = True) -> Located:
     """The second step's answers; see interface.Locate. `maps` (B, N, D, D + 1) lead to each landmark's window."""
     return locate_patches(outputs, maps, LOCAL_PATCH)

@@ -14,6 +14,7 @@ from landmarks_finetuning.heatmaps import draw_target
 from landmarks_finetuning.losses import LOSSES
 from landmarks_finetuning.refinement import refine
 from landmarks_finetuning.regression import CropRegression
+from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
 CROPS = SecondStage(None, CropRegression, refine)
@@ -39,7 +40,7 @@ def heatmap_terms(points: Tensor, size: Sequence[int], config: Config, crop: boo
 
 
 def locate_heatmaps(outputs: Tensor, maps: np.ndarray, config: Config, decoder: str | None = None,
-                    shape: np.ndarray | None = None, spacing: np.ndarray | None = None,
+                    shape: Shape | None = None, spacing: np.ndarray | None = None,
                     calibration: Calibration | None = None, measure: bool = True) -> Located:
     """Raw heatmaps (B, N, *size) read as `config` says; see interface.Locate."""
     sigma = sigma_pixels(config.finetune.sigma, config.dataset)

@@ -12,6 +12,7 @@ from core.data.records import Record
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
 from landmarks_finetuning.matching import Matcher, match_landmarks, sampled, similarity, whitening
+from landmarks_finetuning.shape import Shape
 from tests.conftest import error_of
 
 SIZES = {2: (64, 48), 3: (24, 32, 24)}
@@ -112,7 +113,7 @@ def test_the_prior_holds_a_landmark_that_another_place_resembles():
     peaks = np.stack([np.exp(-(((grid - point) / 2) ** 2).sum(axis=-1) / 2) for point in points])
     peaks[4] = 0.8 * peaks[4] + np.exp(-(((grid - [55, 10]) / 2) ** 2).sum(axis=-1) / 2)
     scores, matcher = torch.from_numpy(80 * peaks[None]).float(), Matcher.__new__(Matcher)
-    matcher.shape, matcher.sigma, matcher.spreads = points * 1.1 + 3, 2.0, ()
+    matcher.shape, matcher.sigma, matcher.spreads = Shape(points * 1.1 + 3), 2.0, ()
     np.testing.assert_allclose(matcher.locate(scores)[0][0], [*points[:4], [55, 10]], atol=0.2)
     matcher.spreads = (0.1, 0.1, 0.07)
     found, sure = matcher.locate(scores)

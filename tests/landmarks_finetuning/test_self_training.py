@@ -16,6 +16,7 @@ from core.data.source import load_source
 from core.runs.places import round_dir
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
 from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order
+from landmarks_finetuning.shape import Shape
 from tests.conftest import error_of
 
 EVALUATE, PREDICT, LAUNCH = "landmarks_finetuning.evaluate", "landmarks_finetuning.predict", "study.launch"
@@ -69,7 +70,7 @@ def test_what_lies_elsewhere_than_the_shape_says_counts_less():
     shape = np.array([[0.0, 0.0], [0.0, 10.0], [10.0, 0.0], [10.0, 10.0], [5.0, 5.0]])  # size sqrt(40)
     points = np.stack([shape + 3, shape + 3])
     points[1, 4] += [0.0, 40**0.5]  # a whole size off: 1 / (1 + 10^2)
-    sure = certainties(points, np.full((2, 5), 0.8), shape)
+    sure = certainties(points, np.full((2, 5), 0.8), Shape(shape))
     np.testing.assert_allclose(sure[0], 0.8, rtol=1e-6)
     np.testing.assert_allclose(sure[1, 4], 0.8 / 101, rtol=0.05)
     assert certainties(points, np.array([[np.nan] * 5] * 2), None).sum() == 0

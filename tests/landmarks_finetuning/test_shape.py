@@ -9,6 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from core.config.finetune import LossSettings
+from core.config.section import Augmentation
 from core.data.dataset import load_images
 from core.data.shots import labelled_subset
 from core.data.source import load_source
@@ -17,17 +18,7 @@ from landmarks_finetuning.decoding import locate
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.predictions import find_landmarks
-from landmarks_finetuning.shape import (
-    SCALES,
-    SCATTER,
-    _bend,
-    add_shape_prior,
-    fit_shape,
-    mean_shape,
-    shape_modes,
-    shape_size,
-    stored_shape,
-)
+from landmarks_finetuning.shape import SCALES, SCATTER, Shape, add_shape_prior, mean_shape, shape_modes
 from landmarks_finetuning.train import finetune_cell
 
 NAN = float("nan")
@@ -48,9 +39,9 @@ def shape_of(dims, count=12):
 def test_a_similarity_is_found_exactly_and_a_mirror_is_not(dims):
     rng, shape = np.random.default_rng(0), shape_of(dims)
     moved = 1.7 * shape @ rotation(dims, rng) + rng.normal(size=dims) * 30
-    np.testing.assert_allclose(fit_shape(shape, moved, np.ones(12)), moved, atol=1e-9)
+    np.testing.assert_allclose(Shape(shape).fit(moved, np.ones(12)), moved, atol=1e-9)
     mirrored = shape * np.array([-1, *[1] * (dims - 1)])
-    assert np.abs(fit_shape(shape, mirrored, np.ones(12)) - mirrored).max() > 3
+    assert np.abs(Shape(shape).fit(mirrored, np.ones(12)) - mirrored).max() > 3
 
 
 @dims
@@ -60,7 +51,7 @@ def test_a_third_of_the_points_may_lie_anywhere(dims, seed):
     moved = 0.8 * shape @ rotation(dims, rng) + 5
     found = moved + rng.normal(size=moved.shape) * 0.05
     found[:4] = rng.uniform(moved.min(axis=0), moved.max(axis=0), (4, dims))
-    np.testing.assert_allclose(fit_shape(shape, found, np.ones(12)), moved, atol=0.5)
+    np.testing.assert_allclose(Shape(shape).fit(found, np.ones(12)), moved, atol=0.5)
 
 
 @dims
@@ -68,7 +59,7 @@ def test_confidence_decides_between_two_halves(dims):
     shape = shape_of(dims)
     found = shape + np.where(np.arange(12) < 6, 100.0, 0.0)[:, None]
     confidence = np.where(np.arange(12) < 6, 0.01, 1.0)
-    np.testing.assert_allclose(fit_shape(shape, found, confidence), shape, atol=0.5)
+    np.testing.assert_allclose(Shape(shape).fit(found, confidence), shape, atol=0.5)
 
 
 @dims
@@ -84,7 +75,7 @@ def test_mean_shape_of_moved_copies_is_the_shape_also_with_gaps(dims):
 @dims
 def test_too_few_landmarks_give_no_prior(dims):
     shape = shape_of(dims, dims)
-    fitted = fit_shape(shape, shape + 3, np.ones(dims))
+    fitted = Shape(shape).fit(shape + 3, np.ones(dims))
     assert np.isnan(fitted).all()
     outputs = torch.randn(1, dims, *(8,) * dims)
     assert torch.equal(add_shape_prior(outputs, fitted[None], 2.0), outputs)
@@ -111,13 +102,13 @@ def test_a_landmark_on_the_wrong_structure_comes_back(dims):
     outputs[(0, 0, *wrong)] = 21.0
     points, sure = decode(outputs, "argmax", "cross_entropy_pixels", 1.0)
     assert points[0, 0].tolist() == list(wrong)
-    fitted = fit_shape(shape, points[0].numpy(), sure[0].numpy())
-    weighted = add_shape_prior(outputs, fitted[None], 0.2 * shape_size(shape))
+    fitted = Shape(shape).fit(points[0].numpy(), sure[0].numpy())
+    weighted = add_shape_prior(outputs, fitted[None], 0.2 * Shape(shape).size)
     assert decode(weighted, "argmax", "cross_entropy_pixels", 1.0)[0][0].tolist() == shape.tolist()
 
 
 def test_size_by_hand():
-    assert shape_size(np.array([[0.0, 0.0], [0.0, 6.0], [NAN, NAN], [8.0, 0.0], [8.0, 6.0]])) == pytest.approx(5.0)
+    assert Shape(np.array([[0.0, 0.0], [0.0, 6.0], [NAN, NAN], [8.0, 0.0], [8.0, 6.0]])).size == pytest.approx(5.0)
 
 
 def test_locate_uses_the_prior_but_for_the_published_decoder():
@@ -129,13 +120,13 @@ def test_locate_uses_the_prior_but_for_the_published_decoder():
     outputs[0, 0, 28:31, 15:18] = 21.0
     same = np.eye(2, 3)[None]
     assert locate(outputs, same, settings, sigma).points[0, 0].tolist() == [28, 15]
-    points, expected, radii, confidence = locate(outputs, same, settings, sigma, shape=shape)
+    points, expected, radii, confidence = locate(outputs, same, settings, sigma, shape=Shape(shape))
     np.testing.assert_allclose(points[0], shape, atol=1)
     # the network's own belief in that place, a window about a block's corner: four pixels of its nine, which are all
     # that there is of four landmarks; of the first, nine of e^20 lie beside nine of e^21
     np.testing.assert_allclose(confidence[0], 4 / 9 / np.array([1 + np.e, 1, 1, 1, 1]), rtol=1e-4)
     assert expected[0, 0] == pytest.approx(expected[0, 1], rel=1e-3) and radii.max() < 4  # of the map under the prior
-    published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, shape)]
+    published = [locate(outputs, same, settings, sigma, "contour_centroid", s)[0] for s in (None, Shape(shape))]
     np.testing.assert_array_equal(*published)
 
 
@@ -156,7 +147,7 @@ def test_the_prior_of_locate_is_as_wide_as_the_setting_says(share, height, stays
     y, x = shape[0].astype(int)
     outputs[0, 0, y, x - off] = 40.0 + height * off**2 / (2 * width**2)
     settings = LossSettings(decoder="argmax", shape_prior=share)
-    points = locate(outputs, np.eye(2, 3)[None], settings, 1.0, shape=shape).points
+    points = locate(outputs, np.eye(2, 3)[None], settings, 1.0, shape=Shape(shape)).points
     assert points[0, 0].tolist() == [y, x - off if stays else x]
     np.testing.assert_array_equal(points[0, 1:], shape[1:])
 
@@ -189,7 +180,7 @@ def test_the_fit_under_its_own_weights_is_the_least_squares_similarity(dims, mir
         fitted = best_similarity(shape, points, weights)
         squares = np.square(fitted - points).sum(axis=1) / (scale * radius) ** 2
         weights = confidence / (1 + squares) ** 2
-    np.testing.assert_allclose(fit_shape(shape, points, confidence), fitted, atol=1e-5 * size)
+    np.testing.assert_allclose(Shape(shape).fit(points, confidence), fitted, atol=1e-5 * size)
 
 
 @dims
@@ -221,8 +212,8 @@ def test_degenerate_shapes_do_not_spoil_the_mean_nor_the_size():
     shape = shape_of(2)
     mean = mean_shape(np.stack([shape, np.full_like(shape, 3.0)]))
     assert np.isfinite(mean).all()
-    assert shape_size(np.full((4, 2), NAN)) == 0.0
-    np.testing.assert_allclose(fit_shape(shape, shape + 4, np.zeros(12)), shape + 4)  # nothing is certain
+    assert Shape(np.full((4, 2), NAN)).size == 0.0
+    np.testing.assert_allclose(Shape(shape).fit(shape + 4, np.zeros(12)), shape + 4)  # nothing is certain
 
 
 @dims
@@ -234,8 +225,8 @@ def test_many_images_are_fitted_as_each_by_itself(dims):
     points[2, :10] = NAN  # too few are left in 3D, and in 2D
     points[3, 5] += 50
     confidence = rng.uniform(0.1, 1, (4, 12))
-    together = fit_shape(shape, points, confidence)
-    alone = np.stack([fit_shape(shape, *pair) for pair in zip(points, confidence, strict=True)])
+    together = Shape(shape).fit(points, confidence)
+    alone = np.stack([Shape(shape).fit(*pair) for pair in zip(points, confidence, strict=True)])
     np.testing.assert_allclose(together, alone, rtol=1e-12)
     assert np.isnan(together[2]).all() and np.isfinite(together[[0, 1, 3]]).all()
 
@@ -255,7 +246,7 @@ def known_model(dims, count, spreads, landmarks=14):
     moves = [np.tile(axis, (landmarks, 1)) for axis in np.eye(dims)] + [centred] + [centred @ turn for turn in turns]
     columns = [way.ravel() for way in moves] + list(rng.normal(size=(len(spreads), mean.size)))
     directions = np.linalg.qr(np.stack(columns, axis=1))[0].T[len(moves) :].reshape(-1, *mean.shape)
-    modes = directions * np.array(spreads)[:, None, None] * shape_size(mean)
+    modes = directions * np.array(spreads)[:, None, None] * Shape(mean).size
     plain = mean + np.tensordot(rng.normal(size=(count, len(spreads))), modes, axes=1)
     shapes = np.stack([rng.uniform(0.7, 1.4) * one @ rotation(dims, rng) + rng.normal(size=dims) * 20 for one in plain])
     return mean, modes, shapes
@@ -275,14 +266,14 @@ def test_modes_of_a_known_linear_model_are_recovered(dims):
         likeness = abs((back * known).sum()) / np.linalg.norm(back) / np.linalg.norm(known)
         assert likeness > 0.97
         assert np.linalg.norm(back) == pytest.approx(np.linalg.norm(known), rel=0.1)
-        assert np.linalg.norm(mode) / shape_size(found_mean) == pytest.approx(
-            np.linalg.norm(known) / shape_size(mean), rel=0.1)
-    model = np.stack([found_mean, *found])
+        assert np.linalg.norm(mode) / Shape(found_mean).size == pytest.approx(
+            np.linalg.norm(known) / Shape(mean).size, rel=0.1)
+    model = Shape(found_mean, found)
     bent, rigid = [], []
     for shape in others:
-        size = shape_size(shape)
-        bent.append(np.linalg.norm(fit_shape(model, shape, np.ones(14)) - shape, axis=1).mean() / size)
-        rigid.append(np.linalg.norm(fit_shape(found_mean, shape, np.ones(14)) - shape, axis=1).mean() / size)
+        size = Shape(shape).size
+        bent.append(np.linalg.norm(model.fit(shape, np.ones(14)) - shape, axis=1).mean() / size)
+        rigid.append(np.linalg.norm(Shape(found_mean).fit(shape, np.ones(14)) - shape, axis=1).mean() / size)
     assert np.mean(bent) < 0.25 * np.mean(rigid)
 
 
@@ -290,15 +281,15 @@ def test_modes_of_a_known_linear_model_are_recovered(dims):
 def test_an_outlier_is_put_right_better_than_by_the_rigid_fit(dims):
     _, _, shapes = known_model(dims, 90, (0.5, 0.3, 0.2))
     mean, rng = mean_shape(shapes[:60]), np.random.default_rng(2)
-    model = np.stack([mean, *shape_modes(shapes[:60], mean, 5)])
+    model = Shape(mean, shape_modes(shapes[:60], mean, 5))
     bent, rigid = [], []
     for shape in shapes[60:]:
-        size, seen = shape_size(shape), shape.copy()
+        size, seen = Shape(shape).size, shape.copy()
         seen += rng.normal(size=seen.shape) * 0.02 * size
         wrong = rng.integers(14)
         seen[wrong] = shape[(wrong + 5) % 14]  # on another landmark
-        bent.append(np.linalg.norm(fit_shape(model, seen, np.ones(14))[wrong] - shape[wrong]) / size)
-        rigid.append(np.linalg.norm(fit_shape(mean, seen, np.ones(14))[wrong] - shape[wrong]) / size)
+        bent.append(np.linalg.norm(model.fit(seen, np.ones(14))[wrong] - shape[wrong]) / size)
+        rigid.append(np.linalg.norm(Shape(mean).fit(seen, np.ones(14))[wrong] - shape[wrong]) / size)
     assert np.median(bent) < 0.7 * np.median(rigid) and np.mean(bent) < 0.8 * np.mean(rigid)
 
 
@@ -321,7 +312,7 @@ def test_a_coefficient_is_shrunk_by_its_variance_by_hand():
     points = mean + np.array([[0.4, 0.0], [0.0, 0.6], [0.3, 0.3], [5.0, 5.0], [0.0, 0.0]])
     scatter = (SCATTER * 5) ** 2
     b = (0.2 * 0.4 + 0.5 * 0.1 * 0.6) / (0.2**2 + 0.5 * 0.1**2 + scatter)
-    np.testing.assert_allclose(_bend(mean, mode, points, weights), mean + b * mode[0])
+    np.testing.assert_allclose(Shape(mean, mode)._bent(points, weights), mean + b * mode[0])
 
 
 @dims
@@ -330,22 +321,36 @@ def test_gaps_and_nothing_known(dims):
     mean, _, shapes = known_model(dims, 40, (0.5, 0.3))
     shapes[::3, 2], shapes[:, 7] = NAN, NAN
     mean = mean_shape(shapes)
-    model = np.stack([mean, *shape_modes(shapes, mean, 4)])
-    assert np.isfinite(model[1:]).all() and (model[1:, 7] == 0).all()
-    fitted = fit_shape(model, np.nan_to_num(shapes[1], nan=3.0), np.where(np.arange(14) == 7, 0.0, 1.0))
+    model = Shape(mean, shape_modes(shapes, mean, 4))
+    assert np.isfinite(model.modes).all() and (model.modes[:, 7] == 0).all()
+    fitted = model.fit(np.nan_to_num(shapes[1], nan=3.0), np.where(np.arange(14) == 7, 0.0, 1.0))
     assert np.isnan(fitted[7]).all() and np.isfinite(np.delete(fitted, 7, axis=0)).all()
     few = np.full_like(mean, NAN)
     few[:dims] = shapes[0, :dims]
-    assert np.isnan(fit_shape(model, few, np.ones(14))).all()
-    assert shape_size(model) == shape_size(mean)
+    assert np.isnan(model.fit(few, np.ones(14))).all()
+    assert model.size == Shape(mean).size
 
 
-def test_the_header_holds_the_model():
-    mean, modes = [[1.0, 2.0], [None, None]], [[[0.1, 0.2], [0.0, 0.0]]]
-    assert stored_shape({}) is None
-    np.testing.assert_array_equal(stored_shape({"shape": mean}), [[1, 2], [NAN, NAN]])
-    whole = stored_shape(json.loads(json.dumps({"shape": mean, "shape_modes": modes})))
-    np.testing.assert_array_equal(whole, [[[1, 2], [NAN, NAN]], *modes])
+@dims
+@pytest.mark.parametrize("most", [0, 2])
+def test_the_header_holds_the_shape(dims, most):
+    _, _, shapes = known_model(dims, 8, (0.5, 0.3))
+    shapes[:, 7] = NAN
+    shape = Shape.of(shapes, Augmentation(), most)
+    back = Shape.stored(json.loads(json.dumps(shape.header())))
+    np.testing.assert_array_equal(back.mean, shape.mean)
+    assert (back.modes is None) == (most == 0)
+    if most:
+        np.testing.assert_array_equal(back.modes, shape.modes)
+    np.testing.assert_array_equal(back.poses.rotation, shape.poses.rotation)
+    assert back.poses[1:] == shape.poses[1:]
+
+
+def test_a_header_older_than_the_prior_or_the_poses():
+    assert Shape.stored({}) is None
+    shape = Shape.stored({"shape": [[1.0, 2.0], [None, None]]})
+    np.testing.assert_array_equal(shape.mean, [[1, 2], [NAN, NAN]])
+    assert shape.modes is None and shape.poses is None
 
 
 @pytest.mark.parametrize("most", [0, 1])
@@ -356,6 +361,7 @@ def test_a_trained_detector_has_the_modes_that_its_labels_give(make_config, tmp_
     assert ("shape_modes" in detector.header) == bool(most)
     labels = load_images(labelled_subset(load_source(config.dataset), config.finetune, 4, 0)[0], config.dataset)
     mean = mean_shape(labels.truth.numpy())
-    expected = np.stack([mean, *shape_modes(labels.truth.numpy(), mean, 1)]) if most else mean
-    np.testing.assert_allclose(detector.shape, expected)
+    np.testing.assert_allclose(detector.shape.mean, mean)
+    if most:
+        np.testing.assert_allclose(detector.shape.modes, shape_modes(labels.truth.numpy(), mean, 1))
     assert np.isfinite(find_landmarks(detector, labels).points).all()
