@@ -110,7 +110,8 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
                     "images": calibration.images, "landmarks": calibration.landmarks,
-                    "of_scored": None not in (validation, answered) and share_images(validation, answered)},
+                    "of_scored": validation is not None and answered is not None
+                    and share_images(validation, answered)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
     if source.unscored or predictions is None:
