@@ -18,7 +18,7 @@ from core.files import stamp, write_json
 from core.formats.json_files import read_object
 from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
-from core.runs.inputs import GroupedImages, ImageDigests
+from core.runs.inputs import CROSS_VALIDATED, CROSS_VALIDATION, GroupedImages, ImageDigests
 from core.runs.places import is_scored
 from core.runs.requirements import check_memory, check_places
 from study.plan import print_plan
@@ -32,12 +32,21 @@ CHECKED = "data_checked"  # in the experiment's folder: a data_stamp and the run
 
 def check_shots(config: Config, source: DataSource) -> None:
     """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
-    from core.data.shots import select_shots
+    from core.data.folds import fewest_outside
+    from core.data.shots import above_labels, check_schedule, training_labels
 
-    for shots in config.finetune.shots:
-        select_shots(source.require("train"), shots, 0, "first")
-    source.require(config.evaluation.split)
-    if config.finetune.validation == "official":
+    labels, folds = len(source.require("train")), config.evaluation.folds
+    them = training_labels(labels)
+    if folds is not None:
+        labels = fewest_outside(source, folds, config.finetune.draws)
+        them = f"the {labels} labelled images that {folds} folds leave to train on"
+    if max(config.finetune.shots) > labels:
+        raise UserError(above_labels(config.finetune.shots, labels, them))
+    if folds is None and not (source.unscored and config.evaluation.split == "test"):
+        source.require(config.evaluation.split)
+    if config.finetune.validation == "official" and source.nothing_held_back:
+        check_schedule(config.finetune)
+    elif config.finetune.validation == "official":
         source.require("validation")
 
 
@@ -50,7 +59,7 @@ def check_done(config: Config, stages: tuple[str, ...]) -> None:
               for each in (pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ())]
     checks += [partial(check_ssl, config, method)
                for method in (ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ())]
-    checks += [partial(check_cell, study, cell) for study in studies(config, stages) for cell in cells(study.finetune)]
+    checks += [partial(check_cell, study, cell) for study in studies(config, stages) for cell in cells(study)]
     for check in checks:
         try:
             check()
@@ -67,7 +76,7 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
     from landmarks_finetuning.starts import START_WEIGHTS
 
     for backbone in START_WEIGHTS:
-        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config.finetune))
+        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
         if waiting and backbone not in to_come:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
@@ -101,7 +110,8 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
     """
     from core.data.digests import data_digests
-    from core.data.shots import cell_records, scored_records
+    from core.data.folds import cell_source
+    from core.data.shots import answered_records, cell_records
     from core.data.together import other_data, other_digests
 
     if not runs:
@@ -119,12 +129,19 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        if run.stage == "pool":
+            labels = source.require("train")
+            extended.append(replace(run, inputs={CROSS_VALIDATED: digests(labels)},
+                                    test={CROSS_VALIDATION: digests(labels, scoring=True)}))
+            continue
+        own = cell_source(run.config, cell.draw, cell.fold)
+        use, answered = answered_records(own, evaluation, dataset)
+        test: GroupedImages = {use: digests(answered, scoring=True)}
         if run.chosen_by is not None and run.chosen_by not in orders:
             extended.append(replace(run, test=test))
             continue
         order = orders[run.chosen_by] if run.chosen_by is not None else None
-        records = cell_records(source, run.config, cell.backbone, cell.shots, cell.draw, order)
+        records = cell_records(own, run.config, cell.backbone, cell.shots, cell.draw, order)
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
         inputs |= other_digests(other_data(run.config, cell.backbone, cell.shots, cell.draw))

@@ -39,6 +39,10 @@ def perform(run: Run) -> None:
             from landmarks_finetuning.evaluate import evaluate_mean_shape
 
             evaluate_mean_shape(run.config, *run.arguments)
+        case "pool":
+            from landmarks_finetuning.cross_validation import pool
+
+            pool(run.config, *run.arguments)
         case _:
             train_cell(run)
             score_cell(run)

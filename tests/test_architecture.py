@@ -28,7 +28,8 @@ ARROWS |= dict.fromkeys(STAGES, CORE)
 ARROWS |= {"study": {*CORE, *STAGES}, "benchmarks": {*CORE, *STAGES, "study"}}
 INSIDE_FINETUNING = {  # the same within landmarks_finetuning: what may not be imported by the others
     "landmarks_finetuning.report": (),
-    "landmarks_finetuning.pictures": ("evaluate", "predict", "suggest", "report"),
+    "landmarks_finetuning.pictures": ("evaluate", "predict", "suggest", "unscored", "cross_validation",
+                                      "report"),
 }
 PACKAGES = ("core", *STAGES, "study", "benchmarks", "tests")
 SOURCES = sorted(path for folder in PACKAGES for path in (PROJECT / folder).rglob("*.py"))

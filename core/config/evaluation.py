@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.config.section import Count, Fraction, Index, Rate, Section, setting, unless
-from core.config.starts import HEATMAP_STARTS
+from core.config.section import Count, Fraction, Index, Rate, Section, only, setting, unless
+from core.config.starts import BACKBONES, HEATMAP_STARTS, MEAN_SHAPE
 
 
 class Evaluation(Section):
     """How predictions are scored."""
 
     split: Literal["test", "validation"] = setting(
-        "test", "images that are scored: choose settings on validation, test once", counts_for=("scoring",))
+        "test", "images that are scored: choose settings on validation, test once", counts_for=("scoring",),
+        acts=[only("folds", None)])
+    folds: int | None = setting(
+        None, "cross-validation: the labels for training in so many parts, by patient, each predicted by runs trained "
+        "on finetune.shots of the others; as many as patients = leave-one-out; null = none", counts_for=("training",),
+        backbones=(MEAN_SHAPE, *BACKBONES), slug="folds", ge=2)
     batch_size: Count = setting(16, "images, or windows, that go through a network at once")
     views: Count = setting(1, "looks at each image whose heatmaps are averaged: itself, then a little turned, zoomed, "
                            "shifted and with other contrast; 1 = itself alone", counts_for=("scoring",),

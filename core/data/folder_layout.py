@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.label_sources import COORDINATES, find_labels
+from core.data.label_sources import COORDINATES, find_labels, has_labels
 from core.data.records import (
     SPLITS,
     DataSource,
@@ -34,9 +34,10 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
 
     Landmarks become pixels of the stored image whatever they were; volumes may be .nii, .nii.gz, .npy, .npz or DICOM
     series. Of `excluded` images, which may be damaged, nothing is read: they only keep their place in the splits.
+    Without any label (neither landmarks.csv nor landmarks/) there may be no description either.
     UserError: files missing or contradicting each other, images of different dimensions.
     """
-    settings = read_description(description)
+    settings = read_description(description) if description.exists() or has_labels(root) else {"landmarks": []}
     names = tuple(settings["landmarks"])
     images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]
@@ -57,7 +58,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
             spacing=None if record.geometry is None else
             own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
-    ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
+    ids = read_splits(settings.get("splits"), {key: r.patient for key, r in labelled.items()}, records, description,
                       labels.path)
     splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
     check_patients(splits, description)
@@ -66,7 +67,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     unit = _common_unit([r for split in SPLITS for r in splits[split] if r.geometry is not None])
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
-    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root)
+    held_back = splits["validation"] or splits["test"]
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def read_description(path: Path) -> dict[str, Any]:
         settings = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from None
-    check_keys(settings, KEYS, ("landmarks", "splits"), str(path))
+    check_keys(settings, KEYS, ("landmarks",), str(path))
     names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{path}: landmarks must be a list of one or more names")

@@ -38,6 +38,8 @@ def find_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], se
     UserError: no labels or labels in two places, a file that is read for volumes or for pictures only, labels of an
     image that is not there, or of a copy of another size.
     """
+    if not has_labels(root):
+        return Labels({}, root / f"{TABLE} or {FOLDER}", {})
     path = _source(root, dims)
     by_id = {record.id: record for record in images}
     system = settings.get("coordinates", "pixel")
@@ -59,6 +61,11 @@ def find_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], se
     files = _markup_files(path, by_id)
     rows = {key: FolderRow(key, _to_pixels(read_markups(file, names), by_id[key], file)) for key, file in files.items()}
     return Labels(rows, path, files)
+
+
+def has_labels(root: Path) -> bool:
+    """Whether there is a table, a folder or a file of landmarks, or LabelMe's beside the pictures."""
+    return any((root / name).exists() for name in (TABLE, FOLDER, *TOOL_FILES)) or bool(labelme_files(root / "images"))
 
 
 def _source(root: Path, dims: int) -> Path:

@@ -77,7 +77,7 @@ class FolderLabels:
         patients = {image_id(name): patient for name, patient in self.settings.get("patients", {}).items()}
         labelled = {key: row.patient or patients.get(key) for key, row in labels.rows.items()
                     if not np.isnan(row.points).all()}
-        splits = read_description(self.description)["splits"]
+        splits = read_description(self.description).get("splits")
         return read_splits(splits, labelled, [record.id for record in self._every], self.description, labels.path,
                            keep=False)["train"]
 
@@ -130,8 +130,8 @@ class FolderLabels:
     def _list(self, key: str, listed: bool) -> None:
         """Put image `key` into a listed split of dataset.json, or leave it out; splits of fractions need neither."""
         settings = read_description(self.description)
-        splits: dict[str, Any] = settings["splits"]
-        if not all(isinstance(splits.get(split, []), list) for split in SPLITS):
+        splits: dict[str, Any] | None = settings.get("splits")
+        if splits is None or not all(isinstance(splits.get(split, []), list) for split in SPLITS):
             return
         split_of = {image_id(str(entry)): split for split in SPLITS for entry in splits.get(split, [])}
         if (key in split_of) == listed:

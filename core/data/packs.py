@@ -101,5 +101,6 @@ def _source(pack: Pack, config: DatasetConfig) -> DataSource:
         raise ValueError("a landmark's name cannot be shown")
     whole = DataSource(description["layout"], tuple(description["landmark_names"]),
                        {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
-                       tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root))
+                       tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root),
+                       description.get("nothing_held_back", False))
     return whole.without(name for name in config.exclude if name not in description.get("excluded", ()))

@@ -60,6 +60,12 @@ class DataSource:
     sdr_thresholds: tuple[float, ...]
     paper_rule: str | None
     root: Path = Path()
+    nothing_held_back: bool = False  # by the data set's own splits: every label is for training, none to validate on
+
+    @property
+    def unscored(self) -> bool:
+        """Whether every label is for training, so that there is no score."""
+        return self.nothing_held_back and not self.splits["test"]
 
     @property
     def labelled(self) -> tuple[Record, ...]:
@@ -103,6 +109,9 @@ class DataSource:
         """The records of `split`; UserError when it is empty or unknown."""
         if split not in SPLITS:
             raise UserError(f'split "{split}" does not exist; choose from {", ".join(SPLITS)}')
+        if not self.labelled:
+            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels "
+                            "(datasets/README.md says where), or pre-train alone: --stages pretrain")
         if not self.splits[split]:
             counts = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
             raise UserError(

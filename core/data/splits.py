@@ -1,4 +1,4 @@
-"""Splits of a folder data set, as lists of image ids or as fractions of the patients.
+"""Splits of a folder data set, as lists of image ids, as fractions of the patients, or left out: all labels train.
 
 Fractions are drawn once and written down beside dataset.json: an image stays in its split when labels are added.
 """
@@ -35,12 +35,14 @@ def read_splits(wanted: Any, labelled: Patients, images: Collection[str], descri
                 labels: Path, keep: bool = True) -> dict[str, list[str]]:
     """Image ids by split, as listed or drawn from fractions; `labelled` maps the ids with landmarks to their patients.
 
-    A draw is written down for later unless `keep` is false.
+    None wanted: every label is for training. A draw is written down for later unless `keep` is false.
 
     UserError: an id that is unknown, without landmarks or listed twice; lists and fractions mixed.
     """
     where = f"{description}, splits"
-    check_keys(wanted, (*SPLITS, "seed"), ("train",), where)
+    if wanted is None:
+        return {**{split: [] for split in SPLITS}, "train": sorted(labelled)}
+    check_keys(wanted, (*SPLITS, "seed"), (), where)
     given = {split: wanted[split] for split in SPLITS if split in wanted}
     if all(is_number(share) for share in given.values()):
         return _drawn_splits(given, wanted.get("seed", 0), labelled, description, keep)
@@ -69,9 +71,11 @@ def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, descr
                   ) -> dict[str, list[str]]:
     """The splits written down for these fractions and this seed, else newly drawn ones, which are written down.
 
-    Images labelled since then join the split of their patient, or train: pre-training may have seen them. UserError for
-    a file that is not what was written.
+    Images labelled since then join the split of their patient, or train: pre-training may have seen them. Without any
+    label nothing is drawn. UserError for a file that is not what was written.
     """
+    if not labelled:
+        return {split: [] for split in SPLITS}
     path = draws_path(description)
     draws = _read_draws(path)
     before = next((draw for draw in draws if (draw["shares"], draw["seed"]) == (shares, seed)), None)

@@ -19,6 +19,7 @@ from core.files import content_digest, parse_json, write_json
 
 INPUTS = "inputs.json"  # of training: images by their use, and the start weights
 SCORED = "scored.json"  # of scoring: test images and the settings that decide a score
+CROSS_VALIDATION, CROSS_VALIDATED = "cross-validation", "cross-validated"  # uses of the pooled folds' images
 SHOWN = 3  # images that a reason names
 
 ImageDigests = Mapping[str, Sequence[str | None]]  # image id -> [of its pixels, of its labels], see core.data.digests

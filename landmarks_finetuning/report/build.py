@@ -58,6 +58,7 @@ from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cas
 from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
 from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
+from landmarks_finetuning.report.unscored import unscored_cases
 
 HERE = Path(__file__).parent
 NAME_BYTES = 190  # of what figures are called after
@@ -166,7 +167,7 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
     return {
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
-        "unfinished": records(experiment.unfinished),
+        "unfinished": records(experiment.unfinished), "unscored": unscored_cases(experiment, output.pictures),
         "apart": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
                   for run in experiment.apart],
         "damaged": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}

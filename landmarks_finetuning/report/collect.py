@@ -46,6 +46,7 @@ class Experiment:
     pretraining: list[dict[str, Any]] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)  # scored runs of other data, which no figure has
     damaged: list[Apart] = field(default_factory=list)  # nor those with a damaged file
+    unscored: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row per run trained on every label there is
 
     @property
     def name(self) -> str:
@@ -68,20 +69,25 @@ def read_experiment(path: Path) -> Experiment:
     whole = [folder for folder in scored if _is_whole(folder, damaged)]
     apart = set_apart(whole)
     others = {run.folder for run in apart}
-    runs = pd.DataFrame([_run_row(path.name, folder) for folder in whole if folder not in others])
+    without = {folder for folder in whole if read_metrics_json(folder).get("physical", {}) is None}
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in whole if folder not in others | without])
+    unscored = pd.DataFrame([_unscored_row(folder) for folder in whole if folder in without - others])
     unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
     config = next((values for file in configs if (values := config_of(file))), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
-    return Experiment(path, runs, unfinished, config, pretraining, apart, damaged)
+    return Experiment(path, runs, unfinished, config, pretraining, apart, damaged, unscored)
 
 
 def _is_whole(folder: Path, damaged: list[Apart]) -> bool:
     """Whether the files of a scored run are what its scoring wrote; where not, `damaged` gets it with the reason."""
     try:
-        check_run(folder)
-        _run_row("", folder)
+        if read_metrics_json(folder).get("physical", {}) is None:
+            _unscored_row(folder)
+        else:
+            check_run(folder)
+            _run_row("", folder)
     except UserError as error:
         damaged.append(Apart(folder, str(error)))
         return False
@@ -122,6 +128,13 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
     if metrics.get("validation_mre") is not None:  # of runs scored before there was one, what training logged
         start["validation_mre"] = metrics["validation_mre"]
     return {"experiment": experiment, **row, **start, "path": folder}
+
+
+def _unscored_row(folder: Path) -> dict[str, Any]:
+    metrics = read_metrics_json(folder)
+    row = {key: metrics[key] for key in ("dataset", "backbone", "variant", "shots", "draw", "seed", "unit", "images")}
+    return {**row, "volumes": len(metrics["image_size"]) == 3, "path": folder,
+            "expected_error": metrics.get("expected_error") or np.nan}
 
 
 def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:

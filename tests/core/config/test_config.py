@@ -232,7 +232,7 @@ def test_reference_says_what_a_key_is():
     assert all(len(row) == 5 and all(cell.strip() for cell in row) for row in rows)
     assert [row[0].strip(" `") for row in rows if "ddpm.clip" in row[0]] == ["ddpm.clip.mode", "ddpm.clip.limit"]
     for row in ("| `evaluation.split` | `test`, `validation` | `\"test\"` | scoring | images that are scored: choose "
-                "settings on validation, test once |",
+                "settings on validation, test once; only where evaluation.folds is null |",
                 "| `finetune.learning_rate.dino` | number above 0 | `0.001` | identity: training | of an encoder from "
                 "DINO; for dino (`lr-` in a variant's name) |",
                 "| `dataset.percentiles` | [number, number] | `[1.0, 99.0]` | identity: pretraining, ssl, training | "
