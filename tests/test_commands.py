@@ -166,7 +166,7 @@ def test_wrong_values(config_file, refused, tmp_path):
     refused("ddpm.iterations", PRETRAINING, "--config", path, "--set", "ddpm.iterations=many")
     refused("dataset.image_size .*multiples of 2; nearest to 15: 14 or 16", LAUNCH, "--config", path, "--set",
             "dataset.image_size=[15,16]")
-    refused('experiment.device "tpu" is not a device', PRETRAINING, "--config",
+    refused('experiment.device "tpu" is not supported', PRETRAINING, "--config",
             config_file(experiment={"device": "tpu", "name": "fresh"}))
     refused(f"config file {tmp_path / 'no.json'} does not exist", LAUNCH, "--config", tmp_path / "no.json")
 
@@ -229,7 +229,7 @@ def test_dry_run(config_file, run_main, tmp_path):
                  "optimiser steps to come: 38", "landmarks/mean_shape/default/shots005_draw1_seed0",
                  str(cell_dir(load_config(path), Cell("scratch", 2, 0, 0)))):
         assert text in out
-    _, out, _ = run_main(LAUNCH, "--config", path, "--stages", "finetune", "--shots", 2, "--seeds", 3, 4, "--dry-run")
+    _, out, _ = run_main(LAUNCH, "--config", path, *STAGES, "--shots", 2, "--seeds", 3, 4, "--dry-run")
     assert "finetune  10 runs" in out and "shots002_draw1_seed4" in out and "shots005" not in out
 
 
@@ -361,7 +361,7 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
     one, two = (scored.query(f"image == '{name}'")[["x", "y"]].to_numpy() for name in ("151", "152"))
     assert np.allclose(table.query("image == 'one.jpg'")[["x", "y"]], one, atol=1e-3)
     doubled = table.query("image == 'more/two.png'")[["x", "y"]].to_numpy()
-    assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 3  # the same place, found in twice as many pixels
+    assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 4  # the same place, found in twice as many pixels
     assert "truth_x" not in table
     for figure in ("expected_error", "radius90"):  # calibrated as in evaluation, in mm by dataset.spacing_mm
         in_mm = scored.query("image == '151'")[figure]
