@@ -2,6 +2,7 @@
 
 train    one optimiser step of our network and of three libraries', with as many parameters
 data     an epoch of batches from our data path, against albumentations and torch's DataLoader
+detectors  a training step and an answer of our detector and of the earlier systems
 predict  landmarks in a folder of full-size radiographs: decode, resize, network, heatmaps, write
 memory   peak memory by size, base channels and activation checkpointing, measured and accounted
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import data_suite, memory_suite, predict_suite, train_suite
+from benchmarks import data_suite, detectors_suite, memory_suite, predict_suite, train_suite
 from benchmarks.drawing import draw
 from benchmarks.measuring import machine
 from core.errors import CommandParser, run_command
@@ -23,7 +24,8 @@ from core.files import write_json
 from core.training.device import resolve_device
 
 SUITES: dict[str, ModuleType] = {"train": train_suite, "data": data_suite, "predict": predict_suite,
-                                 "memory": memory_suite}
+                                 "memory": memory_suite,
+                                 "detectors": detectors_suite}
 
 
 def run_suite(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Several looks at an image, and several networks: their raw outputs, averaged in the image's own frame.
 
-The mean of raw outputs is, for a softmax over pixels, the mean log-probability up to a constant for each heatmap.
+The mean of raw outputs is, for a softmax over pixels, the mean log-probability up to a constant for each heatmap; of
+patches it is the mean logarithm of each one's displacements and the mean logit of its presence.
 """
 
 from __future__ import annotations

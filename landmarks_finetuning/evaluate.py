@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +163,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     """Write predictions.csv, markups of volumes, overlays/, heatmaps.npz and metrics.json; returns what that holds.
 
     Where the data set has a published rule that is not defined for these images, its figures are left out and
-    "paper_left_out" says why.
+    "paper_left_out" says why. "release" is what the scorer of an earlier system's own release says of its answers.
     """
     test_images, points, scorer_points = predictions.images, predictions.points, predictions.scorer_points
     truth, spacing = test_images.original_points(), test_images.spacings()
@@ -188,6 +189,7 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
         "physical": {**summarise(errors, thresholds),
                      "interval": None if np.isnan(interval).any() else interval},
         "paper": None if published is None else summarise(published, thresholds), "paper_left_out": left_out,
+        **_release(config, rule, predictions),
         "stored_pixels": _in_stored_pixels(points, truth), "leaked": config.evaluation.leaked,
         "without_leaks": _without(leaked, test_images.records, errors, thresholds) if leaked else None,
         "human": None if human is None else {**summarise(human, thresholds), "within": share_within(errors, human)},
@@ -204,6 +206,14 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     write_json(folder / SCORED, {"images": images, "settings": settings})
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _release(config: Config, rule: str | None, predictions: Predictions) -> dict[str, Any]:
+    """{"release", "release_left_out"}: a summary by the scorer of the detector's own release, or why there is none."""
+    scorer = None if predictions.detector is None else predictions.detector.kind.scorer
+    scored = None if scorer is None else scorer(config, rule, predictions.points, predictions.images)
+    summary = None if scored is None or scored.errors is None else summarise(scored.errors, scored.radii)
+    return {"release": summary, "release_left_out": None if scored is None else scored.left_out}
 
 
 def _without(leaked: Sequence[str], records: Sequence[Record], errors: np.ndarray, thresholds: Sequence[float]) -> dict:
@@ -263,6 +273,10 @@ def main() -> None:
           f"(median {physical['median']:.2f}); within {rates}{clean}; files in {folder}")
     if metrics["paper_left_out"]:
         print(f"the paper's scorer is left out: {metrics['paper_left_out']}")
+    if metrics["release"]:
+        print(f"by its release's own scorer: mean error {metrics['release']['mre']:.2f} {unit}")
+    if metrics["release_left_out"]:
+        print(f"its release's own scorer is left out: {metrics['release_left_out']}")
 
 
 if __name__ == "__main__":

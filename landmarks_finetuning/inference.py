@@ -29,6 +29,7 @@ from landmarks_finetuning.shape import Shape
 
 JOINED_BYTES = 2**27  # of heatmaps that are decoded together
 WEIGHTS = "best.safetensors"
+GRID = ("image_size", "canvas_size", "resample_mm")  # of dataset, what a second stage sees
 OF_PREDICTION = ("experiment.device", "experiment.precision", "experiment.seed")
 
 
@@ -103,16 +104,23 @@ def landmark_names(path: Path, weights: Weights) -> list[str]:
 
 
 def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:
-    """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or heatmaps."""
+    """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or kinds of outputs."""
 
     def what_counts(detector: TrainedDetector) -> dict[str, Any]:
         plain, settings = detector.own_config.plain(), all_settings()
         images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
-        heatmaps = {f"finetune.{key}": plain["finetune"][key] for key in ("loss", "sigma")}
+        own = recipe(detector.own_config, detector.header["backbone"]).finetune
+        heatmaps = {f"finetune.{key}": getattr(own, key) for key in ("loss", "sigma")}
         heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop", "sigma")}
         of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
-        return {**of_images, **heatmaps, "landmark_names": detector.landmark_names}
+        second = second_of(detector.own_config, detector.header["backbone"])
+        seen = None if second is None else {key: getattr(second.dataset, key) for key in GRID}
+        return {**of_images, **heatmaps, "images of the second stage": seen, "patch": detector.header.get("patch"),
+                "landmark_names": detector.landmark_names}
 
+    if (one.kind.locate, one.kind.heatmaps) != (other.kind.locate, other.kind.heatmaps):
+        raise UserError(f'{other.path} cannot be averaged with {path}: backbone "{other.header["backbone"]}" has other '
+                        f'outputs than "{one.header["backbone"]}"')
     first, second = what_counts(one), what_counts(other)
     for key, value in first.items():
         if value != second[key]:

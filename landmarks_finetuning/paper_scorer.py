@@ -34,8 +34,13 @@ def why_undefined(rule: str, image_size: Sequence[int], windows: bool, extents_m
         return "it is defined for whole images resized to a square, dataset.resample_mm or canvas_size crops them"
     if paper_sigma(image_size[0]) <= SMALLEST_SIGMA_PX:
         return f"its disk is a single pixel, without an area, at dataset.image_size {image_size[0]}"
+    return why_other_extents(extents_mm) if rule == "cephalo" else None
+
+
+def why_other_extents(extents_mm: np.ndarray | None) -> str | None:
+    """Why images of these extents (M, 2), None = unknown, are not scored as the published cephalograms; or None."""
     published = np.array(CEPHALO_SIZE) * CEPHALO_SPACING_MM
-    if rule == "cephalo" and (extents_mm is None or (np.abs(extents_mm / published - 1) > EXTENT_TOLERANCE).any()):
+    if extents_mm is None or (np.abs(extents_mm / published - 1) > EXTENT_TOLERANCE).any():
         return "it takes every image to be {:g} x {:g} mm (height x width), and these are not".format(*published)
     return None
 

@@ -18,7 +18,6 @@ from core.data.dataset import ImageSet, load_images
 from core.data.records import Record
 from core.errors import UserError
 from core.networks.unet import UNet
-from core.runs.cells import with_finetune
 from core.runs.inputs import GroupedImages, write_inputs
 from core.runs.places import Cell, second_start_path, start_path
 from core.runs.record import write_run_config
@@ -99,22 +98,20 @@ def train_second(config: Config, stage: Stage) -> None:
     if second is None or again is None:
         raise ValueError(f"{stage.cell.backbone} has one stage")
     kind = kind_of(stage.cell.backbone) if again.network is None else DETECTORS[again.network]
-    if stage.cell.backbone == "ddpm":
-        second = with_finetune(second, checkpoint=str(start))
     images, validation = stage.data.load(second)
     first = answer_first(TrainedDetector(stage.folder.parent / "best.safetensors"), stage.data, config, validation,
                          second.dataset.image_size)
-    model, header = fresh_detector(second, stage.cell, stage.data, images, kind)
+    model, header = fresh_detector(second, stage.cell, stage.data, images, kind, start)
     header |= {"kind": "second stage", "spread_pixels": first.spread}
     task = again.task(second, stage.folder, header, images, validation, kind, config, first)
     stage.run(second, task, model, batch_plan(second, stage.cell, task.count, kind), start, "refined ")
 
 
-def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedImages, kind: Kind
-                   ) -> tuple[Detector, dict[str, Any]]:
-    """A detector as it starts, and the header of its weights file."""
+def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedImages, kind: Kind,
+                   start: Path | None = None) -> tuple[Detector, dict[str, Any]]:
+    """A detector as it starts, and the header of its weights file; `start` as in interface.Start."""
     torch.manual_seed(cell_seed(config, cell))
-    model = kind.start(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names))
+    model = kind.start(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names), start)
     labelled = images.images.truth[: len(data.training)].numpy()
     shape = Shape.of(labelled, config.finetune.augmentation, config.finetune.shape_modes)
     return model, {

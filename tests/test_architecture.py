@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+from core.config.starts import BACKBONES
 from tests.conftest import PROJECT
 
 STAGES = ("ddpm_pretraining", "landmarks_finetuning", "ssl_baselines")
@@ -125,6 +126,15 @@ def test_report_and_pictures_are_above_what_they_show(inner):
 def test_there_is_no_circle():
     graph = {module: own_imports(module) for module in MODULES if not module.startswith("tests")}
     assert circles(graph) == []
+
+
+def test_no_module_beside_the_report_asks_for_a_start_by_name():
+    """What differs between detectors is answered by `detectors.interface.Kind`; the report words what it compares."""
+    for module, path in MODULES.items():
+        if module.startswith("landmarks_finetuning.") and not module.startswith("landmarks_finetuning.report."):
+            compared = {node.value for each in ast.walk(ast.parse(path.read_text(encoding="utf8")))
+                        if isinstance(each, ast.Compare) for node in ast.walk(each) if isinstance(node, ast.Constant)}
+            assert not compared & (set(BACKBONES) - {"random"}), module  # a selection is called "random", too
 
 
 def test_datasets_is_no_package_and_no_file_is_named_utils():

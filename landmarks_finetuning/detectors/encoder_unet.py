@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from core.config.config import Config
 from core.config.starts import ENCODER_LEVELS
 from core.networks.encoders import EncoderUNet, build_encoder_unet
@@ -9,9 +11,10 @@ from core.networks.weights import Weights
 from landmarks_finetuning.starts import START_WEIGHTS
 
 
-def start_encoder_unet(config: Config, backbone: str, channels: int, landmarks: int) -> EncoderUNet:
+def start_encoder_unet(config: Config, backbone: str, channels: int, landmarks: int, start: Path | None = None
+                       ) -> EncoderUNet:
     """A fresh U-Net of `landmarks` maps around finetune.encoder, with the weights that `backbone` starts from."""
-    weights = START_WEIGHTS[backbone](config) if backbone in START_WEIGHTS else None
+    weights = START_WEIGHTS[backbone](config) if start is None and backbone in START_WEIGHTS else start
     return build_encoder_unet(config.finetune.encoder, channels, landmarks, weights)
 
 

@@ -7,6 +7,8 @@ in network pixels, of the image or of each landmark's own window.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ def patch_of(config: Config) -> int:
     return config.finetune.global_to_local.patch or PATCHES[len(config.dataset.image_size)]
 
 
-def start_global(config: Config, _backbone: str, channels: int, landmarks: int) -> GlobalNetwork:
+def start_global(config: Config, _backbone: str, channels: int, landmarks: int, _start: Path | None = None
+                 ) -> GlobalNetwork:
     """A fresh network of the first step, random weights."""
     return GlobalNetwork(len(config.dataset.image_size), channels, landmarks,
                          config.finetune.global_to_local.channels, patch_of(config))
@@ -41,7 +44,8 @@ def rebuild_global(weights: Weights, size: tuple[int, ...]) -> GlobalNetwork:
                          weights.header["patch"])
 
 
-def start_local(config: Config, _backbone: str, channels: int, landmarks: int) -> LocalNetworks:
+def start_local(config: Config, _backbone: str, channels: int, landmarks: int, _start: Path | None = None
+                ) -> LocalNetworks:
     """Fresh networks of the second step, random weights; `config` is that of the second step."""
     return LocalNetworks(len(config.dataset.image_size), channels, landmarks,
                          config.finetune.global_to_local.local.channels)

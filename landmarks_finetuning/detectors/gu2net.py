@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ LEAST_LOG = -100.0  # where a logarithm is cut off, as in torch's binary cross-e
 LARGEST_LOG = -1e-6  # of a probability: its complement must have a logarithm, and that a gradient
 
 
-def start_gu2net(config: Config, _backbone: str, channels: int, landmarks: int) -> GU2Net:
+def start_gu2net(config: Config, _backbone: str, channels: int, landmarks: int, _start: Path | None = None) -> GU2Net:
     """A fresh GU2Net for the study's data set and those of finetune.gu2net.together, random weights."""
     others = [load_source(load_config(path).dataset) for path in config.finetune.gu2net.together]
     return GU2Net(len(config.dataset.image_size), channels,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from core.config.config import Config
 from core.networks.unet import UNet
 from core.networks.weights import Weights, load_weights
-from core.runs.places import pretrained_path
+from core.runs.places import start_path
 from landmarks_finetuning.starts import check_same_network
 
 
@@ -36,11 +38,12 @@ def rebuild_unet(weights: Weights, size: tuple[int, ...]) -> HeatmapUNet:
     return model
 
 
-def start_unet(config: Config, backbone: str, channels: int, landmarks: int) -> HeatmapUNet:
+def start_unet(config: Config, backbone: str, channels: int, landmarks: int, start: Path | None = None) -> HeatmapUNet:
     """A fresh U-Net. Backbone "ddpm" takes the pre-trained weights, "scratch" none; the output conv is new."""
-    model = HeatmapUNet(config.unet, channels, landmarks, config.dataset.image_size)
-    if backbone == "ddpm":
-        path = pretrained_path(config)
+    model, path = HeatmapUNet(config.unet, channels, landmarks, config.dataset.image_size), start
+    if path is None:
+        path = start_path(config, backbone)
+    if path is not None:
         weights = load_weights(path)
         check_same_network(path, weights, config.unet, channels)
         kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("final_conv.")}

@@ -6,12 +6,14 @@ docs/design.md, "Add a detector", goes through it with the ones there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from core.config.config import Config
+from core.data.dataset import ImageSet
 from core.data.records import Record
 from core.networks.encoders import EncoderUNet
 from core.networks.gu2net import GU2Net
@@ -24,6 +26,17 @@ from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
 Detector = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
+
+
+class Start(Protocol):
+    """A fresh network of `backbone`, which knows its channels, its out_channels and its `identity`.
+
+    `start`: a weights file in place of the one that the config names; what starts from random weights has no use for
+    it.
+    """
+
+    def __call__(self, config: Config, backbone: str, channels: int, landmarks: int, start: Path | None = None, /
+                 ) -> Detector: ...
 
 
 class Loss(Protocol):
@@ -65,6 +78,28 @@ class Refine(Protocol):
                  calibration: Calibration | None = None) -> Located: ...
 
 
+class ReleaseScore(NamedTuple):
+    """What the scorer of a system's own release says of its answers.
+
+    errors (M, N), None where that scorer is not defined for these images: `left_out` says why; radii: its success
+    rates'.
+    """
+
+    errors: np.ndarray | None
+    radii: tuple[float, ...]
+    left_out: str | None = None
+
+
+class ReleaseScorer(Protocol):
+    """Answers `points` (M, N, D) in stored pixels of labelled images -> what the system's own release says of them.
+
+    `rule`: the data set's published one. None where the run is not meant to be like the release.
+    """
+
+    def __call__(self, config: Config, rule: str | None, points: np.ndarray, images: ImageSet
+                 ) -> ReleaseScore | None: ...
+
+
 class StageTask(SplitTask, Protocol):
     """What a stage trains: `header` is that of its weights files."""
 
@@ -89,15 +124,15 @@ class SecondStage(NamedTuple):
 class Kind(NamedTuple):
     """A kind of detector.
 
-    start: (config, backbone, channels, landmarks) -> a fresh network, which knows its channels, its out_channels and
-    the `identity` that a weights file must say for it to be rebuilt; rebuild: (weights, size of its input) -> that
-    network; loss and locate: what it learns from and how its outputs are read; terms: None where a step may not be
-    split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold, None where the
-    outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None without any; task:
-    trains it, a class; second: how its answers are refined, None where it is a second stage.
+    start: a fresh network, whose `identity` a weights file must say for it to be rebuilt; rebuild: (weights, size of
+    its input) -> that network; loss and locate: what it learns from and how its outputs are read; terms: None where a
+    step may not be split, for batch normalisation; heatmaps: outputs -> maps that the published decoder can threshold,
+    None where the outputs are no heatmaps; deepest: the size of the map at its deepest batch normalisation, None
+    without any; task: trains it, a class; second: how its answers are refined, None where it is a second stage; scorer:
+    that of its release, None where there is none of its own.
     """
 
-    start: Callable[[Config, str, int, int], Detector]
+    start: Start
     rebuild: Callable[[Weights, tuple[int, ...]], Detector]
     loss: Loss
     terms: Terms | None
@@ -106,3 +141,4 @@ class Kind(NamedTuple):
     deepest: Callable[[Config], tuple[int, ...]] | None
     task: Callable[..., StageTask]
     second: SecondStage | None
+    scorer: ReleaseScorer | None = None

@@ -7,6 +7,7 @@ from core.config.starts import BACKBONES
 from landmarks_finetuning.detectors import global_to_local as patches
 from landmarks_finetuning.detectors import gu2net
 from landmarks_finetuning.detectors.encoder_unet import deepest, rebuild_encoder_unet, start_encoder_unet
+from landmarks_finetuning.detectors.gu2net_scorer import release_score
 from landmarks_finetuning.detectors.heatmap_unet import rebuild_unet, start_unet
 from landmarks_finetuning.detectors.heatmaps import CROPS, as_they_are, heatmap_loss, heatmap_terms, locate_heatmaps
 from landmarks_finetuning.detectors.interface import Detector, Kind, SecondStage
@@ -20,7 +21,7 @@ DETECTORS = {
     "encoder_unet": Kind(start_encoder_unet, rebuild_encoder_unet, heatmap_loss, heatmap_terms, locate_heatmaps,
                          as_they_are, deepest, LandmarkRegression, CROPS),
     "gu2net": Kind(gu2net.start_gu2net, gu2net.rebuild_gu2net, gu2net.gu2net_loss, None, locate_heatmaps,
-                   gu2net.probabilities, gu2net.deepest, JointRegression, CROPS),
+                   gu2net.probabilities, gu2net.deepest, JointRegression, CROPS, release_score),
     "global_to_local": Kind(patches.start_global, patches.rebuild_global, patches.global_loss, None,
                             patches.locate_global, None, patches.deepest_global, LandmarkRegression,
                             SecondStage("local_networks", LocalRegression, refine_locally)),

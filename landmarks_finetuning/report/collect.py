@@ -104,6 +104,8 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'metrics.json'} lacks {error}; evaluate that run again") from error
     if metrics.get("paper"):
         row |= _figures(metrics["paper"], "paper_")
+    if metrics.get("release"):
+        row |= _figures(metrics["release"], "release_")
     if metrics.get("human"):
         row |= _figures(metrics["human"], "human_") | {"human_within": metrics["human"]["within"]}
     if metrics.get("without_leaks"):
@@ -146,8 +148,9 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return pd.DataFrame(columns=[*CELL, "mre"])
     of_paper = [column for column in runs.columns if column.startswith("paper_") and column != "paper_rule"]
-    optional = [column for column in ("human_within", "without_leaks_mre") if column in runs]
-    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *optional]
+    optional = [column for column in ("human_within", "without_leaks_mre", "release_mre") if column in runs]
+    values = ["mre", "macro_mre", "stored_mre", "std", "median", "p95", *sdr_columns(runs), *of_paper, *optional,
+              *sdr_columns(runs, "release_")]
     rows = []
     for key, group in grouped(runs, CELL, sort=True):
         by_draw = group.groupby("draw")[values].mean()

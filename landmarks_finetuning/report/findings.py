@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landmarks_finetuning.report.collect import compare, loss_setting, main_variants, of_variants, select, slug_parts
+from landmarks_finetuning.report.collect import (
+    compare,
+    loss_setting,
+    main_variants,
+    of_variants,
+    sdr_columns,
+    select,
+    slug_parts,
+)
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.statistics import SIGNIFICANCE, holm, patients_needed
 
@@ -83,6 +91,19 @@ def verdict(result: dict) -> str:
 def verdict_text(row: dict) -> str:
     """The verdict of a row of `comparisons` in a few words; with one draw of the labels nothing is clear beyond it."""
     return VERDICTS[row["verdict"]] + (" for this draw" if row["verdict"] in CLEAR and row["draws"] == 1 else "")
+
+
+def release_sentence(summary: pd.DataFrame) -> str:
+    """The mean errors by the scorer of a system's own release, beside ours; empty where none ran."""
+    if "release_mre" not in summary:
+        return ""
+    parts, limits = [], sdr_columns(summary, "release_")[:4]
+    scored = summary.dropna(subset=["release_mre"]).sort_values(["backbone", "variant", "shots"])
+    for row in scored.to_dict("records"):
+        rates = ", ".join(f"{row[limit]:.1f} % within {limit.rsplit('_', 1)[1]}" for limit in limits)
+        parts.append(f"{display_name(row['backbone'])} at {shots_text(row['shots'])} {row['release_mre']:.2f} "
+                     f"{row['unit']} ({rates}; ours {row['mre']:.2f})")
+    return f"By the scorer of the system’s own release: {'; '.join(parts)}." if parts else ""
 
 
 def leak_sentence(runs: pd.DataFrame, summary: pd.DataFrame) -> str:

@@ -129,6 +129,78 @@ def test_settings_of_another_start_are_refused(make_values, tmp_path, config_fil
     assert 'finetune.decoder "argmax" acts for' in error_of(load_config, config_file("c.json", finetune=alone))
 
 
+# --- several networks, rounds
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_runs_of_a_kind_are_averaged(study, backbone, run_main, tmp_path):
+    """With itself a run answers as alone; with another kind, or another grid, it is refused in one line."""
+    _, runs = study
+    run_dir = runs[backbone]
+    status, _, error = run_main(EVALUATE, run_dir, "--with", run_dir, "--out", tmp_path / "twice")
+    assert status == 0, error
+    places = [pd.read_csv(folder / "predictions.csv")[["x", "y"]] for folder in (run_dir, tmp_path / "twice")]
+    np.testing.assert_allclose(*places, atol=1e-3)
+    assert json.loads((tmp_path / "twice/metrics.json").read_text())["averaged_with"] == [str(run_dir)]
+    other = runs[BACKBONES[1 - BACKBONES.index(backbone)]]
+    status, _, error = run_main(EVALUATE, run_dir, "--with", other, "--out", tmp_path / "mixed")
+    assert status == 2 and error.count("\n") == 1 and f'has other outputs than "{backbone}"' in error
+
+
+def test_outputs_of_other_grids_are_not_averaged(study, make_config, tmp_path, run_main):
+    _, runs = study
+    settings = {"backbones": ["global_to_local"], "iterations": 2}
+    found = []
+    for name, own in (("patch", {**SMALL, "patch": 8}), ("local", {**SMALL, "local": {**SMALL["local"], "zoom": 3.0}}),
+                      ("alone", {**SMALL, "local": {"iterations": 0}})):
+        config = make_config(tmp_path / name, finetune={**settings, "global_to_local": own})
+        other = finetune_cell(config, Cell("global_to_local", 2, 0, 0))
+        status, _, error = run_main(EVALUATE, runs["global_to_local"], "--with", other, "--out", tmp_path / "out")
+        assert status == 2 and error.count("\n") == 1
+        found.append(error)
+    assert "patch is 8 there and 16 here" in found[0]
+    assert 'images of the second stage is {"image_size": [8, 8], "canvas_size": [144, 144]' in found[1]
+    assert "images of the second stage is null there" in found[2]
+
+
+def test_presets_of_other_heatmaps_are_not_averaged(study, make_config, tmp_path, run_main):
+    config = make_config(tmp_path, finetune={"backbones": ["gu2net"], "iterations": 2, "gu2net": {
+        "preset": "released"}})
+    other = finetune_cell(config, Cell("gu2net", 2, 0, 0))
+    status, _, error = run_main(EVALUATE, study[1]["gu2net"], "--with", other, "--out", tmp_path / "out")
+    assert status == 2 and "finetune.sigma is 16.0 there and 20.0 here" in error
+
+
+def test_the_released_preset_is_scored_by_its_own_scorer_as_well(make_config, tmp_path, run_main):
+    """Of images in its shape; where the pixels are not square one line says that it is left out."""
+    own = {"backbones": ["gu2net"], "iterations": 2, "gu2net": {"preset": "released"}}
+    for size, known in (((96, 78), True), ((48, 48), False)):
+        config = make_config(tmp_path / str(size[0]), dataset={"image_size": list(size)}, finetune=own,
+                             unet={"channel_multipliers": [1]})
+        run_dir = finetune_cell(config, Cell("gu2net", 2, 0, 0))
+        status, out, error = run_main(EVALUATE, run_dir)
+        assert status == 0, error
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        assert (metrics["release"] is not None) == known == (metrics["release_left_out"] is None)
+        assert ("by its release's own scorer: mean error" if known else "own scorer is left out: it takes pix") in out
+        if known:  # both are rounded to pixels of 2.5 mm: two roundings of half a pixel's diagonal at most
+            assert abs(metrics["release"]["mre"] - metrics["physical"]["mre"]) < 2.5 * 2**0.5
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_rounds_of_self_training(make_config, tmp_path, backbone):
+    """The second round learns from the answers of the first, in both steps where there are two."""
+    settings = {"backbones": [backbone], "iterations": 2, "self_training": {"rounds": 1, "images": 3}}
+    if backbone == "global_to_local":
+        settings["global_to_local"] = SMALL
+    run_dir = finetune_cell(make_config(tmp_path, finetune=settings), Cell(backbone, 2, 0, 0))
+    figures = json.loads((run_dir / "pseudo_labels.json").read_text())
+    assert figures["images"] == 3 and figures["landmarks"] == 3 * 19 and 0 < figures["certainty"] < 1
+    last = trained_detector(run_dir)
+    assert last.path.parent == run_dir / "round1"
+    assert (last.second is None) == (backbone == "gu2net")
+
+
 # --- several data sets at once
 
 

@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 import ssl_baselines.train
 from core.config.load import parse_config
+from core.config.second_stage import second_stage
 from core.config.starts import SSL_METHODS
 from core.files import write_atomically
 from core.formats.pickles import read_pickle
@@ -23,7 +24,7 @@ from core.networks.imagenet import HUB_FILES
 from core.networks.weights import read_tensors
 from core.runs.cells import encoder_studies, ssl_methods
 from core.runs.identity import check_ssl
-from core.runs.places import Cell, cell_dir, encoder_path, ssl_dir
+from core.runs.places import Cell, cell_dir, encoder_path, second_start_path, ssl_dir
 from core.training.loop import Training
 from core.training.run_log import read_metrics
 from landmarks_finetuning.detectors import encoder_unet
@@ -239,6 +240,18 @@ def test_given_files(trained, make_config, tmp_path):
         assert ssl_methods(config.finetune) == []  # nothing to pre-train
         assert cell_dir(config, Cell("dino", 2, 0, 0)).parent.name.count(f"_weights-{given.partition('.')[0]}-")
         check_start_weights(config, ())
+
+
+def test_a_second_stage_starts_from_the_encoder_of_whole_images(trained, make_config, tmp_path):
+    """The study has one pre-training of encoders, and none of crops."""
+    method, own, _ = trained
+    refine = {"zoom": 2, "crop": 64, "iterations": 2}
+    config = make_config(own.experiment.output_dir, **settings(backbones=[method], refine=refine))
+    start = second_start_path(config, method)
+    found = start_encoder_unet(second_stage(config), method, 1, 3, start).encoder.state_dict()
+    wanted = load_file(encoder_path(own, method))
+    wanted["conv1.weight"] = wanted["conv1.weight"].sum(dim=1, keepdim=True)
+    assert same(found, wanted)
 
 
 def test_folder_of_imagenet_weights(make_config, tmp_path):

@@ -85,6 +85,41 @@ def test_table_4_is_against_gu2net(study):
     assert "ImageNet" not in set(table.cells["method"])
 
 
+def test_table_4_is_filled_by_runs_of_the_earlier_systems(tmp_path):
+    """GU2Net's runs stand beside its published row, the diffusion's beside theirs; the other has no published row."""
+    run(tmp_path / "s", "ddpm", 1, ERRORS)
+    run(tmp_path / "s", "ddpm", 1, ERRORS, "target-pixel")
+    run(tmp_path / "s", "gu2net", 1, (np.array(ERRORS) + 1).tolist())
+    run(tmp_path / "s", "global_to_local", 1, (np.array(ERRORS) + 2).tolist())
+    run(tmp_path / "s", "imagenet", 1, ERRORS)
+    table = tables_of(tmp_path / "s")["table4"]
+    row = cell(table, method="GU2Net", metric="MRE")
+    assert (row["ours"], row["paper"], row["paper_method"]) == (3.5, 53.80, "GU2Net (mixed datasets)")
+    assert cell(table, method="GU2Net", metric="SDR@2")["paper"] == 7.35
+    assert cell(table, method="Diffusion pre-training", variant="default", metric="MRE")["paper"] == 15.71
+    assert np.isnan(cell(table, variant="target-pixel", metric="MRE")["paper"])
+    other = cell(table, method="Global-to-local", metric="MRE")
+    assert other["ours"] == 4.5 and np.isnan(other["paper"])
+    methods = {"GU2Net", "Global-to-local", "Diffusion pre-training", "From scratch"}
+    assert set(table.cells["method"].dropna()) == methods
+    left = cell(table, paper_method="GU2Net (mixed datasets)", shots=5, metric="MRE")
+    assert np.isnan(left["ours"]) and left["paper"] == 19.38
+
+
+def test_the_release_s_own_scorer_is_named(tmp_path):
+    """Its figures stand beside ours in a sentence and in summary.csv."""
+    figures = {"mre": 1.5, "std": 1.0, "median": 1.2, "p95": 3.0, "sdr": {"2": 77.5, "2.5": 80.0, "3": 90.0, "4": 95.0,
+                                                                          "6": 99.0}}
+    run(tmp_path / "s", "gu2net", 10, ERRORS, release=figures)
+    run(tmp_path / "s", "scratch", 10, ERRORS)
+    page = build_report([tmp_path / "s"])
+    sentence = ("GU2Net at 10 labels 1.50 mm (77.5 % within 2, 80.0 % within 2.5, 90.0 % within 3, 95.0 % within 4; "
+                "ours 2.50).")
+    assert f"By the scorer of the system’s own release: {sentence}" in page.read_text(encoding="utf8")
+    table = pd.read_csv(page.parent / "tables/summary.csv")
+    assert table.set_index("backbone")["release_sdr_6"].dropna().to_dict() == {"gu2net": 99.0}
+
+
 def test_a_ddpm_of_another_data_set_is_in_table_5_alone(study):
     tables = tables_of(study)
     row = cell(tables["table5"], method="Diffusion pre-training", metric="MRE")
