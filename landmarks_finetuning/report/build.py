@@ -56,7 +56,7 @@ from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cas
 from landmarks_finetuning.report.pretraining import pretraining_sentence
 from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
-from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
+from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, scorer_sentence, wide_rows
 
 HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
@@ -210,6 +210,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "paper_left_out": next(iter(runs["scorer_left_out"].dropna()), None),
+        "scorer": scorer_sentence(first["paper_rule"]) if sdr_columns(summary, "paper_") else "",
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "release": release_sentence(aggregate(every)),
         "runs": records(every), "several_runs": len(every) > len(summary),
