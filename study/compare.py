@@ -1,8 +1,8 @@
 """Score two tables of points against each other: two detectors against the truth, or two doctors.
 
-A table is predictions.csv (a row a landmark), or landmarks.csv (a row an image). With a truth (--truth, --config, or the
-truth columns of a scored run's table) the errors of A and B are compared on the same landmarks; without one the
-distance between A and B is told. Statistics are the report's: pairs, pooled by patient, 95 % intervals.
+A table is predictions.csv (a row a landmark), or landmarks.csv (a row an image). With a truth (--truth, --config, or
+what a scored run's table carries) the errors of A and B are compared on the same landmarks; without one the distance
+between A and B is told. Statistics are the report's: pairs, pooled by patient, 95 % intervals.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from landmarks_finetuning.statistics import (
 THRESHOLDS = (2.0, 2.5, 3.0, 4.0)
 SHOWN_LANDMARKS = 60
 EMPTY = float("nan")
+SAME_PIXELS = 1e-3  # by which the truth of two tables may differ: they are rounded to 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,9 @@ class Points:
 
     names: tuple[str, ...]
     rows: dict[str, FolderRow]
+    errors: dict[str, np.ndarray] | None = None  # (N, 1) of each image, in `unit`, where it is a scored run's table
+    truth: Points | None = None
+    unit: str = ""
 
     def of(self, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
         """(M, N, D) of these images and landmarks."""
@@ -53,7 +58,7 @@ class Points:
 class Compared:
     """What is compared: `first` and `second` (M, N) errors of A and B, or `second` None and `first` their distance.
 
-    `offset` (D) is the mean of B minus A in the order of tensor axes. All in `unit`.
+    `offset` (D) is the mean of B minus A in the order of tensor axes, in `offset_unit`; all else is in `unit`.
     """
 
     names: tuple[str, ...]
@@ -62,46 +67,49 @@ class Compared:
     first: np.ndarray
     second: np.ndarray | None
     offset: np.ndarray
+    offset_unit: str
     left_out: str
 
 
-def read_points(path: Path, prefix: str = "") -> Points:
-    """The points of a table; `prefix` "truth_" reads those columns of a scored run's table.
-
-    UserError where it is no table of points.
-    """
+def read_points(path: Path) -> Points:
+    """The points of a table, and the errors and the truth of a scored run's one; UserError for another table."""
     header = [column.strip() for column in next(csv.reader(io.StringIO(read_text(path))), [])]
     if "landmark" in header:
         table = list(csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True))
         names = tuple(dict.fromkeys((row["landmark"] or "").strip() for row in table))
         dims = 3 if "z" in header else 2
-        if prefix:
-            return _truth_columns(path, table, names, dims)
     else:
         names = tuple(column[:-2] for column in header if column.endswith("_x") and column != "spacing_x")
         dims = 3 if any(f"{name}_z" in header for name in names) else 2
     if not names:
         raise UserError(f'{path} is no table of points: it needs the columns image, landmark, x, y, or image and '
                         f"<landmark>_x, <landmark>_y; its columns are {', '.join(header) or 'none'}")
-    return Points(names, {row.image: row for row in read_folder_csv(path, names, dims)})
-
-
-def _truth_columns(path: Path, table: list[dict[str, str]], names: tuple[str, ...], dims: int) -> Points:
-    axes = "xyz"[:dims][::-1]
-    rows: dict[str, FolderRow] = {}
-    for line in table:
-        row = rows.setdefault(line["image"], FolderRow(line["image"], np.full((len(names), dims), EMPTY), None,
-                                                       line.get("patient") or None))
+    rows = {row.image: row for row in read_folder_csv(path, names, dims)}
+    axes = [f"truth_{axis}" for axis in "xyz"[:dims][::-1]]
+    if "landmark" not in header or not {"error", *axes} <= set(header):
+        return Points(names, rows)
+    errors = {image: np.full((len(names), 1), EMPTY) for image in rows}
+    truth = {image: FolderRow(image, np.full((len(names), dims), EMPTY), None, row.patient)
+             for image, row in rows.items()}
+    for number, line in enumerate(table, 2):
+        index = names.index(line["landmark"].strip())
         try:
-            row.points[names.index(line["landmark"])] = [float(line[f"truth_{axis}"] or EMPTY) for axis in axes]
+            errors[line["image"]][index] = float(line["error"] or EMPTY)
+            truth[line["image"]].points[index] = [float(line[axis] or EMPTY) for axis in axes]
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path}: the truth columns are no numbers ({error})") from None
-    return Points(names, rows)
+            raise UserError(f"{path}, row {number}: error and truth are no numbers ({error})") from None
+    return Points(names, rows, errors, Points(names, truth), unit_beside(path))
 
 
-def has_truth(path: Path) -> bool:
-    """Whether it is the table of a scored run."""
-    return "truth_x" in next(csv.reader(io.StringIO(read_text(path))), [])
+def unit_beside(path: Path) -> str:
+    """The unit of a scored run's errors, by its metrics.json; "units" where that is not there."""
+    metrics = path.parent / "metrics.json"
+    if not metrics.is_file():
+        return "units"
+    try:
+        return str(json.loads(metrics.read_text(encoding="utf8"))["unit"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{metrics} is damaged ({error!r}); evaluate that run again") from None
 
 
 def of_source(source: DataSource) -> Points:
@@ -116,6 +124,9 @@ def compared(first: Points, second: Points, truth: Points | None, spacing: Seque
 
     UserError where nothing is in all of them, or only some images have a spacing.
     """
+    if truth is None and spacing is None and first.errors is not None and second.errors is not None:
+        return scored(first, second)
+    truth = truth or first.truth or second.truth
     tables = [first, second, *([] if truth is None else [truth])]
     images = [image for image in first.rows if all(image in table.rows for table in tables)]
     names = tuple(name for name in first.names if all(name in table.names for table in tables))
@@ -141,9 +152,30 @@ def compared(first: Points, second: Points, truth: Points | None, spacing: Seque
     left_out += f"{int(missing.sum())} landmarks are not set in all of them" if missing.any() else ""
     unit = "px" if mm is None else "mm"
     if truth is None:
-        return Compared(names, patients, unit, physical_errors(points[1], points[0], mm), None, offset, left_out)
+        return Compared(names, patients, unit, physical_errors(points[1], points[0], mm), None, offset, unit, left_out)
     errors = [physical_errors(each, points[2], mm) for each in points[:2]]
-    return Compared(names, patients, unit, errors[0], errors[1], offset, left_out)
+    return Compared(names, patients, unit, errors[0], errors[1], offset, unit, left_out)
+
+
+def scored(first: Points, second: Points) -> Compared:
+    """The errors that two scored runs' tables carry. UserError where they were scored on other labels."""
+    if first.truth is None or second.truth is None or first.errors is None or second.errors is None:
+        raise ValueError("not the tables of scored runs")
+    shared = compared(first.truth, second.truth, None)  # no distance: the same truth
+    if np.nanmax(shared.first) > SAME_PIXELS:
+        raise UserError(f"the tables were scored on other labels, up to {np.nanmax(shared.first):.2f} px apart; say "
+                        "which are true by --config or --truth")
+    if first.unit != second.unit:
+        raise UserError(f"the errors of the tables are in {first.unit} and in {second.unit}; give --config, or --truth "
+                        "and --spacing")
+    moved = compared(Points(first.names, first.rows), Points(second.names, second.rows), None)
+    images = [image for image in first.rows if image in second.rows]
+    errors = [np.stack([table.errors[image][[table.names.index(name) for name in moved.names], 0] for image in images])
+              for table in (first, second) if table.errors is not None]
+    lost = np.isnan(errors[0]) | np.isnan(errors[1])
+    for each in errors:
+        each[lost] = EMPTY
+    return replace(moved, unit=first.unit, first=errors[0], second=errors[1])
 
 
 def _spacings(tables: Sequence[Points], images: Sequence[str], given: Sequence[float] | None, dims: int
@@ -151,7 +183,7 @@ def _spacings(tables: Sequence[Points], images: Sequence[str], given: Sequence[f
     """(M, D) mm a pixel, in the order of tensor axes; None where nobody says it."""
     if given is not None:
         if len(given) not in (1, dims) or min(given) <= 0:
-            raise UserError(f"--spacing takes one number of mm above 0, or one for each of {dims} axes ({'xyz'[:dims]})")
+            raise UserError(f"--spacing takes one number of mm above 0, or one for each of the axes {'xyz'[:dims]}")
         return np.tile(np.array(given, dtype=float)[::-1] * np.ones(dims), (len(images), 1))
     own = [next((table.rows[image].spacing for table in reversed(tables) if table.rows[image].spacing), None)
            for image in images]
@@ -222,7 +254,7 @@ def report_lines(result: Compared, thresholds: Sequence[float]) -> list[str]:
         lines.append(f"A minus B: {whole['difference']:+.3f} {unit} (95 % interval {whole['low']:+.3f} to "
                      f"{whole['high']:+.3f}; paired test over patients, p {whole['p']:.4f}): {verdict(whole)}")
     shift = ", ".join(f"{axis} {value:+.3f}" for axis, value in zip("xyz", result.offset[::-1], strict=False))
-    lines.append(f"B lies from A by, on the mean: {shift} {unit}")
+    lines.append(f"B lies from A by, on the mean: {shift} {result.offset_unit}")
     return lines + landmark_lines(rows[1:])
 
 
@@ -280,15 +312,14 @@ def main() -> None:
 
 
 def truth_of(arguments: argparse.Namespace) -> Points | None:
-    """What the command line says is true: a table, a data set, or what both scored tables carry; None without any."""
+    """What the command line says is true: a table or a data set; None where it says nothing."""
     if arguments.truth is not None:
         return read_points(arguments.truth)
     if arguments.config is not None:
         from core.data.source import load_source
 
         return of_source(load_source(load_config(arguments.config, []).dataset))
-    scored = [path for path in (arguments.first, arguments.second) if has_truth(path)]
-    return read_points(scored[0], "truth_") if scored else None
+    return None
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ from landmarks_finetuning.report.tables import latex_table, metric_title, paper_
 
 HERE = Path(__file__).parent
 TEMPLATE = "page.html.j2"
-STRIP = ("Noise removed in one step, from more and more noise: the diffusion’s time runs from left (little noise) to right "
-         "(nothing else), so sampling goes from right to left. Three rows for each of two images: what the network is "
-         "shown, the image that it makes of it, four times the error")
+STRIP = ("Noise removed in one step, from more and more of it: the diffusion’s time runs from left (little noise) to "
+         "right (nothing else), so sampling goes from right to left. Three rows for each of two images: what the "
+         "network is shown, the image that it makes of it, four times the error")
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
 
 

@@ -26,7 +26,7 @@ def pretraining_sentence(ddpm_dir: Path, lines: list[dict[str, Any]], config: di
         count, total, iteration = noise
         return (f"The diffusion pre-training is bad: {count} of {total} images sampled at iteration {iteration} are "
                 f"noise (neighbouring pixels correlate by less than {NOISE_CORRELATION:g}; in radiographs by about "
-                f"0.9 or more){f', and {falling}' if falling else ''}; raise ddpm.iterations before judging this start.")
+                f"0.9 or more){f', and {falling}' if falling else ''}; raise ddpm.iterations before you judge it.")
     return f"The diffusion pre-training was cut short: {falling}; more ddpm.iterations may help." if falling else ""
 
 
@@ -69,8 +69,8 @@ def noisy_samples(folder: Path, config: dict[str, Any]) -> tuple[int, int, int] 
 def loss_fall(lines: list[dict[str, Any]]) -> tuple[str, float, int] | None:
     """("validation" or "training", share of the loss that the last quarter took off, steps) where it still fell.
 
-    The validation loss, of the same noise every time, is compared with what it was at three quarters of the steps; where
-    it was not seen there and at the end, the mean training loss of the last quarter with that of the quarter before.
+    The validation loss, of the same noise every time, is compared with what it was at three quarters of the steps;
+    where it was not seen there and at the end, the mean training loss of the last quarter with that of the one before.
     """
     losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
     validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
