@@ -1,7 +1,7 @@
 """One page for a study of many runs: how long it takes to build and to open, and how large it is.
 
-The runs are made up: errors, logs, heatmaps' absence and pictures as a study of cephalograms leaves them (150 images, 19
-landmarks), 10 starts x 6 numbers of labels x 5 draws.
+The runs are made up: errors, logs and pictures as a study of cephalograms leaves them (150 images, 19 landmarks),
+without heatmaps; 10 starts x 6 numbers of labels x 5 draws.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.runs.inputs import INPUTS, read_record
+from landmarks_finetuning.report.collect import CELL_FOLDER
 from landmarks_finetuning.report.findings import STUDIED, display_name, shots_text
 from landmarks_finetuning.report.provenance import starting_point
 
@@ -31,15 +32,16 @@ def best_run(experiment_dir: Path, left_out: Collection[Path] = ()) -> Best | No
     """The best of the evaluated runs that have weights, but for those `left_out`; None where there is none.
 
     The start, variant and number of labels with the lowest mean validation error over its draws and seeds, then the
-    lowest of its runs: one lucky draw does not choose a start. Where no run held images back for validation, the most
-    labels, the diffusion model before others, the first draw and seed.
+    lowest of its runs: one lucky draw does not choose a start; of equals the most labels. Where no run held images
+    back for validation, the most labels, the diffusion model before others, the first draw and seed.
     """
     runs = {}
     for path in sorted(experiment_dir.glob(f"landmarks/*/*/shots*/{WEIGHTS}")):
-        if path.parent not in left_out and (path.parent / "metrics.json").is_file():
-            metrics = _metrics(path.parent)
-            if metrics is not None:
-                runs[path.parent] = metrics
+        folder = path.parent
+        whole = CELL_FOLDER.fullmatch(folder.name) and folder not in left_out  # no fold of a cross-validation
+        metrics = _metrics(folder) if whole and (folder / "metrics.json").is_file() else None
+        if metrics is not None:
+            runs[folder] = metrics
     if not runs:
         return None
     validated = {folder: metrics for folder, metrics in runs.items() if metrics["validation_mre"] is not None}
@@ -48,7 +50,7 @@ def best_run(experiment_dir: Path, left_out: Collection[Path] = ()) -> Best | No
     methods: dict[Method, list[float]] = {}
     for metrics in validated.values():
         methods.setdefault(_method(metrics), []).append(metrics["validation_mre"])
-    chosen = min(methods, key=lambda method: (float(np.mean(methods[method])), method))
+    chosen = min(methods, key=lambda method: (float(np.mean(methods[method])), -method[2], method))
     own = {folder: metrics for folder, metrics in validated.items() if _method(metrics) == chosen}
     folder = min(own, key=lambda folder: (own[folder]["validation_mre"], folder))
     return Best(folder, _reason(own, validated, folder, float(np.mean(methods[chosen]))))
