@@ -21,6 +21,7 @@ from core.config.load import load_config
 from core.data.records import DataSource, patient_group
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_atomically
+from core.formats.cells import meant
 from core.formats.points import FolderRow, read_folder_csv, read_text
 from landmarks_finetuning.metrics import physical_errors, within
 from landmarks_finetuning.statistics import (
@@ -76,7 +77,7 @@ def read_points(path: Path) -> Points:
     header = [column.strip() for column in next(csv.reader(io.StringIO(read_text(path))), [])]
     if "landmark" in header:
         table = list(csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True))
-        names = tuple(dict.fromkeys((row["landmark"] or "").strip() for row in table))
+        names = tuple(dict.fromkeys(meant((row["landmark"] or "").strip()) for row in table))
         dims = 3 if "z" in header else 2
     else:
         names = tuple(column[:-2] for column in header if column.endswith("_x") and column != "spacing_x")
@@ -92,10 +93,10 @@ def read_points(path: Path) -> Points:
     truth = {image: FolderRow(image, np.full((len(names), dims), EMPTY), None, row.patient)
              for image, row in rows.items()}
     for number, line in enumerate(table, 2):
-        index = names.index(line["landmark"].strip())
+        index, image = names.index(meant(line["landmark"].strip())), meant(line["image"].strip())
         try:
-            errors[line["image"]][index] = float(line["error"] or EMPTY)
-            truth[line["image"]].points[index] = [float(line[axis] or EMPTY) for axis in axes]
+            errors[image][index] = float(line["error"] or EMPTY)
+            truth[image].points[index] = [float(line[axis] or EMPTY) for axis in axes]
         except (KeyError, ValueError) as error:
             raise UserError(f"{path}, row {number}: error and truth are no numbers ({error})") from None
     return Points(names, rows, errors, Points(names, truth), unit_beside(path))
