@@ -18,6 +18,7 @@ from core.formats.label_files import FLAT, FORMATS, Images, lost, write_label_fi
 from core.formats.labels import LabelSet
 from core.formats.points import FolderRow
 from core.formats.series import is_series
+from core.runs.best import run_folder
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
@@ -73,6 +74,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. `formats` of labelling tools are
     written as well, out/coco.json and the like (core.formats.label_files). Returns the table's path.
     """
+    run_dir, others = run_folder(run_dir), [run_folder(other) for other in others]
     detector = trained_detector(run_dir, overrides, others)
     calibration = None if others else read_calibration(run_dir, detector)
     if calibration is None:
@@ -141,8 +143,8 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m landmarks_finetuning.predict", description=__doc__,
         epilog="example: python -m landmarks_finetuning.predict "
-               "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0 new_images/ --out predictions")
-    parser.add_argument("run_dir", type=Path)
+               "runs/cephalo new_images/ --out predictions")
+    parser.add_argument("run_dir", type=Path, help="a run's folder, or an experiment's for its best run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",

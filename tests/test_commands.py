@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from core.config.load import load_config
 from core.networks.weights import load_weights
+from core.runs.best import point_to_best
 from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
 from study.run import run_study
@@ -380,6 +381,20 @@ def test_predict_without_the_data_set(tiny_cell, run_main, tmp_path, phantom):
     shutil.copy(tiny_cell / "best.safetensors", run_dir)
     status, _, error = run_main(PREDICTING, run_dir, phantom / "jpg/151.jpg", "--out", tmp_path / "out")
     assert status == 0, error
+
+
+def test_an_experiment_stands_for_its_best_run(tiny_cell, phantom, run_main, tmp_path):
+    """Its folder and its link give what the run itself gives; without a best run one line says so."""
+    image = phantom / "jpg/151.jpg"
+    (tmp_path / "study/landmarks").mkdir(parents=True)
+    status, _, error = run_main(PREDICTING, tmp_path / "study", image, "--out", tmp_path / "none")
+    assert status == 2 and re.fullmatch("error: .*study has no best run: .*\n", error)
+    pointer = point_to_best(tmp_path / "study", tiny_cell)
+    for name, place in (("run", tiny_cell), ("study", tmp_path / "study"), ("link", pointer)):
+        status, _, error = run_main(PREDICTING, place, image, "--out", tmp_path / name, "--no-overlays")
+        assert status == 0, error
+    tables = {(tmp_path / name / "predictions.csv").read_bytes() for name in ("run", "study", "link")}
+    assert len(tables) == 1
 
 
 def test_sample(tiny_study, run_main, tmp_path):
