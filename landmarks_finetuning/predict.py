@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from core.files import atomic_file
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
 from core.formats.series import is_series
 from landmarks_finetuning.calibration import read_calibration
-from landmarks_finetuning.inference import trained_detector
+from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predictions import (
     Predictions,
@@ -25,14 +25,15 @@ from landmarks_finetuning.predictions import (
     table_rows,
     write_slicer_files,
 )
+from landmarks_finetuning.uncertainty import Calibration
 
 
-def collect_images(paths: list[Path], out: Path, spacing_mm: float | None = None) -> list[Record]:
+def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None = None) -> list[Record]:
     """Every image or volume named or below a named folder; UserError when there is none, or two share a name.
 
     What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training.
     """
-    written = (out / "overlays").resolve(), (out / "markups").resolve()
+    written = [] if out is None else [(out / name).resolve() for name in ("overlays", "markups")]
     images: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
@@ -72,18 +73,24 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
         print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
               "(evaluating a run that has validation labels writes it)", file=sys.stderr)
     records = collect_images(paths, out, detector.config.dataset.spacing_mm)
-    some = detector.config.evaluation.batch_size
     path = out / "predictions.csv"
     with atomic_file(path) as table:
-        for first in tqdm(range(0, len(records), some), "batches"):
-            images = load_images(records[first : first + some], detector.config.dataset)
-            predictions = find_landmarks(detector, images, calibration=calibration)
+        for predictions in predictions_of(detector, records, calibration):
             append_rows(table, table_rows(predictions))
             write_slicer_files(out / "markups", predictions)
-            for index, record in enumerate(images.records if overlays else ()):
+            for index, record in enumerate(predictions.images.records if overlays else ()):
                 draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index,
                                  f"{record.id}{_doubt(predictions, index)}")
     return path
+
+
+def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None,
+                   progress: bool = True) -> Iterator[Predictions]:
+    """What `detector` finds in `records`, batch by batch, with a progress bar."""
+    some = detector.config.evaluation.batch_size
+    for first in tqdm(range(0, len(records), some), "batches", disable=not progress):
+        images = load_images(records[first : first + some], detector.config.dataset)
+        yield find_landmarks(detector, images, calibration=calibration)
 
 
 def _doubt(predictions: Predictions, index: int) -> str:
