@@ -31,8 +31,8 @@ class Landmarks:
     expected_error, radius90: (N,) how far off a point is likely to be, and the radius that holds the truth nine times
     in ten, in `unit`, "mm" or "px"; NaN where the run's loss says nothing of it. They are what a validation set taught
     where `calibrated`, else the heatmap's own belief. confidence: (N,) in [0, 1], the mass of the heatmap about the
-    point: it weighs landmarks against each other and is not the chance that one is right. spacing_mm: mm per pixel along
-    x, y[, z], where known.
+    point: it weighs landmarks against each other and is not the chance that one is right. spacing_mm: mm per pixel
+    along x, y[, z], where known.
     """
 
     image: str

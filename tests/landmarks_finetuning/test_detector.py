@@ -16,11 +16,10 @@ from landmarks_finetuning import Detector
 from landmarks_finetuning.predict import predict
 from landmarks_finetuning.train import finetune_cell
 from tests.conftest import PROJECT, TINY, error_of, merged
-from tests.landmarks_finetuning.trained_runs import finished_runs, one_and_two_stages  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")
-def runs(one_and_two_stages):  # noqa: F811
+def runs(one_and_two_stages):
     """Run folders by what they are. Not to be changed."""
     return one_and_two_stages
 
@@ -63,7 +62,8 @@ def test_it_answers_as_predict_does(runs, pictures, tmp_path, stages):
     assert_same(second, rows_of(table, "more/b.png"))
     alone = detector(pictures / "a.png")
     assert_same(alone, rows_of(table, "a.png"))
-    assert (alone.unit, alone.calibrated, alone.spacing_mm) == ("mm", False, (2.5, 2.5)) and alone.names == detector.names
+    assert (alone.unit, alone.calibrated, alone.spacing_mm) == ("mm", False, (2.5, 2.5))
+    assert alone.names == detector.names
     assert alone[alone.names[2]].tolist() == alone.points[2].tolist()
     pixels = np.asarray(Image.open(pictures / "more/b.png"))
     in_memory, again = detector([pixels, pictures / "more/b.png"])

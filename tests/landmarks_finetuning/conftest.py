@@ -19,9 +19,10 @@ def finished_runs(make_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_and_two_stages(finished_runs):
-    """{"one stage", "two stages", "another seed" (of two stages)}: run folders. Not to be changed."""
+    """{"one stage", "one stage, another seed", "two stages", "another seed" (of two)}: run folders. Not to be changed."""
     sharp = {"iterations": 12, "sigma": 12.0, "learning_rate": {"scratch": 1e-2}, "shape_prior": 0.3,
              "validate_every": 12, "save_every": 12}
     two = {**sharp, "refine": {"zoom": 2.0, "crop": 32, "iterations": 8, "batch_size": 4}}
-    return {"one stage": finished_runs("one", finetune=sharp), "two stages": finished_runs("two", finetune=two),
-            "another seed": finished_runs("two", 1, finetune=two)}
+    return {"one stage": finished_runs("one", finetune=sharp),
+            "one stage, another seed": finished_runs("one", 1, finetune=sharp),
+            "two stages": finished_runs("two", finetune=two), "another seed": finished_runs("two", 1, finetune=two)}
