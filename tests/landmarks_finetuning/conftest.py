@@ -19,10 +19,12 @@ def finished_runs(make_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_and_two_stages(finished_runs):
-    """{"one stage", "one stage, another seed", "two stages", "another seed" (of two)}: run folders. Not to be changed."""
+    """Run folders: of one stage and of two, and of the same with another seed. Not to be changed."""
     sharp = {"iterations": 12, "sigma": 12.0, "learning_rate": {"scratch": 1e-2}, "shape_prior": 0.3,
              "validate_every": 12, "save_every": 12}
+    small = {"blocks_per_level": 1}
     two = {**sharp, "refine": {"zoom": 2.0, "crop": 32, "iterations": 8, "batch_size": 4}}
-    return {"one stage": finished_runs("one", finetune=sharp),
-            "one stage, another seed": finished_runs("one", 1, finetune=sharp),
-            "two stages": finished_runs("two", finetune=two), "another seed": finished_runs("two", 1, finetune=two)}
+    return {"one stage": finished_runs("one", unet=small, finetune=sharp),
+            "one stage, another seed": finished_runs("one", 1, unet=small, finetune=sharp),
+            "two stages": finished_runs("two", unet=small, finetune=two),
+            "another seed": finished_runs("two", 1, unet=small, finetune=two)}

@@ -13,17 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
+from core.config.section import Augmentation
 from landmarks_finetuning import Detector, run_onnx
+from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.export import export, write_onnx
 from landmarks_finetuning.heatmaps import decode
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.predict import predict
-from landmarks_finetuning.shape import Shape
+from landmarks_finetuning.shape import SCALES, SCATTER, Shape
 from landmarks_finetuning.uncertainty import Calibration, measure_spread
 from tests.conftest import error_of
 
 ALONE = "import sys; sys.modules.update(torch=None, core=None, landmarks_finetuning=None, scipy=None, cv2=None); " \
         "import runpy; script = sys.argv.pop(1); sys.argv[0] = script; runpy.run_path(script, run_name='__main__')"
+CASES = {"two stages": ((), ()),  # name of a run: (settings, names of those averaged with it)
+         "one stage": (("finetune.decoder=window_mass", "finetune.shape_prior=null"), ("one stage, another seed",))}
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +54,38 @@ def pictures(phantom, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
-    """exported(name, **options) -> the .onnx file of a run, made once."""
+    """exported(name) -> the .onnx file of a run of CASES, made once."""
     made = {}
 
     def make(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("exported") / "model.onnx"
-            export(runs[name], made[name])
+            settings, others = CASES[name]
+            export(runs[name], made[name], settings, [runs[other] for other in others])
         return made[name]
 
     return make
 
 
-@pytest.mark.parametrize("stages", ["one stage", "two stages"])
-def test_the_script_alone_gives_the_points_of_predict(runs, exported, pictures, tmp_path, stages):
-    model = exported(stages)
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_alone_gives_the_points_of_predict(runs, exported, pictures, tmp_path, name):
+    model, (settings, others) = exported(name), CASES[name]
     assert {path.name for path in model.parent.iterdir()} == {
-        "model.onnx", "run_onnx.py", *(["model.fine.onnx"] if stages == "two stages" else [])}
+        "model.onnx", "run_onnx.py", *(["model.fine.onnx"] if name == "two stages" else [])}
     images = sorted(pictures.iterdir())
     subprocess.run([sys.executable, "-c", ALONE, str(model.parent / "run_onnx.py"), str(model), *map(str, images),
                     "--out", str(tmp_path / "alone.csv")], cwd=tmp_path, check=True)
     alone = pd.read_csv(tmp_path / "alone.csv")
-    table = pd.read_csv(predict(runs[stages], [pictures], tmp_path / "out", overlays=False))
+    table = pd.read_csv(predict(runs[name], [pictures], tmp_path / "out", False, settings,
+                                [runs[other] for other in others]))
     assert list(alone.image) == list(table.image) and list(alone.landmark) == list(table.landmark)
     np.testing.assert_allclose(alone[["x", "y"]], table[["x", "y"]], atol=0.02)
     np.testing.assert_allclose(alone.expected_error, table.expected_error, rtol=2e-3)
     np.testing.assert_allclose(alone.radius90, table.radius90, rtol=5e-3, atol=0.1)
     found = run_onnx.Model(model)(run_onnx.read_picture(images[0]))
-    wanted = Detector.load(runs[stages])(images[0])
+    wanted = Detector.load(runs[name], *[runs[other] for other in others], settings=settings)(images[0])
     np.testing.assert_allclose(found.confidence, wanted.confidence, atol=2e-3)
+    assert (model.parent / "run_onnx.py").read_text() == Path(run_onnx.__file__).read_text()
 
 
 def test_the_file_says_what_it_is(runs, exported):
@@ -93,24 +100,12 @@ def test_the_file_says_what_it_is(runs, exported):
     assert "triangle filter" in fine["preprocessing"] and "softmax" in fine["postprocessing"]
 
 
-def test_an_ensemble_and_another_decoder(runs, pictures, tmp_path):
-    one, other = runs["one stage"], runs["one stage, another seed"]
-    settings = ("finetune.decoder=window_mass", "finetune.shape_prior=null")
-    export(one, tmp_path / "model.onnx", settings, [other])
-    found = run_onnx.Model(tmp_path / "model.onnx")(run_onnx.read_picture(pictures / "a.png"))
-    wanted = Detector.load(one, other, settings=settings)(pictures / "a.png")
-    np.testing.assert_allclose(found.points[:, ::-1], wanted.points, atol=0.02)
-    np.testing.assert_allclose(found.expected_error, wanted.expected_error, rtol=2e-3)
-
-
-@pytest.mark.parametrize("timestep", [None, 3])
-def test_a_network_with_attention_and_a_timestep(timestep, make_config, tmp_path):
-    from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
-
-    unet = make_config(tmp_path, unet={"linear_attention": True, "full_attention_sizes": [24]}).unet
-    model = HeatmapUNet(unet, 1, 3, (48, 48))
-    model.timestep = timestep
-    assert write_onnx(model, (48, 48), {}, tmp_path / "m.onnx") < 1e-4
+def test_a_network_with_attention_and_a_timestep(make_config, tmp_path):
+    unet = make_config(tmp_path, dataset={"image_size": [16, 16]},
+                       unet={"linear_attention": True, "full_attention_sizes": [8], "blocks_per_level": 1}).unet
+    model = HeatmapUNet(unet, 1, 3, (16, 16))
+    model.timestep = 3
+    assert write_onnx(model, (16, 16), {}, tmp_path / "m.onnx") < 1e-4
 
 
 def test_what_differs_is_not_written(tmp_path, monkeypatch):
@@ -167,9 +162,6 @@ def test_decoders(decoder, loss):
 @pytest.mark.parametrize("modes", [0, 3])
 def test_shapes(modes):
     """Fitted to points of which one is far off, turned further than the poses allow, and with a landmark unknown."""
-    from core.config.section import Augmentation
-    from landmarks_finetuning.shape import SCALES, SCATTER
-
     random = np.random.default_rng(0)
     base = random.normal(size=(9, 2)) * 20
     shapes = base + random.normal(size=(12, 9, 2)) * 2
@@ -201,7 +193,3 @@ def test_spreads_under_a_calibration():
     found = run_onnx.measured(read, np.array([1.0, 0.75]), settings, slice(None))
     np.testing.assert_allclose(found.expected_error, wanted.expected_error[0], rtol=1e-5)
     np.testing.assert_allclose(found.radius90, wanted.radius90[0], rtol=0.02)
-
-
-def test_the_copied_script_is_the_module(exported):
-    assert (exported("one stage").parent / "run_onnx.py").read_text() == Path(run_onnx.__file__).read_text()
