@@ -33,7 +33,7 @@ def launch(arguments: list[str]) -> float:
 
 def one_of(config: Config, arguments: list[str]) -> list[list[str]]:
     """The launchers' arguments for each trained run of the study by itself."""
-    trained = [cell for cell in cells(config.finetune) if cell.backbone != MEAN_SHAPE]
+    trained = [cell for cell in cells(config) if cell.backbone != MEAN_SHAPE]
     return [[*arguments, f'finetune.backbones=["{cell.backbone}"]', f"finetune.shots=[{cell.shots}]",
              f"finetune.draws=[{cell.draw}]", f"finetune.seeds=[{cell.seed}]"] for cell in trained]
 
@@ -56,7 +56,7 @@ def main() -> None:
     together = launch([*options, "experiment.name=together"])
     single = one_of(configs["apart"], [*options, "experiment.name=apart"])
     apart = [launch(one) for one in single]
-    unscored = [cell for config in configs.values() for cell in cells(config.finetune) if not is_scored(config, cell)]
+    unscored = [cell for config in configs.values() for cell in cells(config) if not is_scored(config, cell)]
     machine = environment()
     print(f"{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu']}; {len(single)} trained runs of "
           f"{configs['apart'].finetune.iterations} steps, {len(unscored)} of all runs without a score")

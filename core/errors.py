@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +18,10 @@ INTERRUPTED = 130  # exit status, as a shell's after Ctrl-C
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file or key and the valid choices."""
+
+
+class DamagedFile(UserError):
+    """A file of this project's own is cut, changed or unreadable."""
 
 
 class RunsFailed(Exception):
@@ -54,15 +61,36 @@ def note_once(kind: str, text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def system_error(error: OSError) -> str:
+    """What the operating system refused, in one line with the file's name."""
+    said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)!r}"[1:-1] + ": "
+    advice = {errno.ENOSPC: "; make room, then the same command goes on from what was saved",
+              errno.EDQUOT: "; make room in your quota, then the same command goes on from what was saved"}
+    return f"{place}{said}{advice.get(error.errno or 0, '')}"
+
+
+def _failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """A thread that ends by what the system refused, as TensorBoard's on a full disk, says it in one line."""
+    if isinstance(failed.exc_value, OSError):
+        note_once(f"thread {failed.exc_value.errno}", f"note: a log is cut short: {system_error(failed.exc_value)}")
+    else:
+        threading.__excepthook__(failed)
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a command's `main` and turn its outcome into an exit status.
 
-    0 done, 1 runs failed, 2 user's mistake, INTERRUPTED.
+    0 done, 1 runs failed, 2 a user's mistake or what the system refused (a full disk), INTERRUPTED.
     """
+    threading.excepthook = _failed_thread
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {system_error(error)}", file=sys.stderr)
         sys.exit(2)
     except RunsFailed as error:
         print(f"error: {error}", file=sys.stderr)

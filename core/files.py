@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -16,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 DISTRIBUTION = "few-shot-landmarks"  # its name in pyproject.toml
+LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.partial-[0-9a-f]{16}")
+JUST_SECONDS = 1.0  # between a temporary file's making and its mark
 
 
 @contextmanager
@@ -25,12 +31,47 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # machines that share a folder share pids
     try:
         with temporary.open("wb") as file:
+            hold(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hold(descriptor: int) -> bool:
+    """Mark an open file or folder as in use, for as long as it is open; False where another process has marked it.
+
+    A file system without locks knows no marks: then nothing counts as left behind.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def drop_left_behind(folder: Path) -> None:
+    """Delete temporary files and folders below `folder` whose writers were killed: those that no process holds."""
+    for entry in list(walk(folder)):
+        if LEFT_BEHIND.fullmatch(entry.name):
+            drop_if_left(Path(entry.path))
+
+
+def drop_if_left(path: Path) -> None:
+    """Delete a temporary file or folder, unless a process holds it or has just made it."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            if time.time() - os.fstat(descriptor).st_mtime < JUST_SECONDS or not hold(descriptor):
+                return
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -42,6 +83,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError for text that is none, is nested too deep, or has numbers too long to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deep") from None
 
 
 def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from core.config.limits import LARGEST
 from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, UserError, run_command
 from core.networks.weights import load_weights
 from core.runs.places import ema_path
+from core.runs.requirements import check_memory, check_samples
 from core.training.batches import step_generator
 from core.training.device import autocast, resolve_device, resolve_precision
 from ddpm_pretraining.diffusion import OBJECTIVES
@@ -32,7 +34,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count}: must be 1 or more")
+    if not 0 <= arguments.seed <= LARGEST:
+        raise UserError(f"--seed {arguments.seed:.0e}: seeds count from 0 to 2^62")
     config = load_config(arguments.config, arguments.set)
+    check_memory(config)
+    check_samples(config, "--count", arguments.count)
     sampler, samplers = arguments.sampler or sampler_of(config.ddpm), SAMPLERS[config.ddpm.objective]
     if sampler not in samplers:
         raise UserError(f'--sampler {sampler}: with ddpm.objective "{config.ddpm.objective}" choose '

@@ -21,15 +21,16 @@ from core.data.augment import augment
 from core.data.dataset import ImageSet, PackedSet, load_images, load_unlabelled
 from core.data.digests import data_digests
 from core.data.source import load_source
-from core.errors import CommandParser, run_command
+from core.errors import CommandParser, UserError, run_command
 from core.files import write_atomically
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
 from core.runs.claims import claim
-from core.runs.identity import check_pretraining
+from core.runs.identity import check_pretraining, training_settings
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import ema_path
 from core.runs.record import write_run_config
+from core.runs.requirements import check_memory
 from core.training.batches import BatchPlan, ReadAhead, gather, on_device, step_generator
 from core.training.device import resolve_device, resolve_precision
 from core.training.distributed import ALONE, Job, Ranks, join, recorded
@@ -132,11 +133,11 @@ class Denoising:
     def milestone(self, model: nn.Module, step: int) -> None:
         """Keep the EMA weights and draw pictures at the configured steps."""
         ddpm = self.config.ddpm
-        if step in ddpm.checkpoint_iterations:
-            header = {"kind": "ddpm", "iteration": step, "dataset": self.config.dataset.name}
-            save_weights(ema_path(self.config.experiment_dir, step), model, self.config.plain(), header)
         if step % ddpm.sample_every == 0 or step == ddpm.iterations:
             self._save_pictures(model, step)
+        if step in ddpm.checkpoint_iterations:  # last: where its weights are, a step is done
+            header = {"kind": "ddpm", "iteration": step, "dataset": self.config.dataset.name}
+            save_weights(ema_path(self.config.experiment_dir, step), model, self.config.plain(), header)
 
     def _save_pictures(self, model: nn.Module, step: int) -> None:
         ddpm = self.config.ddpm
@@ -165,6 +166,7 @@ def loop_settings(config: Config) -> LoopSettings:
     pictures = {*range(ddpm.sample_every, ddpm.iterations + 1, ddpm.sample_every), ddpm.iterations}
     return LoopSettings(
         title=f"pre-train {config.dataset.name}", identity=f"ddpm of experiment.seed {experiment.seed}",
+        made_with=training_settings(config, "pretraining", "ddpm"),
         iterations=ddpm.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ddpm.learning_rate,
         weight_decay=ddpm.weight_decay, clip=ddpm.clip, accumulation_reduction=ddpm.accumulation_reduction,
@@ -193,6 +195,7 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
 
     A finished run returns at once.
     """
+    check_memory(config)
     run_dir = config.experiment_dir / "ddpm"
     if resume is None and ranks.told((run_dir / "last.pt").exists()):
         resume = "last"
@@ -229,7 +232,24 @@ def pretrain(config: Config, resume: str | None = None, ranks: Ranks = ALONE) ->
             write_inputs(run_dir, inputs)
     command = f"{ranks.command('ddpm_pretraining.train')} --config {shlex.quote(str(run_dir / 'config.json'))}"
     train(training, run_dir, resume, command)
+    keep_again(training, config)
     return run_dir
+
+
+def keep_again(training: Training, config: Config) -> None:
+    """Write the last weights once more where their state is there and they are gone; UserError for earlier ones.
+
+    A state holds the weights of its own step alone.
+    """
+    gone = [iteration for iteration in config.ddpm.checkpoint_iterations
+            if training.ranks.told(not ema_path(config.experiment_dir, iteration).is_file())]
+    if training.step in gone:
+        training.milestone()
+        gone.remove(training.step)
+    if gone:
+        path = ema_path(config.experiment_dir, gone[0])
+        raise UserError(f"{path} is gone, and {path.parent / 'last.pt'} is past that step: put it back, leave "
+                        f"{gone[0]} out of ddpm.checkpoint_iterations, or delete {path.parent} to pre-train again")
 
 
 def main() -> None:

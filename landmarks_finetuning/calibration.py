@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from core.data.dataset import ImageSet
 from core.errors import UserError
-from core.files import content_digest, write_json
+from core.files import content_digest, parse_json, write_json
 from core.formats.geometry import apply_maps
 from landmarks_finetuning.decoding import decode_maps
 from landmarks_finetuning.inference import TrainedDetector
@@ -90,7 +89,7 @@ def read_calibration(run_dir: Path, detector: TrainedDetector, decoder: str | No
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
+        values = parse_json(path.read_text(encoding="utf8"))
         if values["holds_for"] != _holds_for(detector, decoder):
             return None
         temperatures = np.array([float(values["temperatures"][name]) for name in detector.landmark_names])

@@ -23,7 +23,7 @@ from core.data.dataset import load_images
 from core.data.digests import data_digests
 from core.data.records import DataSource, Record
 from core.errors import UserError
-from core.files import content_digest, write_json
+from core.files import content_digest, parse_json, write_json
 from core.runs.places import choosing_path
 from landmarks_finetuning.features import FeatureNetwork
 
@@ -135,7 +135,7 @@ def _made_from(config: Config, source: DataSource, weights: Path) -> dict[str, A
 def _recorded(path: Path) -> dict[str, Any] | None:
     """The file as it was written, None where it is not there or damaged: it is made anew."""
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
+        record = parse_json(path.read_text(encoding="utf8"))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and {"made_from", "order"} <= record.keys() else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,26 @@ from core.config.dataset import Dataset
 from core.config.starts import MEAN_SHAPE, SOFTMAX_STARTS
 from core.data.dataset import ImageSet, load_images
 from core.data.digests import data_digests
+from core.data.elsewhere import all_test, dataset_at
+from core.data.folds import cell_source
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record, patient_group
-from core.data.shots import labelled_subset, scored_records
+from core.data.shots import answered_records, labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
-from core.files import write_json
+from core.files import content_digest, write_json
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
-from core.runs.inputs import INPUTS, SCORED, GroupedImages, image_changes, images_digest, read_record, write_inputs
+from core.runs.inputs import (
+    INPUTS,
+    SCORED,
+    GroupedImages,
+    counted,
+    image_changes,
+    images_digest,
+    read_record,
+    write_inputs,
+)
 from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
@@ -33,34 +44,52 @@ from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
 from landmarks_finetuning.metrics import annotator_distances, physical_errors, share_within, summarise
 from landmarks_finetuning.paper_scorer import paper_errors, paper_sigma, round_original, why_undefined
-from landmarks_finetuning.pictures.cases import draw_predictions
+from landmarks_finetuning.pictures.cases import draw_ranked
 from landmarks_finetuning.pictures.heatmap_files import write_heatmaps
-from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.predictions import (
+    Predictions,
+    find_landmarks,
+    printable,
+    table_rows,
+    write_slicer_files,
+    write_table,
+)
 from landmarks_finetuning.self_training import round_figures
 from landmarks_finetuning.shape import mean_shape_prediction
 from landmarks_finetuning.statistics import bootstrap_interval
-
-NAME_BYTES = 200  # of an id in a file name, which may have 255
+from landmarks_finetuning.unscored import write_answers
 
 
 def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ...] = (), out: Path | None = None,
-             config: Config | None = None, others: Sequence[Path] = ()) -> tuple[Path, dict]:
+             config: Config | None = None, others: Sequence[Path] = (), data: Path | None = None) -> tuple[Path, dict]:
     """Score the detector of `run_dir` on evaluation.split; returns the files' folder and what metrics.json holds.
+
+    Where the data set holds nothing back there is no score: the detector answers unlabelled images.
 
     The folder is `run_dir` where this is the score that the study itself asks of it, else one of its own below
     evaluations/, or `out`. Landmarks are matched with the data set's by name. `config` is the study's as it is now,
     which may say other places than the run's own. The heatmaps are the mean of those of `run_dir` and of the runs
-    `others`.
+    `others`. `data` is the folder, or a study's config, of another data set; where that holds nothing back, all its
+    labels are scored.
     """
     detector = trained_detector(run_dir, overrides, others)
     if config is not None:
         detector.config = as_trained(config, detector.header)
     own, header, config = detector.own_config, detector.header, detector.config
     check_decoder(detector, decoder)
-    source = load_source(config.dataset).ordered(detector.landmark_names)
+    if data is not None:
+        config = detector.config = config.model_copy(update={"dataset": dataset_at(data, config.dataset)})
+    check_folds(detector, others)
+    if data is not None:
+        source = all_test(load_source(config.dataset))
+    else:
+        source = cell_source(config, header["draw"], header.get("fold"))
+    source = source.ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
-    own_data = has_data_of(run_dir, source, config.dataset)
-    if not own_data:
+    own_data = data is None and has_data_of(run_dir, source, config.dataset)
+    if data is not None:
+        note_seen(run_dir, scored_records(source, config.evaluation, config.dataset), config.dataset)
+    elif not own_data:
         print(f"note: the data at {source.root} have other training images or labels than this run was made from",
               file=sys.stderr)
     if out is None:
@@ -69,14 +98,15 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         parts += [f"with-{other.resolve().parent.name}-{other.resolve().name}" for other in others]
         parts += [] if own_data else [f"data-{config.dataset.name}"]
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
-    records = scored_records(source, config.evaluation, config.dataset)
-    scored = load_images(records, config.dataset)
+    use, records = answered_records(source, config.evaluation, config.dataset)
+    answered = load_images(records, config.dataset) if records else None
     validation = validation_images(detector, source) if own_data else None
     if validation is None:
         errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)
     else:
         errors, calibration = calibrate(detector, validation, decoder)
-    predictions = find_landmarks(detector, scored, decoder, calibration=calibration, unit=source.unit)
+    predictions = None if answered is None else find_landmarks(detector, answered, decoder, calibration=calibration,
+                                                               unit=source.unit)
     seconds, _ = logged_below(run_dir)
     identity = {**{key: header[key] for key in ("backbone", "shots", "draw", "seed", "training_images",
                                                 "validation_labels", "iteration")},
@@ -87,10 +117,26 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                 "validation_mre": None if errors is None else float(np.nanmean(errors)),
                 "calibration": None if calibration is None else {
                     "images": calibration.images, "landmarks": calibration.landmarks,
-                    "of_scored": validation is not None and share_images(validation, scored)},
+                    "of_scored": validation is not None and answered is not None
+                    and share_images(validation, answered)},
                 "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
     write_calibration(out, detector, calibration, decoder)
+    if source.unscored or predictions is None:
+        return out, write_answers(out, config, source, use, records, predictions, identity)
     return out, score(out, config, source, predictions, identity)
+
+
+def check_folds(detector: TrainedDetector, others: Sequence[Path]) -> None:
+    """UserError where a run of a cross-validation would be scored on labels that it, or one beside it, has seen."""
+    header, config = detector.header, detector.config
+    own = (header.get("folds"), header.get("fold"), header["draw"])
+    if own[0] is not None and own[0] != config.evaluation.folds:
+        raise UserError(f"evaluation.folds {config.evaluation.folds}: this run is of one of {own[0]} folds")
+    for path in others if own[0] is not None else ():
+        other = trained_detector(path).header
+        if (other.get("folds"), other.get("fold"), other["draw"]) != own:
+            raise UserError(f"--with {path}: it is not of fold {own[1]} of {own[0]} of draw {own[2]}, whose labels it "
+                            "may have seen")
 
 
 def check_decoder(detector: TrainedDetector, decoder: str | None) -> None:
@@ -122,6 +168,16 @@ def has_data_of(run_dir: Path, source: DataSource, dataset: Dataset) -> bool:
     return not image_changes(training, {"training": data_digests(images, source.landmark_names, dataset)})
 
 
+def note_seen(run_dir: Path, records: Sequence[Record], dataset: Dataset) -> None:
+    """Say which of the `records` of another data set are files that the run was trained on, if it recorded those."""
+    record = read_record(run_dir / INPUTS)
+    known = {pixels for images in (record or {"images": {}})["images"].values() for pixels, _ in images.values()}
+    digests = data_digests([replace(each, landmarks=None) for each in records], (), dataset)
+    seen = [name for name, (pixels, _) in digests.items() if pixels is not None and pixels in known]
+    if seen:
+        print(f"note: {counted(seen)} of this data set are files that the run was made from", file=sys.stderr)
+
+
 def validation_images(detector: TrainedDetector, source: DataSource) -> ImageSet | None:
     """The images that chose the detector's weights, and that calibrate its expected errors; None without any."""
     header = detector.header
@@ -136,16 +192,14 @@ def share_images(one: ImageSet, other: ImageSet) -> bool:
 
 
 def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
-    """Score the mean of the cell's labels as a prediction for every image: what a detector must beat."""
-    source = load_source(config.dataset)
+    """Score the mean of the cell's labels as a prediction for every image: what a detector must beat.
+
+    Where the data set holds nothing back there is nothing to say.
+    """
+    source = cell_source(config, cell.draw, cell.fold)
     order = coverage_order(config, source, cell.shots)
     chosen, _ = labelled_subset(source, config.finetune, cell.shots, cell.draw, order)
-    training = load_images(chosen, config.dataset)
-    test_images = load_images(scored_records(source, config.evaluation, config.dataset), config.dataset)
-    points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
-    side = config.dataset.image_size
-    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
-    scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
+    use, records = answered_records(source, config.evaluation, config.dataset)
     run_dir = cell_dir(config, cell)
     identity = {"backbone": MEAN_SHAPE, "variant": variant(config, MEAN_SHAPE), "shots": cell.shots,
                 "draw": cell.draw, "seed": cell.seed, "training_images": [record.id for record in chosen],
@@ -153,6 +207,14 @@ def evaluate_mean_shape(config: Config, cell: Cell) -> Path:
     write_run_config(run_dir, config.plain(), {"stage": MEAN_SHAPE})
     inputs = {"training": data_digests(chosen, source.landmark_names, config.dataset)}
     write_inputs(run_dir, inputs, chosen_by=None if order is None else choosing_path(config))
+    if source.unscored:
+        write_answers(run_dir, config, source, use, records, None, identity)
+        return run_dir
+    training, test_images = load_images(chosen, config.dataset), load_images(records, config.dataset)
+    points = test_images.from_centred(mean_shape_prediction(training.centred_points()))
+    side = config.dataset.image_size
+    square = len(side) == 2 and len(set(side)) == 1  # of others there is no published scorer
+    scorer_points = round_original(points, test_images.original_sizes, side[0]) if square else None
     unknown = np.full(points.shape[:2], np.nan)
     guess = Predictions(test_images, source.landmark_names, points, unknown, unknown, unknown, scorer_points)
     score(run_dir, config, source, guess, identity)
@@ -197,7 +259,9 @@ def score(folder: Path, config: Config, source: DataSource, predictions: Predict
     images: GroupedImages = {
         config.evaluation.split: data_digests(test_images.records, source.landmark_names, config.dataset, scoring=True)}
     metrics["scored_on"] = images_digest(images)
-    write_table(folder / "predictions.csv", table_rows(predictions, errors, published, human))
+    table = folder / "predictions.csv"
+    write_table(table, table_rows(predictions, errors, published, human))
+    metrics["predictions_sha256"] = content_digest(table)
     write_slicer_files(folder / "markups", predictions)
     _write_overlays(folder / "overlays", config.evaluation.overlays, predictions, source.unit, errors)
     if config.evaluation.overlays:
@@ -232,16 +296,22 @@ def _in_stored_pixels(points: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 def _write_overlays(folder: Path, count: int, predictions: Predictions, unit: str, errors: np.ndarray) -> None:
     """rank001_<end of the image's id>.png and so on, the worst image (mean error) first."""
-    shutil.rmtree(folder, ignore_errors=True)
     mean_errors = np.where(np.isnan(errors).all(axis=1), -1.0, np.nanmean(errors, axis=1))
-    for rank, index in enumerate(np.argsort(-mean_errors)[:count].tolist(), start=1):
-        name = predictions.images.records[index].id
-        title = f"{name}: mean error {mean_errors[index]:.2f} {unit}"
-        expected = predictions.expected_error[index]
-        title += "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
-        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
-        path = folder / f"rank{rank:03d}_{shortened}.png"
-        draw_predictions(path, predictions, index, title, errors[index])
+    titles = []
+    for record, error, expected in zip(predictions.images.records, mean_errors, predictions.expected_error,
+                                       strict=True):
+        doubt = "" if np.isnan(expected).all() else f", expected {np.nanmean(expected):.2f} {unit}"
+        titles.append(f"{printable(record.id)}: mean error {error:.2f} {unit}{doubt}")
+    draw_ranked(folder, count, predictions, mean_errors, titles, errors)
+
+
+def check_other_data(run_dir: Path, overrides: Sequence[str], out: Path | None) -> None:
+    """UserError where a score on another data set would take the place of the run's own, or is described twice."""
+    twice = [override for override in overrides if override.startswith("dataset.")]
+    if twice:
+        raise UserError(f"--set {twice[0]}: --data says what the data set is; put the key into a config and name that")
+    if out is not None and out.resolve() == run_dir.resolve():
+        raise UserError(f"--out {out} is the run's own folder, which holds its own score; name another one")
 
 
 def main() -> None:
@@ -253,6 +323,8 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
                         help="runs on the same data whose heatmaps are averaged with those of run_dir")
+    parser.add_argument("--data", type=Path, metavar="DIR_OR_CONFIG", help="another data set: a folder with images/ "
+                        "and labels, or a study's config; all labels are scored, or a split where it has splits")
     parser.add_argument("--decoder", help="another decoder than the config's")
     parser.add_argument("--out", type=Path, help="where the files go; default: the run's folder for the study's own "
                         "score, a folder below its evaluations/ for another split, decoder or data set")
@@ -261,10 +333,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.run_dir.is_dir():
         raise UserError(f"run folder {arguments.run_dir} does not exist")
+    if arguments.data is not None:
+        check_other_data(arguments.run_dir, arguments.set, arguments.out)
     with claim(arguments.run_dir):
         folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
-                                   others=arguments.others)
+                                   others=arguments.others, data=arguments.data)
     physical, unit = metrics["physical"], metrics["unit"]
+    if physical is None:
+        print(f"every label of the data set is for training: no score, but predictions on {metrics['images']} "
+              f"unlabelled images; files in {folder}")
+        return
     rates = ", ".join(f"{threshold} {unit} {rate:.1f} %" for threshold, rate in physical["sdr"].items())
     rest = metrics["without_leaks"]
     known = rest is not None and rest["mre"] is not None

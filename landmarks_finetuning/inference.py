@@ -51,6 +51,7 @@ class TrainedDetector:
         self.config = self.own_config
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
+        self.config = writing_nowhere(self.config, overrides)
         self.landmark_names = landmark_names(path, weights)
         self.shape = Shape.stored(weights.header)
         self.device = resolve_device(self.config.experiment.device)
@@ -91,6 +92,18 @@ class TrainedDetector:
         maps = self.kind.heatmaps is not None
         return run_batched(self.model, images, config.evaluation, self.device, config.experiment.precision, chosen,
                            config.evaluation.views if maps else 1, whole=not maps)
+
+
+def writing_nowhere(config: Config, overrides: Sequence[str]) -> Config:
+    """`config`, which came with the weights, without places that it would write to: they may be anybody's.
+
+    Images are not kept but in a dataset.cache_dir of `overrides`; phantoms are not made.
+    """
+    given = any(override.startswith(("dataset.cache_dir=", "dataset=")) for override in overrides)
+    dataset = config.dataset if given else config.dataset.model_copy(update={"cache_dir": None})
+    if dataset.phantom is not None and not Path(dataset.root).exists():
+        dataset = dataset.model_copy(update={"phantom": None})
+    return config.model_copy(update={"dataset": dataset})
 
 
 def landmark_names(path: Path, weights: Weights) -> list[str]:

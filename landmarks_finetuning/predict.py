@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from core.data.dataset import load_images
 from core.data.records import Record, own_spacing
-from core.errors import CommandParser, UserError, run_command
+from core.errors import CommandParser, UserError, note_once, run_command
 from core.files import atomic_file
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
+from core.formats.label_files import FLAT, FORMATS, Images, lost, write_label_file
+from core.formats.labels import LabelSet
+from core.formats.points import FolderRow
 from core.formats.series import is_series
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
@@ -22,6 +25,8 @@ from landmarks_finetuning.predictions import (
     Predictions,
     append_rows,
     find_landmarks,
+    picture_name,
+    printable,
     table_rows,
     write_slicer_files,
 )
@@ -58,14 +63,15 @@ def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None
 
 
 def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
-            overrides: tuple[str, ...] = (), others: Sequence[Path] = ()) -> Path:
+            overrides: tuple[str, ...] = (), others: Sequence[Path] = (), formats: Sequence[str] = ()) -> Path:
     """Write out/predictions.csv (image, landmark, x, y[, z], expected_error, radius90), out/overlays/ and out/markups/.
 
     Markups are of volumes alone. Both figures are in mm, or in the image's own pixels where its spacing is not known,
     and calibrated where the run was, by its evaluation on validation labels.
 
     Images are read and written batch by batch, so that any number of them fits; the table has its name once it is
-    whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. Returns the table's path.
+    whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. `formats` of labelling tools are
+    written as well, out/coco.json and the like (core.formats.label_files). Returns the table's path.
     """
     detector = trained_detector(run_dir, overrides, others)
     calibration = None if others else read_calibration(run_dir, detector)
@@ -73,15 +79,42 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
         print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
               "(evaluating a run that has validation labels writes it)", file=sys.stderr)
     records = collect_images(paths, out, detector.config.dataset.spacing_mm)
+    _check_formats(formats, records)
+    rows: list[FolderRow] = []
     path = out / "predictions.csv"
     with atomic_file(path) as table:
         for predictions in predictions_of(detector, records, calibration):
             append_rows(table, table_rows(predictions))
             write_slicer_files(out / "markups", predictions)
+            rows += [FolderRow(record.id, points, size=record.file_geometry().size)
+                     for record, points in zip(predictions.images.records, predictions.points, strict=True)]
             for index, record in enumerate(predictions.images.records if overlays else ()):
-                draw_predictions(out / "overlays" / f"{record.id}.png", predictions, index,
-                                 f"{record.id}{_doubt(predictions, index)}")
+                draw_predictions(out / "overlays" / picture_name(record.id, ".png"), predictions, index,
+                                 f"{printable(record.id)}{_doubt(predictions, index)}")
+    labels = LabelSet(tuple(detector.landmark_names), tuple(rows), proposed=True)
+    _write_formats(out, labels, {record.id: record.image for record in records}, formats)
     return path
+
+
+def _check_formats(formats: Sequence[str], records: Sequence[Record]) -> None:
+    """UserError where a format cannot hold the images."""
+    for name in formats:
+        for record in records:
+            geometry = record.file_geometry()
+            if name in FLAT and len(geometry.size) != 2:
+                raise UserError(f"--format {name} holds flat images only, and {record.image} is a volume")
+            if name == "slicer" and geometry.affine is None:
+                raise UserError(f"--format slicer counts in mm of the patient, and {record.image} does not say where "
+                                "its pixels lie")
+
+
+def _write_formats(out: Path, labels: LabelSet, images: dict[str, Path], formats: Sequence[str]) -> None:
+    for name in dict.fromkeys(formats):
+        path = out / FORMATS[name].place
+        write_label_file(path, labels, name, Images(paths=images))
+        print(f"{name}: {path}")
+        if gone := lost(labels, name):
+            note_once(str(path), f"note: {name} cannot hold {', '.join(gone)}")
 
 
 def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None,
@@ -116,10 +149,13 @@ def main() -> None:
                         help="runs on the same data whose heatmaps are averaged with those of run_dir, such as others "
                         "of finetune.seeds")
     parser.add_argument("--no-overlays", action="store_true", help="write the CSV only")
+    parser.add_argument("--format", nargs="+", action="extend", default=[], choices=tuple(FORMATS), dest="formats",
+                        help="also write what labelling tools open, corrected there and read back as labels: "
+                        "docs/formats.md")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     table = predict(arguments.run_dir, arguments.images, arguments.out, not arguments.no_overlays,
-                    tuple(arguments.set), arguments.others)
+                    tuple(arguments.set), arguments.others, arguments.formats)
     print(f"predictions in {table}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 
 from core.data.dataset import ImageSet
 from core.files import atomic_file
+from core.formats.cells import harmless
 from core.formats.geometry import index_to_world
 from core.formats.markups import write_markups
 from landmarks_finetuning.decoding import Located
@@ -19,6 +21,8 @@ from landmarks_finetuning.heatmaps import contour_centroid
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.paper_scorer import round_original
 from landmarks_finetuning.uncertainty import Calibration
+
+NAME_BYTES = 200  # of an id in a file name, which may have 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +110,23 @@ def table_rows(predictions: Predictions, errors: np.ndarray | None = None,
 
 def append_rows(table: BinaryIO, rows: list[dict[str, Any]]) -> None:
     """Write `rows` to the end of a CSV with empty cells for NaN, below a header where nothing is there yet."""
-    text = pd.DataFrame(rows).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
-    table.write(text.encode())
+    shown = [{key: harmless(value) for key, value in row.items()} for row in rows]
+    text = pd.DataFrame(shown).to_csv(index=False, header=table.tell() == 0, float_format="%.4f")
+    table.write(text.encode(errors="backslashreplace"))  # of names that are no UTF-8
+
+
+def printable(name: str) -> str:
+    r"""A file's name with bytes that are no UTF-8 as \udcfc."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def picture_name(image: str, suffix: str) -> str:
+    """The name of a file about an image: its id, or where that is too long a digest of it and its end."""
+    name = printable(image).encode()
+    if max(map(len, name.split(b"/"))) + len(suffix) <= NAME_BYTES:
+        return name.decode() + suffix
+    end = name.replace(b"/", b"-")[-NAME_BYTES:].decode(errors="ignore")
+    return f"{hashlib.sha256(name).hexdigest()[:8]}-{end}{suffix}"
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -122,7 +141,7 @@ def write_slicer_files(folder: Path, predictions: Predictions) -> None:
         if record.geometry is not None and record.geometry.affine is not None:
             descriptions = [predictions.expected_text(index, n) for n in range(len(predictions.names))]
             points = index_to_world(predictions.points[index], record.geometry.affine)
-            write_markups(folder / f"{record.id}.mrk.json", predictions.names, points, descriptions)
+            write_markups(folder / picture_name(record.id, ".mrk.json"), predictions.names, points, descriptions)
 
 
 

@@ -7,7 +7,6 @@ those that are answered, and neither are validation images, which choose the wei
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from core.config.second_stage import FOLDER
 from core.data.dataset import load_images
 from core.data.records import Record
 from core.errors import UserError
-from core.files import write_atomically, write_json
+from core.files import parse_json, write_atomically, write_json
 from core.formats.geometry import apply_maps
 from core.runs.places import round_dir
 from core.training.run_log import read_metrics
@@ -111,9 +110,9 @@ def round_figures(run_dir: Path, rounds: int) -> list[dict[str, Any]]:
     for number in range(rounds + 1 if rounds or matched else 0):
         folder, taught = round_dir(run_dir, number), {}
         if number == 0 and matched:
-            taught = json.loads((run_dir / MATCHES_FIGURES).read_text(encoding="utf8"))
+            taught = parse_json((run_dir / MATCHES_FIGURES).read_text(encoding="utf8"))
         elif number:
-            taught = json.loads((round_dir(run_dir, number - 1) / FIGURES).read_text(encoding="utf8"))
+            taught = parse_json((round_dir(run_dir, number - 1) / FIGURES).read_text(encoding="utf8"))
         logs = [folder / FOLDER / "metrics.jsonl", folder / "metrics.jsonl"]
         lines = read_metrics(next(path for path in logs if path.is_file()))
         best = min((line for line in lines if "validation_loss" in line), key=lambda line: line["validation_loss"],

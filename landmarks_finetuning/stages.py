@@ -18,6 +18,7 @@ from core.data.dataset import ImageSet, load_images
 from core.data.records import Record
 from core.errors import UserError
 from core.networks.unet import UNet
+from core.runs.identity import training_settings
 from core.runs.inputs import GroupedImages, write_inputs
 from core.runs.places import Cell, second_start_path, start_path
 from core.runs.record import write_run_config
@@ -77,7 +78,8 @@ class Stage(NamedTuple):
         write_run_config(self.folder, config.plain(), {"stage": "finetune", **task.header})
         write_inputs(self.folder, self.data.digests, start, self.data.chosen_by)
         resume = "last" if self.resume is None and (self.folder / "last.pt").exists() else self.resume
-        training = Training(model, task, plan, fitting(model, config, loop_settings(config, self.cell, plan, name)))
+        settings = loop_settings(config, self.cell, plan, name, bool(self.data.validation))
+        training = Training(model, task, plan, fitting(model, config, settings))
         train(training, self.folder, resume, self.command)
 
 
@@ -120,6 +122,7 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
         **shape.header(),
         "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
+        **({} if cell.fold is None else {"fold": cell.fold, "folds": config.evaluation.folds}),
         **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 
 
@@ -149,8 +152,8 @@ def answer_first(detector: TrainedDetector, data: CellData, config: Config, vali
     return FirstAnswers(first_errors(answers, validation), answers)
 
 
-def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") -> LoopSettings:
-    """The loop's settings for one cell, or one `stage` of it."""
+def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str, validated: bool) -> LoopSettings:
+    """The loop's settings for one cell, or one `stage` of it; not `validated`: the last step's weights are kept."""
     finetune, experiment = recipe(config, cell.backbone).finetune, config.experiment
     device = resolve_device(experiment.device)
     iterations = finetune.optimiser_steps(plan.steps_per_epoch)
@@ -158,6 +161,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         title=f"{stage}{cell.backbone} {cell.shots} shots draw {cell.draw}",
         identity=f"{stage}{cell.backbone}, {cell.shots} shots, draw {cell.draw}, seed {cell.seed} of experiment.seed "
                  f"{experiment.seed}",
+        made_with=training_settings(config, "training", cell.backbone),
         iterations=iterations, seed=plan.seed,
         device=device, precision=resolve_precision(experiment.precision, device),
         learning_rate=getattr(finetune.learning_rate, cell.backbone), weight_decay=finetune.weight_decay,
@@ -168,7 +172,7 @@ def loop_settings(config: Config, cell: Cell, plan: BatchPlan, stage: str = "") 
         warmup_iterations=finetune.warmup_iterations, plateau_factor=finetune.plateau_factor,
         plateau_patience=finetune.plateau_patience, early_stop_patience=finetune.early_stop_patience,
         compile=experiment.compile, cuda_graphs=experiment.cuda_graphs,
-        milestones=frozenset({iterations} if finetune.validation == "none" else ()))
+        milestones=frozenset(() if validated else {iterations}))
 
 
 def fitting(model: nn.Module, config: Config, settings: LoopSettings) -> LoopSettings:

@@ -17,6 +17,7 @@ from core.data.records import DataSource, Record
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_atomically
+from core.formats.cells import harmless
 from landmarks_finetuning.coverage import distances, facility_location, image_features, require_weights, thinned
 from landmarks_finetuning.pictures.overlays import fitted, font
 
@@ -66,7 +67,7 @@ def table(suggestions: list[Suggestion]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "image", "file", "covers_percent", "mean_distance"])
     for rank, each in enumerate(suggestions, start=1):
-        writer.writerow([rank, each.record.id, each.record.image, f"{100 * each.share:.2f}",
+        writer.writerow([rank, harmless(each.record.id), harmless(str(each.record.image)), f"{100 * each.share:.2f}",
                          f"{each.mean_distance:.4f}"])
     return text.getvalue().encode()
 

@@ -11,17 +11,20 @@ from core.config.recipes import recipe
 from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES
 from core.data.digests import data_digests
+from core.data.folds import cell_source
 from core.data.records import Record
 from core.data.shots import cell_records
-from core.data.source import load_source
 from core.data.together import other_data, other_digests
 from core.errors import CommandParser, UserError, run_command
+from core.files import drop_states
 from core.runs.cells import require_backbone, single_setting
 from core.runs.claims import claim
 from core.runs.identity import check_cell
 from core.runs.inputs import check_inputs
 from core.runs.places import Cell, cell_dir, choosing_path, is_scored, round_dir, start_path
+from core.runs.requirements import check_memory
 from landmarks_finetuning.coverage import coverage_order
+from landmarks_finetuning.inference import WEIGHTS
 from landmarks_finetuning.self_training import PseudoLabels, answer, labelled_by, match
 from landmarks_finetuning.stages import CellData, Stage, train_first, train_second
 from landmarks_finetuning.starts import START_WEIGHTS
@@ -36,10 +39,11 @@ def check_backbone(config: Config, backbone: str) -> None:
 
 def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path:
     """Train one cell; returns its folder. An interrupted run continues, a finished one returns at once."""
+    check_memory(config)
     check_backbone(config, cell.backbone)
     run_dir = cell_dir(config, cell)
     check_cell(config, cell)
-    source = load_source(config.dataset)
+    source = cell_source(config, cell.draw, cell.fold)
     order = coverage_order(config, source, cell.shots)
     records = cell_records(source, config, cell.backbone, cell.shots, cell.draw, order)
     digests = {use: data_digests(some, source.landmark_names, config.dataset) for use, some in records.items()}
@@ -65,7 +69,8 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     """
     run_dir, rounds = cell_dir(config, cell), config.finetune.self_training.rounds
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
-               f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}")
+               f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}"
+               f"{'' if cell.fold is None else f' --fold {cell.fold}'}")
     trainings = {"": train_first}
     if second_of(config, cell.backbone) is not None:
         trainings[FOLDER] = train_second
@@ -82,6 +87,10 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
         for name, make in trainings.items():
             folder = round_dir(run_dir, number) / name
             make(config, Stage(folder, cell, data, resume if begun == [folder] else None, command))
+            if not (folder / WEIGHTS).is_file() and (folder / "last.pt").is_file():  # its state is past them
+                print(f"{folder / WEIGHTS} is gone: trained again", flush=True)
+                drop_states(folder)
+                make(config, Stage(folder, cell, data, None, command))
 
 
 def main() -> None:
@@ -95,6 +104,8 @@ def main() -> None:
     parser.add_argument("--shots", type=int, required=True, help="number of labelled images")
     parser.add_argument("--draw", type=int, default=0, help="which labelled subset")
     parser.add_argument("--seed", type=int, default=0, help="initialisation and order")
+    parser.add_argument("--fold", type=int, help="under evaluation.folds: the part of the labels, from 1, that the run "
+                        "does not see")
     add_resume_argument(parser)
     arguments = parser.parse_args()
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
@@ -104,7 +115,10 @@ def main() -> None:
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
     config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
     config = single_setting(config, arguments.backbone)
-    cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed)
+    if (config.evaluation.folds is None) != (arguments.fold is None):
+        raise UserError(f"--fold {arguments.fold}: evaluation.folds is {config.evaluation.folds}; a run of a "
+                        "cross-validation is one of its folds, another run of none")
+    cell = Cell(arguments.backbone, arguments.shots, arguments.draw, arguments.seed, arguments.fold)
     with claim(cell_dir(config, cell)):
         run_dir = finetune_cell(config, cell, arguments.resume)
     print(f"training is done: {run_dir}; score it with: python -m landmarks_finetuning.evaluate {run_dir}")

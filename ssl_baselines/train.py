@@ -25,10 +25,11 @@ from core.networks.encoders import build_encoder
 from core.networks.weights import save_tensors
 from core.runs.cells import require_backbone
 from core.runs.claims import claim
-from core.runs.identity import check_ssl
+from core.runs.identity import check_ssl, training_settings
 from core.runs.inputs import INPUTS, check_inputs, write_inputs
 from core.runs.places import encoder_path, ssl_dir
 from core.runs.record import write_run_config
+from core.runs.requirements import check_memory
 from core.training.batches import BatchPlan
 from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
@@ -160,6 +161,7 @@ def loop_settings(config: Config, name: str, method: Method) -> LoopSettings:
     device = resolve_device(experiment.device)
     return LoopSettings(
         title=f"{name} {config.dataset.name}", identity=f"{name} of experiment.seed {experiment.seed}",
+        made_with=training_settings(config, "ssl", name),
         iterations=ssl.iterations, seed=experiment.seed, device=device,
         precision=resolve_precision(experiment.precision, device), learning_rate=ssl.learning_rate,
         weight_decay=ssl.weight_decay, clip=ssl.clip, accumulation_reduction="mean", ema_decay=method.momentum,
@@ -184,6 +186,7 @@ def build_task(config: Config, name: str, source: DataSource) -> SelfSupervision
 
 def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Path:
     """Pre-train finetune.encoder by method `name`; returns the run's folder. A finished run returns at once."""
+    check_memory(config)
     require_backbone(config, name)
     run_dir = ssl_dir(config, name)
     check_ssl(config, name)
@@ -201,6 +204,8 @@ def pretrain_encoder(config: Config, name: str, resume: str | None = None) -> Pa
         write_inputs(run_dir, inputs)
     command = (f"python -m ssl_baselines.train --config {shlex.quote(str(run_dir / 'config.json'))} --method {name}")
     train(training, run_dir, resume, command)
+    if not encoder_path(config, name).is_file():  # gone, but the state of its step is there
+        training.milestone()
     return run_dir
 
 

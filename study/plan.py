@@ -35,6 +35,12 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         if studies(config, stages):
             from core.data.leaks import find_leaks, leak_lines
 
+            if config.evaluation.folds is not None:
+                print(f"note  cross-validation: {len(source.splits['train'])} labels in {config.evaluation.folds} "
+                      "folds, each predicted by runs that did not see it; pre-training sees all images, without labels")
+            elif source.unscored:
+                print("note  every label is for training (dataset.json gives no splits): a fixed schedule, and "
+                      "predictions on unlabelled images in place of a score")
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
     if source is not None:
@@ -49,7 +55,7 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
         if run.stage == "ssl":
             print(f"ssl  {run.arguments[0]}: {'done' if run.done else f'{run.steps} steps'}")
     if studies(config, stages):
-        print_cells([run for run in runs if run.stage in ("mean_shape", "finetune")])
+        print_cells([run for run in runs if run.stage in ("mean_shape", "finetune", "pool")])
     for run in runs:
         if not run.done and run.failure() is not None:
             print(f"failed last time, to be tried again: {run.folder}: {run.failure()}")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config.config import Config
 from core.config.dataset import Dataset
-from core.errors import UserError
+from core.errors import DamagedFile, UserError
 from core.files import stamp, write_json
+from core.formats.json_files import read_object
 from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
-from core.runs.inputs import GroupedImages, ImageDigests
+from core.runs.inputs import CROSS_VALIDATED, CROSS_VALIDATION, GroupedImages, ImageDigests
 from core.runs.places import is_scored
+from core.runs.requirements import check_memory, check_places
 from study.plan import print_plan
 from study.runs import Run, studies, study_runs
 
@@ -28,24 +32,39 @@ CHECKED = "data_checked"  # in the experiment's folder: a data_stamp and the run
 
 def check_shots(config: Config, source: DataSource) -> None:
     """Fail now, not after pre-training, when a cell asks for labels or splits that are not there."""
-    from core.data.shots import select_shots
+    from core.data.folds import fewest_outside
+    from core.data.shots import above_labels, check_schedule, training_labels
 
-    for shots in config.finetune.shots:
-        select_shots(source.require("train"), shots, 0, "first")
-    source.require(config.evaluation.split)
-    if config.finetune.validation == "official":
+    labels, folds = len(source.require("train")), config.evaluation.folds
+    them = training_labels(labels)
+    if folds is not None:
+        labels = fewest_outside(source, folds, config.finetune.draws)
+        them = f"the {labels} labelled images that {folds} folds leave to train on"
+    if max(config.finetune.shots) > labels:
+        raise UserError(above_labels(config.finetune.shots, labels, them))
+    if folds is None and not (source.unscored and config.evaluation.split == "test"):
+        source.require(config.evaluation.split)
+    if config.finetune.validation == "official" and source.nothing_held_back:
+        check_schedule(config.finetune)
+    elif config.finetune.validation == "official":
         source.require("validation")
 
 
 def check_done(config: Config, stages: tuple[str, ...]) -> None:
-    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again."""
-    for each in pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ():
-        check_pretraining(each)
-    for method in ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ():
-        check_ssl(config, method)
-    for study in studies(config, stages):
-        for cell in cells(study.finetune):
-            check_cell(study, cell)
+    """Fail now when a run that is there was made with other settings: it would neither be used nor be done again.
+
+    One whose config.json is damaged is noted: where something is left to do of it that fails, and the others are done.
+    """
+    checks = [partial(check_pretraining, each)
+              for each in (pretraining_configs(config) if {"pretrain", "finetune"} & set(stages) else ())]
+    checks += [partial(check_ssl, config, method)
+               for method in (ssl_methods(config.finetune) if {"ssl", "finetune"} & set(stages) else ())]
+    checks += [partial(check_cell, study, cell) for study in studies(config, stages) for cell in cells(study)]
+    for check in checks:
+        try:
+            check()
+        except DamagedFile as error:
+            print(f"note: {error}", file=sys.stderr)
 
 
 def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
@@ -57,17 +76,32 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
     from landmarks_finetuning.starts import START_WEIGHTS
 
     for backbone in START_WEIGHTS:
-        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config.finetune))
+        waiting = any(cell.backbone == backbone and not is_scored(config, cell) for cell in cells(config))
         if waiting and backbone not in to_come:
             start_encoder_unet(config, backbone, channels=1, landmarks=1)
 
 
 def check_start_files(runs: Sequence[Run]) -> None:
     """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
+    to_come = {run.folder for run in runs}
     for run in runs:
-        if not run.done and not run.needs and run.start is not None and not run.start.is_file():
-            raise UserError(f"{run.arguments[0].backbone} starts from {run.start}, which does not exist; correct "
+        for path in (run.start, run.second_start, run.chosen_by) if not run.done else ():
+            if path is None or path.is_file() or path.parent in to_come:
+                continue
+            if path.parent in run.needs:
+                stage = "pretrain" if path.parent.name == "ddpm" else "ssl"
+                raise UserError(f"{run.folder.parts[-3]} needs {path}, which is not there; run stage {stage} first, or "
+                                "add it to --stages")
+            raise UserError(f"{run.folder.parts[-3]} starts from {path}, which does not exist; correct "
                             "finetune.checkpoint or finetune.encoder_weights")
+
+
+def check_device(runs: Sequence[Run]) -> None:
+    """UserError now, not in every run, where this machine lacks the device that what is left would be trained on."""
+    for name in {run.config.experiment.device for run in runs if not run.done and run.steps}:
+        from core.training.device import resolve_device  # imports for seconds
+
+        resolve_device(name)
 
 
 def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
@@ -76,7 +110,8 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
     Which images a pre-training chooses that is still to come is not known: its runs' inputs stay None.
     """
     from core.data.digests import data_digests
-    from core.data.shots import cell_records, scored_records
+    from core.data.folds import cell_source
+    from core.data.shots import answered_records, cell_records
     from core.data.together import other_data, other_digests
 
     if not runs:
@@ -94,12 +129,19 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
             extended.append(replace(run, inputs=pretraining))
             continue
         cell, evaluation = run.arguments[0], run.config.evaluation
-        test: GroupedImages = {evaluation.split: digests(scored_records(source, evaluation, dataset), scoring=True)}
+        if run.stage == "pool":
+            labels = source.require("train")
+            extended.append(replace(run, inputs={CROSS_VALIDATED: digests(labels)},
+                                    test={CROSS_VALIDATION: digests(labels, scoring=True)}))
+            continue
+        own = cell_source(run.config, cell.draw, cell.fold)
+        use, answered = answered_records(own, evaluation, dataset)
+        test: GroupedImages = {use: digests(answered, scoring=True)}
         if run.chosen_by is not None and run.chosen_by not in orders:
             extended.append(replace(run, test=test))
             continue
         order = orders[run.chosen_by] if run.chosen_by is not None else None
-        records = cell_records(source, run.config, cell.backbone, cell.shots, cell.draw, order)
+        records = cell_records(own, run.config, cell.backbone, cell.shots, cell.draw, order)
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
         inputs |= other_digests(other_data(run.config, cell.backbone, cell.shots, cell.draw))
@@ -141,8 +183,11 @@ def data_stamp(dataset: Dataset) -> str:
 def remembered(experiment_dir: Path, digest: str) -> set[str]:
     """The folders of the runs that stand for the data with this `data_stamp`, as a launch has checked."""
     path = experiment_dir / CHECKED
-    memo = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    return set(memo["runs"]) if memo.get("stamp") == digest else set()
+    try:
+        memo = read_object(path, "") if path.is_file() else {}
+        return set(memo["runs"]) if memo.get("stamp") == digest else set()
+    except (DamagedFile, KeyError, TypeError):  # the data are read again
+        return set()
 
 
 def remember(experiment_dir: Path, digest: str, runs: Sequence[Run]) -> None:
@@ -159,7 +204,10 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
     Where all of them are done and no file of the data has changed since, neither the data nor the modules that would
     read them are touched.
     """
+    for each in (config, *studies(config, stages)):
+        check_memory(each)
     source, runs = None, study_runs(config, stages)
+    check_places([run.folder for run in runs])
     unchecked = {str(run.folder) for run in runs} - remembered(config.experiment_dir, data_stamp(config.dataset))
     if unchecked or not all(run.done for run in runs):
         from core.data.source import load_source

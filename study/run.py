@@ -8,7 +8,8 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.errors import RunsFailed
-from study.prepare import data_stamp, prepare, remember
+from study.leftovers import clear
+from study.prepare import check_device, data_stamp, prepare, remember
 from study.report_page import report_page
 from study.runner import failed_at, run_all
 from study.runs import Run, study_runs
@@ -31,8 +32,11 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     """
     failed_before = failures_so_far(config, stages) if failed_before is None else failed_before
     runs = prepare(config, stages)
+    if do is None:  # several processes look for their devices themselves
+        check_device(runs)
     digest = data_stamp(config.dataset)
     failed = (do or run_all)(runs, failed_before)
+    clear(config, runs)
     if not failed:
         remember(config.experiment_dir, digest, runs)
     worth = not failed or any(run.done for run in runs)

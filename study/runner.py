@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +39,10 @@ def perform(run: Run) -> None:
             from landmarks_finetuning.evaluate import evaluate_mean_shape
 
             evaluate_mean_shape(run.config, *run.arguments)
+        case "pool":
+            from landmarks_finetuning.cross_validation import pool
+
+            pool(run.config, *run.arguments)
         case _:
             train_cell(run)
             score_cell(run)
@@ -118,9 +122,10 @@ def settled(run: Run, failure: Failure | None) -> str | None:
     if failure is None:
         run.failure_path.unlink(missing_ok=True)
         return None
-    write_json(run.failure_path, {
-        "message": failure.message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "step": logged_below(run.folder)[1], "traceback": failure.traceback})
+    with suppress(OSError):  # a full disk is why it failed, as the list of failures says
+        write_json(run.failure_path, {
+            "message": failure.message, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+            "step": logged_below(run.folder)[1], "traceback": failure.traceback})
     return failure.message
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from core.config.config import Config
 from core.config.second_stage import FOLDER, second_of
 from core.config.starts import BACKBONES, MEAN_SHAPE, SSL_METHODS
+from core.errors import DamagedFile
+from core.formats.json_files import read_object
 from core.runs.cells import (
     cells,
     encoder_studies,
@@ -43,7 +44,7 @@ class Run:
     were, or not known yet).
     """
 
-    stage: Literal["pretrain", "ssl", "mean_shape", "finetune"]
+    stage: Literal["pretrain", "ssl", "mean_shape", "finetune", "pool"]
     config: Config
     arguments: tuple[Any, ...]
     kind: str
@@ -90,6 +91,10 @@ class Run:
 
     def outdated(self) -> str | None:
         """How the test images that it was scored on differ from those there are now; None where they do not."""
+        scores = [path / "metrics.json" for path in self.needs] if self.stage == "pool" else []
+        if self.ended and any(path.is_file() and path.stat().st_mtime_ns > self.results[0].stat().st_mtime_ns
+                              for path in scores):
+            return "a fold was scored since"
         if self.test is None:
             return None
         record = read_record(self.folder / SCORED)
@@ -103,7 +108,12 @@ class Run:
     def failure(self) -> str | None:
         """The message of failed.json, where there is one."""
         path = self.failure_path
-        return json.loads(path.read_text(encoding="utf8"))["message"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return str(read_object(path, "the run is tried again").get("message", "for an unknown reason"))
+        except DamagedFile as error:
+            return str(error)
 
 
 def studies(config: Config, stages: tuple[str, ...]) -> list[Config]:
@@ -122,7 +132,7 @@ def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
     for method in ssl_methods(config.finetune) if "ssl" in stages else ():
         runs.append(Run("ssl", config, (method,), f"ssl {method}", ssl_dir(config, method),
                         (encoder_path(config, method),), config.ssl.iterations))
-    runs += [cell_run(study, cell) for study in studies(config, stages) for cell in cells(study.finetune)]
+    runs += [cell_run(study, cell) for study in studies(config, stages) for cell in cells(study)]
     unique: dict[Path, Run] = {}
     for run in runs:
         unique.setdefault(run.folder, run)  # studies of encoders share the guesses
@@ -130,10 +140,14 @@ def study_runs(config: Config, stages: tuple[str, ...]) -> list[Run]:
 
 
 def cell_run(config: Config, cell: Cell) -> Run:
-    """The run of a fine-tuning cell, or of the mean shape, which takes no step."""
+    """The run of a fine-tuning cell, of the mean shape, which takes no step, or of what joins their folds."""
     folder, finetune = cell_dir(config, cell), config.finetune
     results = (folder / "metrics.json",)
     chosen_by = choosing_path(config) if finetune.selection == "coverage" else None
+    if config.evaluation.folds is not None and cell.fold is None:
+        folds = tuple(cell_dir(config, replace(cell, fold=number + 1)) for number in range(config.evaluation.folds))
+        start = None if cell.backbone == MEAN_SHAPE else start_path(config, cell.backbone)
+        return Run("pool", config, (cell,), "pool", folder, results, 0, folds, start)
     needs: tuple[Path, ...] = ()
     if chosen_by is not None and needs_pretraining(finetune):
         needs = (config.experiment_dir / "ddpm",)

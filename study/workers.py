@@ -17,6 +17,7 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from core.bounds import require_memory
 from core.errors import INTERRUPTED, Interrupted, UserError, run_command
 from core.files import write_json
 from core.runs.claims import held_by
@@ -24,6 +25,8 @@ from core.training.run_log import logged
 from study import runner
 from study.runs import Run
 from study.timing import time_left
+
+WORKER_BYTES = 200 << 20  # of a process with its libraries
 
 
 def visible_gpus() -> list[str]:
@@ -47,7 +50,11 @@ def gpus_of_workers(device: str, workers: int | None, gpus: int | None) -> list[
     if ":" in device or (device == "cpu" and gpus is not None):
         raise UserError(f'--workers and --gpus give out GPUs themselves, but experiment.device is "{device}"; choose '
                         "auto or cuda, or cpu with --workers alone")
+    if workers is not None:
+        require_memory(f"--workers {workers}", workers * WORKER_BYTES, "start fewer")
     names = [] if device == "cpu" else visible_gpus()
+    if device != "auto" and device != "cpu" and not names:
+        raise UserError(f'experiment.device "{device}": no CUDA GPU is visible; choose auto or cpu')
     if gpus is not None and gpus > len(names):
         raise UserError(f"--gpus {gpus}: this machine has {len(names) or 'no'} CUDA GPU to use; choose "
                         f"{f'at most {len(names)}, or ' if names else ''}--workers for several processes on "

@@ -8,12 +8,13 @@ from core.config.starts import BACKBONES
 from tests.conftest import PROJECT
 
 STAGES = ("ddpm_pretraining", "landmarks_finetuning", "ssl_baselines")
-GROUND = {"core.errors", "core.files", "core.background"}
+GROUND = {"core.errors", "core.files", "core.background", "core.bounds"}
 # from the ground up: a room and the rooms that it may import beside itself; docs/design.md says what each is for
 ARROWS = {
     "core.errors": set(),
     "core.files": set(),
     "core.background": set(),
+    "core.bounds": {"core.errors"},
     "core.config": GROUND,
     "core.formats": GROUND,
     "core.phantoms": {*GROUND, "core.formats"},
@@ -27,7 +28,8 @@ ARROWS |= dict.fromkeys(STAGES, CORE)
 ARROWS |= {"study": {*CORE, *STAGES}, "benchmarks": {*CORE, *STAGES, "study"}}
 INSIDE_FINETUNING = {  # the same within landmarks_finetuning: what may not be imported by the others
     "landmarks_finetuning.report": (),
-    "landmarks_finetuning.pictures": ("evaluate", "predict", "suggest", "report"),
+    "landmarks_finetuning.pictures": ("evaluate", "predict", "suggest", "unscored", "cross_validation",
+                                      "report"),
 }
 PACKAGES = ("core", *STAGES, "study", "benchmarks", "tests")
 SOURCES = sorted(path for folder in PACKAGES for path in (PROJECT / folder).rglob("*.py"))

@@ -279,7 +279,8 @@ def test_key_of_another_backbone_is_free(config_file, run_main):
 
 
 @pytest.mark.parametrize("module", [LAUNCH, PRETRAINING, SAMPLING, FINETUNING, EVALUATING, PREDICTING,
-                                    "landmarks_finetuning.report.__main__", "core.data.make_pack"])
+                                    "landmarks_finetuning.report.__main__", "core.data.make_pack",
+                                    "study.review.__main__"])
 def test_help(run_main, module):
     status, out, error = run_main(module, "--help")
     assert (status, error) == (0, "") and re.search(r"example: (python -m|\./launch_experiments\.sh) ", out)

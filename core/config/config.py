@@ -73,6 +73,9 @@ class Config(Section):
         other = self.finetune.transfer_from
         if other is not None and Path(other).resolve() == self.experiment_dir.resolve():
             raise ValueError(f"finetune.transfer_from {other} is this study's own folder; name another one")
+        if self.evaluation.folds is not None and self.finetune.selection == "coverage":
+            raise ValueError('finetune.selection "coverage" chooses one set of images, and evaluation.folds trains on '
+                             "others for each fold; cross-validate with selection random or first")
         for backbone in self.finetune.backbones:
             self.check_backbone(backbone)
         return self

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from core.config.section import FREE, Count, Section, only, setting, unless
+from core.config.section import FREE, Count, Section, folder_name, only, setting, unless
 
 NO_PACK = unless("root", "*.npz", advice="a pack is as it was made: pack the data again with this key")
 
@@ -57,7 +57,7 @@ class Dataset(Section):
     max_megapixels: float | None = setting(
         None, "largest image that is read, in millions of pixels or voxels of about 8 bytes of memory each; null: 300, "
         "2000 for volumes", gt=0, counts_for=FREE, before=None, acts=[NO_PACK])
-    cache_dir: str = setting("runs/cache", "folder for resized images", counts_for=FREE)
+    cache_dir: str | None = setting("runs/cache", "folder for resized images; null: they are not kept", counts_for=FREE)
     intensity: Literal["minmax", "percentile", "window"] = setting(
         "minmax", "what becomes 0 and 1: each image's darkest and brightest pixel, its percentiles, or a fixed window")
     percentiles: tuple[float, float] = setting((1.0, 99.0), "percentiles of an image that become 0 and 1",
@@ -65,6 +65,11 @@ class Dataset(Section):
     window: tuple[float, float] | None = setting(None, "low, high intensities that become 0 and 1",
                                                  acts=[only("intensity", "window")])
     phantom: PhantomData | None = setting(None, "synthetic data, made where root does not exist yet; null = real data")
+
+    @field_validator("name")
+    @classmethod
+    def _names_files(cls, name: str) -> str:
+        return folder_name("dataset.name", name)
 
     @model_validator(mode="after")
     def _window_is_given(self) -> Dataset:

@@ -73,6 +73,8 @@ class DDPM(Section):
             raise ValueError(f"ddpm.checkpoint_iterations {late} must lie in 1..ddpm.iterations ({self.iterations})")
         if self.min_timestep >= self.num_train_timesteps:
             raise ValueError("ddpm.min_timestep must be below ddpm.num_train_timesteps")
+        if self.objective == "noise" and self.schedule != "cosine" and self.beta_start > self.beta_end:
+            raise ValueError(f"ddpm.beta_start {self.beta_start:g} must not be above ddpm.beta_end {self.beta_end:g}")
         if self.sampling_steps > self.num_train_timesteps:
             raise ValueError("ddpm.sampling_steps must not exceed ddpm.num_train_timesteps")
         return self

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.config.section import Count, Fraction, Index, Section, setting, unless
-from core.config.starts import HEATMAP_STARTS
+from core.config.section import Count, Fraction, Index, Rate, Section, only, setting, unless
+from core.config.starts import BACKBONES, HEATMAP_STARTS, MEAN_SHAPE
 
 
 class Evaluation(Section):
     """How predictions are scored."""
 
     split: Literal["test", "validation"] = setting(
-        "test", "images that are scored: choose settings on validation, test once", counts_for=("scoring",))
+        "test", "images that are scored: choose settings on validation, test once", counts_for=("scoring",),
+        acts=[only("folds", None)])
+    folds: int | None = setting(
+        None, "cross-validation: the labels for training in so many parts, by patient, each predicted by runs trained "
+        "on finetune.shots of the others; as many as patients = leave-one-out; null = none", counts_for=("training",),
+        backbones=(MEAN_SHAPE, *BACKBONES), slug="folds", ge=2)
     batch_size: Count = setting(16, "images, or windows, that go through a network at once")
     views: Count = setting(1, "looks at each image whose heatmaps are averaged: itself, then a little turned, zoomed, "
                            "shifted and with other contrast; 1 = itself alone", counts_for=("scoring",),
@@ -20,7 +25,7 @@ class Evaluation(Section):
     leaked: Literal["keep", "drop"] = setting(
         "keep", "images with a twin in train, validation or pre-training: drop = they are not scored",
         counts_for=("scoring",), before="keep")
-    sdr_thresholds: tuple[float, ...] | None = setting(
+    sdr_thresholds: tuple[Rate, ...] | None = setting(
         None, "success detection rates: largest errors that succeed, mm or pixels; null = the data set's own",
         counts_for=("scoring",))
     overlays: Index = setting(12, "worst cases drawn in full")

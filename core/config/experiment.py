@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from core.config.section import Index, Section, setting
+from pydantic import field_validator
+
+from core.config.section import Index, Section, folder_name, setting
 from core.config.starts import BACKBONES
 
 
@@ -25,3 +28,15 @@ class Experiment(Section):
     activation_checkpointing: Literal["auto"] | bool = setting(
         "auto", "diffusion U-Net: recompute activations going back: less memory for about a third more time; auto: in "
                 "one process on a GPU, where a step does not fit otherwise, even in parts")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, name: str) -> str:
+        return folder_name("experiment.name", name)
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+            raise ValueError(f'experiment.device "{device[:40]}" is not supported; choose auto, cpu, cuda or cuda:N')
+        return device

@@ -136,7 +136,8 @@ class Finetune(LossSettings):
                                    slug="epochs")
     learning_rate: LearningRates = setting(LearningRates(), "peak learning rates", slug="lr", may_wait=True)
     validation: Literal["official", "none"] | int = setting(
-        "official", "official: all validation labels; N: held out of the shots; none: fixed schedule",
+        "official", "official: all validation labels, none where the data set holds none back; N: held out of the "
+        "shots; none: fixed schedule",
         backbones=(MEAN_SHAPE, *BACKBONES), slug="val")
     selection: Literal["first", "random", "coverage"] = setting(
         "random", "first k images (the paper), a seeded draw, or those whose diffusion features cover the images of "

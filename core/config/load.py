@@ -15,11 +15,14 @@ from pydantic import ValidationError
 from core.config.config import Config
 from core.config.finetune import fill_in_losses
 from core.config.idle import idle_settings
+from core.config.limits import SHOWN, broken_limit
 from core.config.section import Section
 from core.config.settings import section_of
 from core.config.ssl import fill_in_preset, merge
 from core.errors import UserError, did_you_mean
+from core.files import parse_json
 
+MOST_EXTENDED = 50  # files that extend one another
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -48,10 +51,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), backbones: Sequ
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
     """Fill in ssl.preset and finetune.losses, and validate; `where` names these values in the one-line UserError."""
+    check_values(values, where)
     try:
         return Config.model_validate_json(json.dumps(fill_in_losses(fill_in_preset(values))), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def check_values(values: Any, where: str) -> None:
+    """UserError for a value that can be no setting: see core.config.limits."""
+    broken = broken_limit(values)
+    if broken is not None:
+        raise UserError(f"{where}: {broken}")
 
 
 def parse_recorded_config(values: dict[str, Any], where: str) -> Config:
@@ -87,17 +98,20 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
 
     A bare name that is no file beside `path` is that of a shipped config.
     """
+    if len(seen) > MOST_EXTENDED:
+        raise UserError(f"{seen[0]}: extends through more than {MOST_EXTENDED} files, the last one {path}")
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     if not path.is_file():
         names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
         raise UserError(f"config file {path} does not exist; configs/ holds {names}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object")
+    check_values(values, str(path))
     parent = values.pop("extends", None)
     if parent is None:
         return [values]
@@ -113,9 +127,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals:
         raise UserError(f"--set {override}: must read section.key=value")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError:
         value = text
+    except ValueError as error:
+        raise UserError(f"--set {override[:SHOWN]}...: {error}") from None
+    check_values({key: value}, "--set")
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

@@ -19,6 +19,7 @@ Degrees = Annotated[float, Field(ge=0, le=180)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Run = Literal["pretraining", "ssl", "training", "scoring"]
+NAME_BYTES = 90  # of the name of a study, and of a data set
 FREE: tuple[Run, ...] = ()
 
 
@@ -66,6 +67,18 @@ class Section(BaseModel):
     """A part of the config: frozen, and refusing unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def folder_name(key: str, name: str) -> str:
+    """`name`, the value of `key`; ValueError where it is no name of a folder, or too long beside what is added to it.
+
+    The report joins the names of study and data set, and file systems allow 255 bytes.
+    """
+    if name in (".", ".."):
+        raise ValueError(f'{key} "{name}" is no name but a place; choose letters and digits')
+    if len(name.encode()) > NAME_BYTES:
+        raise ValueError(f"{key} has {len(name.encode())} bytes, and files are called after it: at most {NAME_BYTES}")
+    return name
 
 
 def with_default(section: type[Section], name: str, default: Any) -> Any:

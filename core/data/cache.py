@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.bounds import require_memory
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.packs import Loaded, open_pack
 from core.data.records import Record
@@ -43,6 +44,8 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     grid = _grid_of(record, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
     digest = image_digest(record, config)
+    if config.cache_dir is None:
+        return Loaded(_decoded(record, grid)[0], grid.geometry.size, grid.map, digest)
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     pixels = _read_entry(cached, grid.size)
     if pixels is None:
@@ -120,6 +123,9 @@ def _grid_of(record: Record, config: DatasetConfig) -> _Grid:
     order, _ = upright_axes(geometry)
     turned = tuple(geometry.size[axis] for axis in order)
     size, ratio = _grid(turned, order, record, geometry, config)
+    key = f"dataset.resample_mm {config.resample_mm:g}" if config.resample_mm else f"an image size of {list(size)}"
+    require_memory(f"{record.image} at {key}, {' x '.join(map(str, size))} pixels,", 4 * math.prod(size),
+                   "choose coarser pixels, or a smaller size")
     return _Grid(geometry, size, ratio, compose(resampling_map(turned, size, ratio), upright_map(geometry)))
 
 

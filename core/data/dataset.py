@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core.bounds import require_memory
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.augment import Crops, draw_crops
-from core.data.cache import load_one
+from core.data.cache import decoded_size, is_packed, load_one
+from core.data.packs import Loaded
 from core.data.records import Record
 from core.data.resize import normalise
 from core.data.store import DECODERS, Store, is_large, open_store
 from core.files import stamp
 from core.formats.geometry import apply_maps, inverse
 
+CHANNELS = 1  # images are grey
 ON_DEVICE_BYTES = 4 << 30  # image sets up to this size live on the GPU
 KEPT_SETS, KEPT_BYTES = 3, 1 << 30  # how many image sets stay in memory for the next run, and how large ones at most
 _kept: dict[tuple, ImageSet] = {}
@@ -121,19 +124,28 @@ def load_images(records: Sequence[Record], config: DatasetConfig, progress: str 
 
 def _read_images(records: tuple[Record, ...], config: DatasetConfig, progress: str | None) -> ImageSet:
     hidden = None if progress else True  # None: shown on a terminal only, so that a log holds no torn bars
-    pool = ThreadPoolExecutor(DECODERS)  # decoders work without the interpreter's lock
-    try:
-        decoding = pool.map(partial(load_one, config=config), records)
-        loaded = list(tqdm(decoding, progress, len(records), leave=False, disable=hidden))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after a bad file, or Ctrl-C, the rest is not read
-    sizes = np.array([image.pixels.shape[1:] for image in loaded])
+    sizes = np.array([config.whole_size if is_packed(record, config) else decoded_size(record, config)
+                      for record in records])
     canvas = np.maximum(sizes.max(axis=0), config.image_size)
     firsts = (canvas - sizes) // 2
-    images = torch.zeros((len(loaded), loaded[0].pixels.shape[0], *canvas.tolist()))
-    for place, image, first, size in zip(images, loaded, firsts, sizes, strict=True):
-        part = (slice(None), *map(slice, first, first + size))
-        place[part] = torch.from_numpy(normalise(image.pixels, config))
+    shape = (len(records), CHANNELS, *canvas.tolist())
+    require_memory(f"{len(records)} images of {' x '.join(map(str, shape[2:]))} pixels", 4 * math.prod(shape),
+                   "choose a smaller dataset.image_size, or fewer images")
+    images = torch.zeros(shape)
+
+    def fill(index: int) -> Loaded:
+        """Put image `index` in its place; what else is known of it."""
+        image = load_one(records[index], config)
+        part = (slice(None), *map(slice, firsts[index], firsts[index] + sizes[index]))
+        images[index][part] = torch.from_numpy(normalise(image.pixels, config))
+        return image._replace(pixels=np.empty(0))
+
+    pool = ThreadPoolExecutor(DECODERS)  # decoders work without the interpreter's lock
+    try:
+        filled = tqdm(pool.map(fill, range(len(records))), progress, len(records), leave=False, disable=hidden)
+        loaded = list(filled)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a bad file, or Ctrl-C, the rest is not read
     maps = np.stack([image.map for image in loaded])
     maps[:, :, -1] += firsts
     points = None

@@ -14,7 +14,7 @@ import numpy as np
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.cache import image_digest, is_packed
 from core.data.records import Record
-from core.files import stamp, write_atomically
+from core.files import parse_json, stamp, write_atomically
 
 MEMO = "digests.json"  # in dataset.cache_dir: digests by place, valid while size and time of the file stay
 LENGTH = 16  # hexadecimal digits
@@ -52,8 +52,8 @@ def _by_name(names: Sequence[str], points: np.ndarray) -> list[tuple[str, list[s
 
 def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str | None]:
     """Of each record's file; a file whose size and time are as in the memo is not read again."""
-    path = Path(config.cache_dir) / MEMO
-    memo = _read_memo(path, stamp(path))
+    path = None if config.cache_dir is None else Path(config.cache_dir) / MEMO
+    memo = {} if path is None else _read_memo(path, stamp(path))
     digests: list[str | None] = []
     changed: dict[str, list[str | None]] = {}
     for record in records:
@@ -66,7 +66,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == status):
             entry = changed[place] = [status, image_digest(record, config)]
         digests.append(entry[1])
-    if changed:
+    if changed and path is not None:
         write_atomically(path, json.dumps({**memo, **changed}).encode())
     return digests
 
@@ -75,7 +75,7 @@ def pixel_digests(records: Iterable[Record], config: DatasetConfig) -> list[str 
 def _read_memo(path: Path, _status: tuple) -> dict[str, Any]:
     """The memo as it was at that stamp, for a study asks for the digests of each of its runs; not to be written to."""
     try:
-        memo = json.loads(path.read_text(encoding="utf8"))
+        memo = parse_json(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError):  # not there yet, or cut off: made anew
         return {}
     return memo if isinstance(memo, dict) else {}

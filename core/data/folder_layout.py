@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from core.data.label_sources import COORDINATES, find_labels, has_labels
 from core.data.records import (
     SPLITS,
     DataSource,
     Record,
     check_unique,
-    files_by_id,
     image_id,
     is_number,
     own_spacing,
@@ -23,41 +22,31 @@ from core.data.records import (
 )
 from core.data.splits import check_keys, check_patients, read_splits
 from core.errors import UserError, did_you_mean
-from core.formats.geometry import RAS_TO_LPS, world_to_index
+from core.files import parse_json
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
-from core.formats.markups import MARKUP_SUFFIXES, PLAIN_JSON, is_markup, read_markups
-from core.formats.points import FolderRow, read_folder_csv
 
 MM_THRESHOLDS, PX_THRESHOLDS = (2.0, 2.5, 3.0, 4.0), (3.0, 6.0, 9.0)
 KEYS = ("landmarks", "coordinates", "spacing_mm", "patients", "splits", "sdr_thresholds")
-COORDINATES = {"pixel": None, "RAS": np.ones(3), "LPS": RAS_TO_LPS}  # of landmarks.csv; world numbers x these = RAS
-
-
-class Labels(NamedTuple):
-    """Landmarks as they lie on disk: a table, or a folder of markup files; `path` is what messages name."""
-
-    rows: dict[str, FolderRow]
-    path: Path
-    files: dict[str, Path]  # by image id
 
 
 def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collection[str]) -> DataSource:
-    """Your own images: images/, landmarks.csv or landmarks/, and `description` (datasets/README.md says how).
+    """Your own images: images/, their landmarks (`core.data.label_sources`), and `description`.
 
     Landmarks become pixels of the stored image whatever they were; volumes may be .nii, .nii.gz, .npy, .npz or DICOM
     series. Of `excluded` images, which may be damaged, nothing is read: they only keep their place in the splits.
+    Without any label (neither landmarks.csv nor landmarks/) there may be no description either.
     UserError: files missing or contradicting each other, images of different dimensions.
     """
-    settings = read_description(description)
+    settings = read_description(description) if description.exists() or has_labels(root) else {"landmarks": []}
     names = tuple(settings["landmarks"])
     images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]
     check_unique(images)
     images = [record if record.id in excluded else replace(record, geometry=read_geometry(record.image))
               for record in images]
-    dims = _common_dims([record for record in images if record.geometry is not None], root / "images")
+    dims = common_dims([record for record in images if record.geometry is not None], root / "images")
     common = parse_spacing(settings.get("spacing_mm") if spacing_mm is None else spacing_mm, dims, str(description))
-    labels = _read_labels(root, names, images, settings, dims, description)
+    labels = find_labels(root, names, images, settings, dims, description)
     patients = _patients(settings.get("patients", {}), {record.id for record in images}, description)
     records = {}
     for record in images:
@@ -69,7 +58,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
             spacing=None if record.geometry is None else
             own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
-    ids = read_splits(settings["splits"], {key: r.patient for key, r in labelled.items()}, records, description,
+    ids = read_splits(settings.get("splits"), {key: r.patient for key, r in labelled.items()}, records, description,
                       labels.path)
     splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
     check_patients(splits, description)
@@ -78,19 +67,23 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     unit = _common_unit([r for split in SPLITS for r in splits[split] if r.geometry is not None])
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
-    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root)
+    held_back = splits["validation"] or splits["test"]
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back)
 
 
 def read_description(path: Path) -> dict[str, Any]:
     """Read dataset.json; UserError unless its keys and their types are right (`splits` is checked with the ids)."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+        settings = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from None
-    check_keys(settings, KEYS, ("landmarks", "splits"), str(path))
+    check_keys(settings, KEYS, ("landmarks",), str(path))
     names, thresholds = settings["landmarks"], settings.get("sdr_thresholds")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{path}: landmarks must be a list of one or more names")
+    strange = next((name for name in names if not name.isprintable()), None)
+    if strange is not None:
+        raise UserError(f"{path}: landmark {strange!r} holds a line break or another character that cannot be shown")
     if len(set(names)) < len(names) or "spacing" in names:
         raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
     if thresholds is not None and not (
@@ -117,7 +110,8 @@ def _patients(given: dict[str, str], images: set[str], description: Path) -> dic
     return patients
 
 
-def _common_dims(images: Sequence[Record], folder: Path) -> int:
+def common_dims(images: Sequence[Record], folder: Path) -> int:
+    """The number of axes that all images of `folder` have; UserError where there is none, or they differ."""
     if not images:
         raise UserError(f"{folder} holds no image or volume; supported: {', '.join(IMAGE_SUFFIXES)}, DICOM series")
     dims = [len(record.file_geometry().size) for record in images]
@@ -126,65 +120,6 @@ def _common_dims(images: Sequence[Record], folder: Path) -> int:
             raise UserError(f"{record.image} has {axes} axes, but {images[0].image} has {dims[0]}; keep images and "
                             "volumes in data sets of their own")
     return dims[0]
-
-
-def _read_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], settings: dict[str, Any],
-                 dims: int, description: Path) -> Labels:
-    table, folder = root / "landmarks.csv", root / "landmarks"
-    if table.exists() == folder.exists():
-        sources = "both landmarks.csv and landmarks/" if table.exists() else "neither landmarks.csv nor landmarks/"
-        raise UserError(f"folder data set at {root} has {sources}; give one of them, see datasets/README.md")
-    by_id = {record.id: record for record in images}
-    system = settings.get("coordinates", "pixel")
-    if system != "pixel" and (dims == 2 or folder.exists()):
-        why = "images are flat" if dims == 2 else "files in landmarks/ name their system themselves"
-        raise UserError(f'{description}: coordinates "{system}" is for a landmarks.csv of volumes, but the {why}; '
-                        "remove this key")
-    if table.exists():
-        rows = _rows_by_id(read_folder_csv(table, names, dims), set(by_id), table)
-        if system != "pixel":
-            rows = {key: replace(row, points=_to_pixels(row.points[:, ::-1] * COORDINATES[system], by_id[key], table))
-                    for key, row in rows.items()}
-        return Labels(rows, table, {})
-    if dims == 2:
-        raise UserError(f"{folder} holds landmarks of volumes, but the images are flat; give landmarks.csv instead")
-    files = _markup_files(folder, by_id)
-    rows = {key: FolderRow(key, _to_pixels(read_markups(path, names), by_id[key], path)) for key, path in files.items()}
-    return Labels(rows, folder, files)
-
-
-def _markup_files(folder: Path, images: Mapping[str, Record]) -> dict[str, Path]:
-    """The landmark file of each image that has one, c0.mrk.json or, as `predict` names them, c0.nii.gz.mrk.json.
-
-    UserError for a file of no image; a .json that holds no markups is passed over there.
-    """
-    found = files_by_id(folder, (*MARKUP_SUFFIXES, PLAIN_JSON))
-    for name, file in found.items():
-        if name not in images and (not file.name.lower().endswith(PLAIN_JSON) or is_markup(file)):
-            raise UserError(f'{file} belongs to no image: "{name}" is not in images/{did_you_mean(name, list(images))}')
-    return {name: found[name] for name in images if name in found}
-
-
-def _to_pixels(world: np.ndarray, record: Record, path: Path) -> np.ndarray:
-    if record.geometry is None:  # excluded: that there are landmarks is enough
-        return world
-    affine = record.geometry.affine
-    if affine is None:
-        raise UserError(f"{path} counts in mm of the patient, but {record.image} does not say where its voxels lie; "
-                        "give landmarks.csv in pixels, or save the volume as NIfTI")
-    return world_to_index(world, affine)
-
-
-def _rows_by_id(rows: Iterable[FolderRow], images: set[str], table: Path) -> dict[str, FolderRow]:
-    rows_by_id: dict[str, FolderRow] = {}
-    for row in rows:
-        name = row.image if row.image in images else image_id(row.image)
-        if name not in images:
-            raise UserError(f'{table}: image "{row.image}" is not in images/{did_you_mean(name, sorted(images))}')
-        if name in rows_by_id:
-            raise UserError(f'{table}: image "{row.image}" has two rows')
-        rows_by_id[name] = row
-    return rows_by_id
 
 
 def _common_unit(records: Sequence[Record]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from core.data.folder_layout import MM_THRESHOLDS, PX_THRESHOLDS, read_folder
+from core.data.label_sources import has_labels
 from core.data.pairing import Case, check_against_others
 from core.data.pairing import check_inside as check_volume
 from core.data.records import (
@@ -43,7 +44,7 @@ STRUCTURE = {  # what a data set's root must hold
     "cephalo": ("jpg", "400_junior", "400_senior"),
     "chest": ("pngs", "labels"),
     "hand": ("jpg", "labels/all.csv"),
-    "folder": ("images",),  # and landmarks.csv or landmarks/, and dataset.json
+    "folder": ("images",),  # and, for labels, landmarks.csv or landmarks/ and dataset.json
 }
 
 
@@ -73,7 +74,7 @@ def read_layout(
         raise UserError(f'layout "{layout}" does not exist{hint}; choose from {", ".join(LAYOUTS)}')
     described = Path(description) if description else root / "dataset.json"
     needed = {name: root / name for name in STRUCTURE[layout]}
-    if layout == "folder":
+    if layout == "folder" and (description or has_labels(root) or not needed["images"].exists()):
         needed["dataset.json"] = described
     missing = [name for name, path in needed.items() if not path.exists()]
     if missing:
@@ -81,8 +82,6 @@ def read_layout(
                         "see datasets/README.md")
     unwanted = tuple(exclude)
     complete = LAYOUTS[layout](root, spacing_mm, described, {image_id(name) for name in unwanted})
-    if not complete.labelled:
-        raise UserError(f"{layout} data set at {root} has no labelled image; see datasets/README.md")
     known = {record.image.resolve() for record in complete.records}
     given = parse_spacing(spacing_mm, dims, "dataset.spacing_mm")
     more = tuple(replace(record, spacing=given) for folder in unlabelled_dirs

@@ -34,7 +34,7 @@ from core.data.cache import load_one
 from core.data.records import DataSource, Record
 from core.data.resize import resize
 from core.data.store import is_large, open_store
-from core.files import stamp, write_atomically
+from core.files import parse_json, stamp, write_atomically
 
 VERSION = 1  # of what is looked for; part of the name under which a finding is kept
 GRID = {2: 32, 3: 16}  # cells along each axis, by number of axes
@@ -68,16 +68,17 @@ def find_leaks(source: DataSource, config: DatasetConfig) -> tuple[Leak, ...]:
     file, a split or a patient changes. UserError for an image that cannot be read.
     """
     groups = {**source.splits, "unlabelled": source.unlabelled}
-    path = Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
-    if path.is_file():
-        return tuple(Leak(**entry) for entry in json.loads(path.read_text(encoding="utf8")))
+    path = None if config.cache_dir is None else Path(config.cache_dir) / f"leaks_{_key(groups, config)}.json"
+    if path is not None and path.is_file():
+        return tuple(Leak(**entry) for entry in parse_json(path.read_text(encoding="utf8")))
     labelled = {split: list(_reduced_parts(records, config)) for split, records in source.splits.items()}
     leaks: list[Leak] = []
     for split, others in OTHER_SIDES.items():
         for other in others if groups[split] else ():
             parts = labelled[other] if other in labelled else _reduced_parts(groups[other], config)  # never all at once
             leaks += _twins(split, labelled[split], other, parts)
-    write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
+    if path is not None:
+        write_atomically(path, json.dumps([asdict(leak) for leak in leaks]).encode())
     return tuple(leaks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import tokenize
 import zipfile
@@ -17,6 +16,7 @@ import numpy as np
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.records import SPLITS, DataSource, Record
 from core.errors import UserError
+from core.files import parse_json
 
 PACK_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError, EOFError, NotImplementedError,
                RuntimeError, SyntaxError, OverflowError, MemoryError, struct.error, tokenize.TokenError, zlib.error,
@@ -59,7 +59,7 @@ def open_pack(path: Path) -> Pack:
             images = {name: Loaded(image * np.float32((high - low) / top) + np.float32(low), size, map_, digest or None)
                       for name, image, (low, high), size, map_, digest
                       in zip(ids, pixels, ranges, sizes, file["maps"], digests, strict=True)}
-            return Pack(size, images, json.loads(str(file["description"])))
+            return Pack(size, images, parse_json(str(file["description"])))
     except PACK_DAMAGE as error:
         raise _damaged(path, error) from None
 
@@ -97,7 +97,10 @@ def _source(pack: Pack, config: DatasetConfig) -> DataSource:
     for each in (each for group in groups.values() for each in group):
         if each.id not in pack.images:
             raise ValueError(f"it has no pixels of image {each.id}")
+    if not all(name.isprintable() for name in description["landmark_names"]):
+        raise ValueError("a landmark's name cannot be shown")
     whole = DataSource(description["layout"], tuple(description["landmark_names"]),
                        {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
-                       tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root))
+                       tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root),
+                       description.get("nothing_held_back", False))
     return whole.without(name for name in config.exclude if name not in description.get("excluded", ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from core.errors import UserError, did_you_mean
 from core.formats.geometry import Geometry
-from core.formats.images import image_suffix, read_geometry
+from core.formats.images import image_id, read_geometry
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,6 +62,12 @@ class DataSource:
     sdr_thresholds: tuple[float, ...]
     paper_rule: str | None
     root: Path = Path()
+    nothing_held_back: bool = False  # by the data set's own splits: every label is for training, none to validate on
+
+    @property
+    def unscored(self) -> bool:
+        """Whether every label is for training, so that there is no score."""
+        return self.nothing_held_back and not self.splits["test"]
 
     @property
     def labelled(self) -> tuple[Record, ...]:
@@ -106,6 +111,9 @@ class DataSource:
         """The records of `split`; UserError when it is empty or unknown."""
         if split not in SPLITS:
             raise UserError(f'split "{split}" does not exist; choose from {", ".join(SPLITS)}')
+        if not self.labelled:
+            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels "
+                            "(datasets/README.md says where), or pre-train alone: --stages pretrain")
         if not self.splits[split]:
             counts = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
             raise UserError(
@@ -129,16 +137,6 @@ class DataSource:
             raise UserError(f'exclude: "{name}" is no image of {self.layout} at {self.root}{did_you_mean(name, known)}')
         kept = {name: tuple(r for r in records if r.id not in unwanted) for name, records in self.splits.items()}
         return replace(self, splits=kept, unlabelled=tuple(r for r in self.unlabelled if r.id not in unwanted))
-
-
-def image_id(name: str | Path) -> str:
-    """The id of an image: its file name or relative path without its image suffix, with forward slashes.
-
-    Names that differ only in their Unicode form (macOS takes letters with marks apart) are one name.
-    """
-    text = unicodedata.normalize("NFC", name.as_posix() if isinstance(name, Path) else name.replace("\\", "/"))
-    suffix = image_suffix(text)
-    return text[: -len(suffix)] if suffix else text
 
 
 def patient_group(image: str, patient: str | None) -> str:

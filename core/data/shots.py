@@ -15,6 +15,8 @@ from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record
 from core.errors import UserError
 
+MOST_SHOWN = 200  # unlabelled images that a detector answers in place of a score
+
 
 def select_shots(records: Sequence[Record], shots: int, draw: int, selection: str, order: Sequence[str] | None = None
                  ) -> tuple[Record, ...]:
@@ -24,7 +26,7 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     larger k contains the smaller. UserError when there are fewer records than shots.
     """
     if shots > len(records):
-        raise UserError(f"finetune.shots {shots} is above the training split's {len(records)} labelled images")
+        raise UserError(above_labels([shots], len(records), training_labels(len(records))))
     if selection == "first":
         return tuple(records[:shots])
     if selection == "coverage":
@@ -36,11 +38,26 @@ def select_shots(records: Sequence[Record], shots: int, draw: int, selection: st
     return tuple(records[i] for i in sorted(shuffled[:shots]))
 
 
+def training_labels(count: int) -> str:
+    """What shots are taken from, in words."""
+    return f"the training split's {count} labelled images"
+
+
+def above_labels(shots: Sequence[int], labels: int, them: str) -> str:
+    """Which of finetune.shots ask for more `labels` than there are, `them` in words, and the numbers to set instead."""
+    above = [number for number in shots if number > labels]
+    numbers = sorted({min(number, labels) for number in shots})
+    return (f"finetune.shots {', '.join(map(str, above))} {'is' if len(above) == 1 else 'are'} above {them}; "
+            f"set finetune.shots to {numbers}")
+
+
 def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: int, order: Sequence[str] | None = None
                     ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """(training, validation) records of a run, as finetune.validation says; `order`: see `select_shots`.
 
-    UserError where the shots are too few to hold some out, or a split is empty.
+    Where the data set holds nothing back, "official" is no image at all: a fixed schedule.
+    UserError where the shots are too few to hold some out, a split is empty, or the schedule needs validation labels
+    that are not there.
     """
     validation = finetune.validation
     least = validation + 1 if isinstance(validation, int) else 1
@@ -48,6 +65,9 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
         raise UserError(f"--shots {shots} --draw {draw}: at least {least} shots are needed (finetune.validation is "
                         f"{validation}), draws count from 0")
     chosen = select_shots(source.require("train"), shots, draw, finetune.selection, order)
+    if validation == "official" and source.nothing_held_back:
+        check_schedule(finetune)
+        return chosen, ()
     if validation == "official":
         return chosen, source.require("validation")
     if validation == "none":
@@ -56,6 +76,16 @@ def labelled_subset(source: DataSource, finetune: Finetune, shots: int, draw: in
     held_out = set(shuffled[:validation].tolist())
     return (tuple(r for i, r in enumerate(chosen) if i not in held_out),
             tuple(r for i, r in enumerate(chosen) if i in held_out))
+
+
+def check_schedule(finetune: Finetune) -> None:
+    """UserError where the training needs validation labels, for a data set that holds none back."""
+    needs = {'scheduler "plateau"': finetune.scheduler == "plateau",
+             "early_stop_patience": finetune.early_stop_patience is not None,
+             'pretraining_iteration "best"': finetune.pretraining_iteration == "best"}
+    for key in (key for key, needed in needs.items() if needed):
+        raise UserError(f"finetune.{key} needs validation labels, and this data set holds none back; change it, give "
+                        "splits in dataset.json, or set finetune.validation to a number to hold out of the shots")
 
 
 def cell_records(source: DataSource, config: Config, backbone: str, shots: int, draw: int,
@@ -92,6 +122,18 @@ def unlabelled_training(source: DataSource, labelled: Collection[str], config: D
         raise ValueError("a validation or test image is among the unlabelled training images")
     order = np.random.default_rng([0, len(candidates)]).permutation(len(candidates))[:count]
     return tuple(replace(candidates[index], landmarks=None, annotators=None) for index in sorted(order))
+
+
+def answered_records(source: DataSource, evaluation: Evaluation, config: DatasetConfig
+                     ) -> tuple[str, tuple[Record, ...]]:
+    """What a trained detector answers, and its images: those that are scored, or "unlabelled" where none is held back.
+
+    Of more than MOST_SHOWN unlabelled images some are drawn, the same ones every time; there may be none.
+    """
+    if not source.unscored:
+        return evaluation.split, scored_records(source, evaluation, config)
+    order = np.random.default_rng([1, len(source.unlabelled)]).permutation(len(source.unlabelled))[:MOST_SHOWN]
+    return "unlabelled", tuple(source.unlabelled[index] for index in sorted(order))
 
 
 def scored_records(source: DataSource, evaluation: Evaluation, config: DatasetConfig) -> tuple[Record, ...]:

@@ -1,11 +1,10 @@
-"""Splits of a folder data set, as lists of image ids or as fractions of the patients.
+"""Splits of a folder data set, as lists of image ids, as fractions of the patients, or left out: all labels train.
 
 Fractions are drawn once and written down beside dataset.json: an image stays in its split when labels are added.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from core.data.records import SPLITS, Record, image_id, is_number, patient_group
 from core.errors import UserError, did_you_mean, note_once
-from core.files import write_json
+from core.files import parse_json, write_json
 
 Patients = Mapping[str, str | None]
 
@@ -33,16 +32,20 @@ def check_keys(value: Any, allowed: Sequence[str], required: Sequence[str], wher
 
 
 def read_splits(wanted: Any, labelled: Patients, images: Collection[str], description: Path,
-                labels: Path) -> dict[str, list[str]]:
+                labels: Path, keep: bool = True) -> dict[str, list[str]]:
     """Image ids by split, as listed or drawn from fractions; `labelled` maps the ids with landmarks to their patients.
+
+    None wanted: every label is for training. A draw is written down for later unless `keep` is false.
 
     UserError: an id that is unknown, without landmarks or listed twice; lists and fractions mixed.
     """
     where = f"{description}, splits"
-    check_keys(wanted, (*SPLITS, "seed"), ("train",), where)
+    if wanted is None:
+        return {**{split: [] for split in SPLITS}, "train": sorted(labelled)}
+    check_keys(wanted, (*SPLITS, "seed"), (), where)
     given = {split: wanted[split] for split in SPLITS if split in wanted}
     if all(is_number(share) for share in given.values()):
-        return _drawn_splits(given, wanted.get("seed", 0), labelled, description)
+        return _drawn_splits(given, wanted.get("seed", 0), labelled, description, keep)
     if "seed" in wanted or not all(isinstance(ids, list) for ids in given.values()):
         raise UserError(f"{where}: give either a list of image ids per split, or a fraction per split and a seed")
     split_of: dict[str, str] = {}
@@ -64,17 +67,22 @@ def draws_path(description: Path) -> Path:
     return description.with_suffix(".splits.json")
 
 
-def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path) -> dict[str, list[str]]:
+def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path, keep: bool
+                  ) -> dict[str, list[str]]:
     """The splits written down for these fractions and this seed, else newly drawn ones, which are written down.
 
-    Images labelled since then join the split of their patient, or train: pre-training may have seen them. UserError for
-    a file that is not what was written.
+    Images labelled since then join the split of their patient, or train: pre-training may have seen them. Without any
+    label nothing is drawn. UserError for a file that is not what was written.
     """
+    if not labelled:
+        return {split: [] for split in SPLITS}
     path = draws_path(description)
     draws = _read_draws(path)
     before = next((draw for draw in draws if (draw["shares"], draw["seed"]) == (shares, seed)), None)
     if before is None:
         splits = _draw_splits(shares, seed, labelled, f"{description}, splits")
+        if not keep:
+            return splits
         try:
             write_json(path, [*draws, {"shares": shares, "seed": seed, "splits": splits}])
         except OSError as error:
@@ -91,7 +99,7 @@ def _read_draws(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        draws = json.loads(path.read_text(encoding="utf8"))
+        draws = parse_json(path.read_text(encoding="utf8"))
         if all({"shares", "seed", "splits"} <= draw.keys() and draw["splits"].keys() == set(SPLITS) for draw in draws):
             return draws
     except (ValueError, AttributeError, TypeError):

@@ -51,7 +51,7 @@ INTEGERS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int16))
 
 def is_large(records: Sequence[Record], config: DatasetConfig) -> bool:
     """Whether the decoded images would take more than LARGE_BYTES of memory; those of a pack are there already."""
-    if not records or is_packed(records[0], config):
+    if not records or is_packed(records[0], config) or config.cache_dir is None:
         return False
     if config.resample_mm is None:
         return 4 * len(records) * math.prod(config.whole_size) > LARGE_BYTES
@@ -104,6 +104,8 @@ class Store:
 
 def open_store(records: Sequence[Record], config: DatasetConfig, progress: str | None = None) -> Store:
     """The decoded images of `records`; those that no shard has yet are decoded first. UserError for a bad file."""
+    if config.cache_dir is None:
+        raise ValueError("packed images need a folder")
     folder = Path(config.cache_dir) / f"packed_{_settings_digest(config)}"
     digests = pixel_digests(records, config)
     names = [_name(record, digest, config) for record, digest in zip(records, digests, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,16 @@ def image_suffix(path: str | Path) -> str | None:
         return None
     suffixes = [suffix for suffix in IMAGE_SUFFIXES if lower.endswith(suffix) and len(name) > len(suffix)]
     return name[-len(max(suffixes, key=len)) :] if suffixes else None
+
+
+def image_id(name: str | Path) -> str:
+    """The id of an image: its file name or relative path without its image suffix, with forward slashes.
+
+    Names that differ only in their Unicode form (macOS takes letters with marks apart) are one name.
+    """
+    text = unicodedata.normalize("NFC", name.as_posix() if isinstance(name, Path) else name.replace("\\", "/"))
+    suffix = image_suffix(text)
+    return text[: -len(suffix)] if suffix else text
 
 
 def is_picture(path: Path) -> bool:

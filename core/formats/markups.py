@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import UserError, did_you_mean
-from core.files import write_atomically
+from core.files import parse_json, write_atomically
 from core.formats.geometry import RAS_TO_LPS
 from core.formats.points import read_text, to_number
 
@@ -142,7 +142,7 @@ def _control_points(path: Path) -> list[ControlPoint]:
 
 def _read_json(path: Path) -> list[ControlPoint]:
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from None
     markup = _point_list(content, path)

@@ -23,6 +23,7 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values, which is never run") from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, SafetensorError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            MemoryError, SafetensorError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None

@@ -17,18 +17,25 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError, did_you_mean
+from core.formats.cells import harmless, meant
 
 CEPHALO_POINTS, CHEST_POINTS, HAND_POINTS = 19, 6, 37
 
 
 @dataclass(frozen=True, eq=False)
 class FolderRow:
-    """One row of a folder layout's `landmarks.csv`: points (N, D), spacing (D) in mm or None, in tensor-axis order."""
+    """The landmarks of one image, such as a row of `landmarks.csv`, in tensor-axis order.
+
+    points (N, D) and spacing (D) in mm or None. Files of labelling tools also tell the image's `size` (D), and which
+    landmarks are `hidden` (N) bool: annotated where they must be, though not seen. None = the file does not say.
+    """
 
     image: str
     points: np.ndarray
     spacing: tuple[float, ...] | None = None
     patient: str | None = None
+    size: tuple[int, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 def read_cephalo(path: Path) -> np.ndarray:
@@ -85,7 +92,7 @@ def read_folder_csv(path: Path, names: Sequence[str], dims: int = 2) -> list[Fol
         header, *rows = list(csv.reader(io.StringIO(read_text(path)), skipinitialspace=True)) or [[]]
     except csv.Error as error:
         raise UserError(f"{path} is not a readable CSV file: {error}") from None
-    header = [column.strip() for column in header]
+    header = [meant(column.strip()) for column in header]
     while header and not header[-1] and all(not any(cell.strip() for cell in row[len(header) - 1 :]) for row in rows):
         header.pop()  # a spreadsheet's empty columns
     if "landmark" in header:
@@ -103,7 +110,7 @@ def read_folder_csv(path: Path, names: Sequence[str], dims: int = 2) -> list[Fol
 def _by_column(header: list[str], cells: list[str], where: str) -> dict[str, str]:
     if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
         raise UserError(f"{where}: has {len(cells)} cells, but the header has {len(header)} columns")
-    return dict(zip(header, map(str.strip, cells), strict=False))
+    return {column: meant(cell.strip()) for column, cell in zip(header, cells, strict=False)}
 
 
 def _long_rows(header: list[str], rows: list[list[str]], names: Sequence[str], dims: int, path: Path
@@ -140,14 +147,15 @@ def write_folder_csv(path: Path, names: Sequence[str], rows: Iterable[FolderRow]
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "patient", *_axis_columns("spacing", dims), *_point_columns(names, dims)])
+    columns = ["image", "patient", *_axis_columns("spacing", dims), *_point_columns(names, dims)]
+    writer.writerow(map(harmless, columns))
     for row in rows:
         spacing = row.spacing or (math.nan,) * dims
         if row.points.shape != (len(names), dims) or len(spacing) != dims:
             raise ValueError(f"{row.image}: points {row.points.shape} and spacing {spacing} are not {dims}-dimensional")
         values = [*spacing[::-1], *row.points[:, ::-1].ravel()]
         cells = ["" if math.isnan(value) else repr(float(value)) for value in values]
-        writer.writerow([row.image, row.patient or "", *cells])
+        writer.writerow([harmless(row.image), harmless(row.patient or ""), *cells])
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text.getvalue())

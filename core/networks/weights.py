@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.background import snapshot, written
 from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
-from core.files import code_version, write_atomically
+from core.files import code_version, parse_json, write_atomically
 from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
 
@@ -108,7 +108,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"weights file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "null"))
+            header = parse_json((file.metadata() or {}).get("header", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                        for name, tensor in tensors.items()}

@@ -7,7 +7,9 @@ something that is drawn. Attenuation of all parts adds up (Beer-Lambert) before 
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.ndimage import gaussian_filter
 
 from core.errors import UserError
+from core.files import drop_if_left, hold, parse_json
 
 LANDMARK_NAMES: tuple[str, ...] = (
     "sella", "nasion", "orbitale", "porion", "subspinale", "supramentale", "pogonion", "menton", "gnathion", "gonion",
@@ -314,7 +317,7 @@ def _already_there(root: Path, recipe: dict[str, object]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        other = json.loads((root / "phantom.json").read_text())
+        other = parse_json((root / "phantom.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{root}: exists and is not a phantom data set; choose another folder or remove it") from None
     if other != recipe:
@@ -333,12 +336,17 @@ def write_phantom_radiographs(root: Path, count: int, size: tuple[int, ...] = (3
     if count < 1 or min(size) < _MIN_SIZE or seed < 0:
         raise UserError(f"phantom: count >= 1, sides >= {_MIN_SIZE} px, seed >= 0 needed, got {count}, {size}, {seed}")
     recipe = {"count": count, "size": list(size), "seed": seed, "version": _VERSION}
+    for left in root.parent.glob(f".{glob.escape(root.name)}.partial-*"):
+        drop_if_left(left)
     if _already_there(root, recipe):
         return
     part = root.parent / f".{root.name}.partial-{secrets.token_hex(8)}"
+    part.mkdir(parents=True)
+    folder = os.open(part, os.O_RDONLY)
+    hold(folder)
     try:
         for name in ("jpg", "400_junior", "400_senior"):
-            (part / name).mkdir(parents=True, exist_ok=True)
+            (part / name).mkdir()
         for i in range(1, count + 1):
             image, landmarks = render_radiograph(size, np.random.default_rng([seed, i]))
             Image.fromarray(image).save(part / "jpg" / f"{i:03d}.jpg", quality=92)
@@ -351,4 +359,5 @@ def write_phantom_radiographs(root: Path, count: int, size: tuple[int, ...] = (3
             if not _already_there(root, recipe):  # another process may have been first
                 raise
     finally:
+        os.close(folder)
         shutil.rmtree(part, ignore_errors=True)

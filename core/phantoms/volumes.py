@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from core.errors import UserError
-from core.files import write_atomically, write_json
+from core.files import parse_json, write_atomically, write_json
 from core.formats.geometry import RAS_TO_LPS, world_to_index
 from core.formats.markups import write_markups
 
@@ -295,7 +295,7 @@ def _check_free(root: Path, recipe: dict[str, Any]) -> None:
     if not root.exists() or (root.is_dir() and all(path.name.startswith(".") for path in root.iterdir())):
         return
     try:
-        other = json.loads((root / "phantom.json").read_text(encoding="utf-8"))
+        other = parse_json((root / "phantom.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{root}: exists and is not a phantom data set; choose another folder or remove it") from None
     if other != recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from core.config.finetune import Finetune, LossSettings
 from core.config.second_stage import second_stage
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
 from core.errors import UserError
+from core.files import parse_json
 from core.runs.places import Cell, ema_path, variant
 
 ENCODER_STUDY = ("vgg19", "densenet161", "resnext50_32x4d")  # the paper's
@@ -69,7 +71,7 @@ def transfer_paths(config: Config) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise UserError(f"finetune.transfer_from {folder.parent}: {folder} holds no diffusion pre-training; run that "
                         "study's stage pretrain first, or name another runs/<experiment>")
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    theirs = parse_json((folder / "config.json").read_text(encoding="utf8"))
     for key, value in config.unet.model_dump(mode="json").items():
         other = theirs["unet"].get(key, value)
         if other != value:
@@ -98,13 +100,18 @@ def single_setting(config: Config, backbone: str) -> Config:
     return with_finetune(next(iter(settings.values())), backbones=config.finetune.backbones)
 
 
-def cells(finetune: Finetune) -> list[Cell]:
-    """Every fine-tuning run of the study, the mean-shape guess first, in the order in which they are run."""
+def cells(config: Config) -> list[Cell]:
+    """Every fine-tuning run of the study, the mean-shape guess first, in the order in which they are run.
+
+    Under evaluation.folds the folds of each come before what joins them.
+    """
+    finetune, folds = config.finetune, config.evaluation.folds or 0
     draws = finetune.draws if finetune.selection == "random" else finetune.draws[:1]
     guesses = [Cell(MEAN_SHAPE, shots, draw, 0) for shots in finetune.shots for draw in draws]
     trained = [Cell(backbone, shots, draw, seed) for shots in finetune.shots for draw in draws
                for seed in finetune.seeds for backbone in finetune.backbones]
-    return guesses + trained
+    parts = (*range(1, folds + 1), None)
+    return [replace(cell, fold=fold) for cell in (*guesses, *trained) for fold in parts]
 
 
 def needs_pretraining(finetune: Finetune) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from core.errors import UserError
 
 LOCK = "claim.lock"
+TRIES = 100  # to lock a file whose owner removes it at that moment
 _held: set[int] = set()  # descriptors of this process' locks
 
 
@@ -53,14 +54,15 @@ def claim(run_dir: Path, wait: bool = False) -> Iterator[None]:
 def _lock(run_dir: Path, wait: bool) -> int:
     """The descriptor of the locked file, which says whose it is."""
     path = run_dir / LOCK
-    while True:
+    for _ in range(TRIES):
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue  # its last owner has just removed the empty folder
         except OSError as error:
-            raise UserError(f"{run_dir} cannot be claimed: {error.strerror}") from None
+            why = "it is a link; delete it" if path.is_symlink() else error.strerror
+            raise UserError(f"{path if path.is_symlink() else run_dir} cannot be claimed: {why}") from None
         locked = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -81,6 +83,8 @@ def _lock(run_dir: Path, wait: bool) -> int:
         finally:
             if not locked:
                 os.close(descriptor)
+    raise UserError(f"{run_dir} cannot be claimed: no folder or file can be made there; correct "
+                    "experiment.output_dir")
 
 
 def held_by(run_dir: Path, pid: int) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config.config import Config
+from core.config.section import Run
 from core.config.settings import all_settings, counting_for
 from core.errors import UserError
+from core.formats.json_files import read_object
 from core.runs.places import Cell, cell_dir, ssl_dir
 
 
@@ -37,13 +39,26 @@ def scoring_settings(config: Config, backbone: str, decoder: str | None = None) 
     return settings | ({} if decoder is None else {"finetune.decoder": decoder})
 
 
+def training_settings(config: Config, stage: Run, backbone: str) -> dict[str, Any]:
+    """{key: value} of the settings of which another value makes another run of this stage.
+
+    Without files, whose places do not count, and what says where they come from: see core.runs.inputs.
+    """
+    values, settings = _flat(config.plain()), all_settings()
+    keys = {key for key in counting_for(stage, backbone) & values.keys() if not settings[key].is_file}
+    return {key: values[key] for key in sorted(keys - {"ddpm.checkpoint_iterations"})}
+
+
 def check_unchanged(run_dir: Path, config: Config, keys: frozenset[str]) -> None:
-    """UserError when `run_dir` was made with another value of one of `keys` than `config` has."""
+    """UserError when `run_dir` was made with another value of one of `keys` than `config` has.
+
+    DamagedFile where what it was made with cannot be read.
+    """
     path = run_dir / "config.json"
     if not path.is_file():
         return
     older = {key: each.before for key, each in all_settings().items() if each.before is not None}
-    before = older | _flat(json.loads(path.read_text(encoding="utf8")))
+    before = older | _flat(read_object(path, "delete its folder to make that run again"))
     now = _flat(config.plain())
     changed = [key for key in sorted(before.keys() & now.keys() & keys) if before[key] != now[key]]
     if changed:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import content_digest, write_json
+from core.files import content_digest, parse_json, write_json
 
 INPUTS = "inputs.json"  # of training: images by their use, and the start weights
 SCORED = "scored.json"  # of scoring: test images and the settings that decide a score
+CROSS_VALIDATION, CROSS_VALIDATED = "cross-validation", "cross-validated"  # uses of the pooled folds' images
 SHOWN = 3  # images that a reason names
 
 ImageDigests = Mapping[str, Sequence[str | None]]  # image id -> [of its pixels, of its labels], see core.data.digests
@@ -61,7 +62,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 @lru_cache(maxsize=1024)
 def _parsed(path: Path, _size: int, _mtime_ns: int) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
+        record = parse_json(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder to make that run again") from None
     if not isinstance(record, dict) or "images" not in record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +13,28 @@ from core.config.second_stage import second_stage
 from core.config.settings import all_settings
 from core.config.ssl import SSL
 from core.config.starts import MEAN_SHAPE, SSL_METHODS
+from core.errors import DamagedFile
+from core.formats.json_files import read_object
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuning run: which start, how many labels, which draw of them, which initialisation and order."""
+    """One fine-tuning run: which start, how many labels, which draw of them, which initialisation and order.
+
+    `fold`, from 1, is the part of the labels that it must not see; None under evaluation.folds: all its folds together.
+    """
 
     backbone: str
     shots: int
     draw: int
     seed: int
+    fold: int | None = None
 
     @property
     def folder(self) -> str:
-        """shots010_draw0_seed0."""
-        return f"shots{self.shots:03d}_draw{self.draw}_seed{self.seed}"
+        """shots010_draw0_seed0, shots010_draw0_seed0_fold01."""
+        part = "" if self.fold is None else f"_fold{self.fold:02d}"
+        return f"shots{self.shots:03d}_draw{self.draw}_seed{self.seed}{part}"
 
 
 def variant(config: Config, backbone: str) -> str:
@@ -43,8 +49,10 @@ def variant(config: Config, backbone: str) -> str:
 
 
 def _variant(config: Config, backbone: str, slug_of_file: Callable[[str], str]) -> str:
+    folds = config.evaluation.folds
     if backbone == MEAN_SHAPE:  # of the studies of one data set all are alike, but for images chosen otherwise
-        return "pick-coverage" if config.finetune.selection == "coverage" else "default"
+        chosen = "pick-coverage" if config.finetune.selection == "coverage" else "default"
+        return chosen if folds is None else f"folds-{folds}"
     own_ssl = backbone in SSL_METHODS and getattr(config.finetune.encoder_weights, backbone) is None
     parts = [f"ssl-{config.ssl.preset}"] if own_ssl and config.ssl.preset != SSL().preset else []
     for setting in all_settings().values():
@@ -75,7 +83,10 @@ def _is_of_the_same_files(config: Config, backbone: str, name: str) -> bool:
     keys = [key for key, setting in all_settings().items() if setting.is_file and setting.concerns(backbone)]
     wanted = {_file_named(config.plain(), key) for key in keys}
     paths = (config.experiment_dir / "landmarks" / backbone / name).glob("*/config.json")
-    runs = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    try:
+        runs = [read_object(path, "") for path in paths]
+    except DamagedFile:
+        return False
     return bool(runs) and all({_file_named(run, key) for key in keys} == wanted for run in runs)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -29,7 +29,7 @@ from core.training.distributed import ALONE, Ranks
 from core.training.memory import parts_of
 from core.training.run_log import NoLog, RunLog
 from core.training.schedules import cosine_restarts, triangle
-from core.training.state import load_state, save_state
+from core.training.state import check_identity, fit_moments, load_state, save_state
 from core.training.stop_signal import StopSignal
 from core.training.threads import use_threads
 
@@ -99,6 +99,7 @@ class LoopSettings:
     ema_schedule: str = "constant"
     most_images: int | None = None  # that pass the network at once; larger micro-batches do so in parts
     milestones: frozenset[int] = frozenset()
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # settings that make another run, refused as `identity`
 
 
 def averaged_tensors(model: nn.Module) -> list[Tensor]:
@@ -149,7 +150,7 @@ class Training(Generic[Network]):
                 "threads": torch.get_num_threads() if self.settings.device.type == "cpu" else None}
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
-        """Take over a saved state; UserError when it belongs to another network."""
+        """Take over a saved state; UserError when it belongs to another network, or is not whole."""
         try:
             self.model.load_state_dict(state["model"])
             if state["ema"] is not None:
@@ -157,13 +158,14 @@ class Training(Generic[Network]):
         except RuntimeError as error:
             raise UserError(f"{where}: the saved state is of another network than the config's: "
                             f"{' '.join(str(error).split())[:160]}") from None
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape and value.stride() != parameter.stride():  # saved on another device
-                    moments[name] = torch.empty_like(parameter).copy_(value)  # the fused AdamW takes memory as it lies
-        self.plateau.load_state_dict(state["plateau"])
-        self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.plateau.load_state_dict(state["plateau"])
+            self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{where} is damaged: it does not hold what this training's state holds ({error!r:.160})"
+                            ) from None
+        fit_moments(self.optimizer, where)
 
     def learning_rate_factor(self) -> float:
         """Warm-up, then constant, cosine to 0, or cycles; a pure function of the step."""
@@ -304,7 +306,8 @@ class Training(Generic[Network]):
         """Write last.pt."""
         state = self.state()
         if self.ranks.leads:
-            save_state(run_dir, {**state, "identity": self.settings.identity})
+            save_state(run_dir, {**state, "identity": self.settings.identity,
+                                 "made_with": dict(self.settings.made_with)})
         self.ranks.wait()
 
     def due(self, every: int) -> bool:
@@ -328,10 +331,7 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
     threads: int | None = None
     if resume:
         state, path = load_state(run_dir, resume, resume_command), run_dir / f"{resume}.pt"
-        saved = state.get("identity", settings.identity)  # older states do not say
-        if saved != settings.identity:
-            raise UserError(f"{path} is the state of {saved}, not of {settings.identity}; delete it to start this run "
-                            "over")
+        check_identity(path, state, settings.identity, settings.made_with)
         training.restore(state, path)
         threads = state.get("threads")
         if training.step != ranks.told(training.step):
@@ -354,10 +354,10 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
             if training.due(settings.log_every) or validating or saving or milestone:
                 log.write(training.step, {"loss": training.check_losses(), **log.interval(),
                                           "learning_rate": training.optimizer.param_groups[0]["lr"]})
-            if milestone:
-                training.milestone()
             if validating or training.finished:
                 training.validate(log)
+            if milestone:  # after all else that comes with this step: where its weights are, it is done
+                training.milestone()
             if saving or training.finished:
                 training.save(run_dir)
             if stopping and not training.finished:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.files import write_atomically
+from core.files import parse_json, write_atomically
 
 
 class RunLog:
@@ -79,16 +79,21 @@ class NoLog(nullcontext):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """The lines of a metrics.jsonl; what is none, such as a last line cut off by a crash, is left out."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for text in path.read_bytes().splitlines() if (line := _line(text)) is not None]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A step and its figures, None where `text` is no such line."""
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return None
+    return line if all(isinstance(value, int | float) for value in line.values()) else None
 
 
 def logged_below(folder: Path) -> tuple[float, int]:

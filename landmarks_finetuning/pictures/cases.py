@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from landmarks_finetuning.heatmaps import draw_target, probability_maps
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.pictures.overlays import Doubt
 from landmarks_finetuning.pictures.volume_overlays import draw_case
-from landmarks_finetuning.predictions import Predictions
+from landmarks_finetuning.predictions import NAME_BYTES, Predictions, printable
 
 ID_KEY = "Title"  # of the PNG's text: file names are shortened ids, and may be alike
 PNG_EFFORT = 3  # half the time of the library's 6, files larger by a twentieth
@@ -107,8 +109,23 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
                         case.probabilities, title, case.spacing, errors, sides, case.doubt)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = PngInfo()
-    text.add_itxt(ID_KEY, record.id)
+    text.add_itxt(ID_KEY, printable(record.id))
     picture.save(path, compress_level=PNG_EFFORT, pnginfo=text)
+
+
+def draw_ranked(folder: Path, count: int, predictions: Predictions, badness: np.ndarray, titles: Sequence[str],
+                errors: np.ndarray | None = None) -> None:
+    """folder/rank001_<end of the image's id>.png and so on, of the `count` images of largest `badness` (M,); NaN last.
+
+    What lies in the folder goes. `titles` has one for each image, `errors` are (M, N).
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    order = np.argsort(-np.where(np.isnan(badness), -np.inf, badness), kind="stable")[:count]
+    for rank, index in enumerate(order.tolist(), start=1):
+        name = printable(predictions.images.records[index].id)
+        shortened = name.replace("/", "-").encode()[-NAME_BYTES:].decode(errors="ignore")
+        draw_predictions(folder / f"rank{rank:03d}_{shortened}.png", predictions, index, titles[index],
+                         None if errors is None else errors[index])
 
 
 def pictured_image(path: Path) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from core.errors import CommandParser, run_command
+from core.runs.claims import claim
 from landmarks_finetuning.report.build import build_report
 
 
@@ -17,7 +19,9 @@ def main() -> None:
         epilog="example: python -m landmarks_finetuning.report runs/cephalo runs/chest")
     parser.add_argument("experiment_dirs", nargs="+", type=Path, metavar="EXPERIMENT_DIR",
                         help="runs/<experiment>, finished or not")
-    print(f"report: {build_report(parser.parse_args().experiment_dirs)}")
+    folders = parser.parse_args().experiment_dirs
+    with claim(folders[0] / "report", wait=True) if folders[0].is_dir() else nullcontext():  # one build at a time
+        print(f"report: {build_report(folders)}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ of other test labels, of other labels for the same draw, or from other start wei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.formats.json_files import read_object
 from core.runs.inputs import INPUTS, image_changes, read_record
 
 
@@ -32,7 +32,7 @@ def set_apart(folders: Sequence[Path]) -> list[Apart]:
     references: dict[tuple[str, ...], Any] = {}
     apart = []
     for folder in newest_first:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))
+        metrics = read_object(folder / "metrics.json", "evaluate that run again")
         record = read_record(folder / INPUTS)
         reason = _difference(folder, metrics, record, references)
         if reason is not None:
@@ -47,7 +47,7 @@ def _difference(folder: Path, metrics: dict[str, Any], record: dict[str, Any] | 
     if "scored_on" in metrics:
         own["test", str(metrics["dataset"]), str(metrics["split"])] = metrics["scored_on"]
     if record is not None:
-        finetune = json.loads((folder / "config.json").read_text(encoding="utf8")).get("finetune", {})
+        finetune = read_object(folder / "config.json", "delete its folder to make that run again").get("finetune", {})
         choice = (str(finetune.get("selection")), str(finetune.get("validation")))  # which decide a draw's images
         for use, images in record["images"].items():
             own[("images", str(metrics["dataset"]), *choice, str(metrics["shots"]), str(metrics["draw"]), use)] = images

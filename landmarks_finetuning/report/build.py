@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,7 +15,9 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from core.errors import RunsFailed
 from core.files import write_atomically
+from core.formats.cells import harmless
 from landmarks_finetuning.report import figures, paper_figures
 from landmarks_finetuning.report.collect import (
     Experiment,
@@ -55,15 +58,18 @@ from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cas
 from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
 from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
+from landmarks_finetuning.report.unscored import unscored_cases
 
 HERE = Path(__file__).parent
+NAME_BYTES = 190  # of what figures are called after
 TEMPLATE = "page.html.j2"
+NEW = ".new"  # below the report's folder: its next tables and figures
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
 
 
 @dataclass
 class Output:
-    """Where the report goes, what it may still embed, and the tables of all sections until they are written."""
+    """Where its files go while it is built, what it may still embed, and the tables of all sections until written."""
 
     folder: Path
     pictures: Pictures = field(default_factory=Pictures)
@@ -77,8 +83,17 @@ class Output:
     def write_tables(self) -> None:
         """Write tables/*.csv."""
         for name, parts in self.tables.items():
-            text = pd.concat(parts, ignore_index=True).to_csv(index=False, float_format="%.6g")
+            table = pd.concat(parts, ignore_index=True).map(harmless).rename(columns=harmless)
+            text = table.to_csv(index=False, float_format="%.6g")
             write_atomically(self.folder / "tables" / f"{name}.csv", text.encode())
+
+    def take_the_place(self, report: Path) -> None:
+        """Move the whole new tables and figures to where those of an earlier report are, which go."""
+        for name in ("tables", "figures"):
+            if (report / name).exists():
+                (report / name).rename(self.folder / f"earlier_{name}")
+            if (self.folder / name).exists():
+                (self.folder / name).rename(report / name)
 
     def figure(self, name: str, figure: Any) -> str | None:
         """Write figures/<name>.png; the inline SVG, or None for no figure."""
@@ -88,12 +103,30 @@ class Output:
 def build_report(experiment_dirs: list[Path]) -> Path:
     """Write EXPERIMENT/report of the first folder about all of them; returns the path of index.html.
 
-    Raises UserError for a folder without runs, or one whose files do not fit together.
+    What an earlier report left in tables/ and figures/ goes when all that is new is whole. Raises UserError for a
+    folder without runs, or one whose files do not fit together, and RunsFailed with the page written where runs are
+    left out because their files are damaged.
     """
     experiments = [read_experiment(Path(path)) for path in experiment_dirs]
-    output = Output(experiments[0].path / "report")
-    for name in ("tables", "figures"):  # of an earlier report some may no longer apply
-        shutil.rmtree(output.folder / name, ignore_errors=True)
+    report = experiments[0].path / "report"
+    output = Output(report / NEW)
+    shutil.rmtree(output.folder, ignore_errors=True)  # of a build that was killed
+    try:
+        html = _page(experiments, output)
+        output.take_the_place(report)
+    finally:
+        shutil.rmtree(output.folder, ignore_errors=True)
+    path = report / "index.html"
+    write_atomically(path, html.encode())
+    damaged = [run for experiment in experiments for run in experiment.damaged]
+    if damaged:
+        raise RunsFailed(f"damaged runs are left out of the report {path}:"
+                         + "".join(f"\n  {run.folder}: {run.reason}" for run in damaged))
+    return path
+
+
+def _page(experiments: list[Experiment], output: Output) -> str:
+    """Write tables and figures; returns the page."""
     (output.folder / "tables").mkdir(parents=True)
     pages = [_experiment_context(experiment, output) for experiment in experiments]
     summaries = [summary for page in pages for summary in page.pop("summaries")]
@@ -104,14 +137,16 @@ def build_report(experiment_dirs: list[Path]) -> Path:
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "name": display_name, "labels": shots_text, "p": p_text,
                             "verdict": verdict_text}
-    html = environment.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATE).render(
         title=titles[0] if len(titles) == 1 else "Landmark detection: " + ", ".join(titles), experiments=pages,
         built=f"{datetime.now():%Y-%m-%d %H:%M}", pictures_left_out=output.pictures.left_out,
         tables=sorted(output.tables), paper_tables=tables, filters=page_filters(pages),
         styles=(HERE / "page.css").read_text(encoding="utf8"), script=(HERE / "page.js").read_text(encoding="utf8"))
-    path = output.folder / "index.html"
-    write_atomically(path, html.encode())
-    return path
+
+
+def file_name(text: str) -> str:
+    """`text`, which files may say that others made, as part of a file's name: no separators, and not too long."""
+    return re.sub(r"[^\w.-]", "-", text).encode()[:NAME_BYTES].decode(errors="ignore")
 
 
 def number(value: Any, digits: int = 2, sign: bool = False) -> str:
@@ -124,16 +159,19 @@ def number(value: Any, digits: int = 2, sign: bool = False) -> str:
 def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any]:
     config = {k: v for k, v in experiment.config.items() if k not in ("environment", "run", "$schema")}
     groups = [] if experiment.runs.empty else grouped(experiment.runs, ["dataset", "split"], sort=True)
-    sections = [_section(experiment, f"{experiment.name}_{'_'.join(key)}", runs, output) for key, runs in groups]
+    sections = [_section(experiment, file_name(f"{experiment.name}_{'_'.join(key)}"), runs, output)
+                for key, runs in groups]
     output.add_table("unfinished", experiment.unfinished)
     timesteps = config.get("ddpm", {}).get("num_train_timesteps", 500)
     curves = figures.pretraining_curves(experiment.pretraining, timesteps)
     return {
         "name": experiment.name, "title": config.get("report", {}).get("title") or experiment.name,
         "sections": sections, "summaries": [section.pop("summary") for section in sections],
-        "unfinished": records(experiment.unfinished),
+        "unfinished": records(experiment.unfinished), "unscored": unscored_cases(experiment, output.pictures),
         "apart": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
                   for run in experiment.apart],
+        "damaged": [{"run": str(run.folder.relative_to(experiment.path)), "reason": run.reason}
+                    for run in experiment.damaged],
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),

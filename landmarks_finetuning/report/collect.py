@@ -6,13 +6,9 @@ set's unit (mm or px). Only numbers are made here, no pictures and no sentences.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,11 @@ from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
 from landmarks_finetuning.report.frames import grouped, named_rows
-from landmarks_finetuning.report.provenance import starting_point
+from landmarks_finetuning.report.provenance import config_of, starting_point
+from landmarks_finetuning.report.run_files import AGAIN, check_run, read_metrics_json, read_predictions
 from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
-NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
-           "expected_error", "radius90", "confidence")  # the last one of earlier versions
 SLUGS = {key: each.slug for key, each in all_settings().items() if each.slug is not None}
 SLUG_PARTS = re.compile(f"_(?=(?:{'|'.join(SLUGS.values())})-)")
 LOSS_SLUGS = {SLUGS[f"finetune.{key}"] for key in LossSettings.model_fields}
@@ -50,6 +45,8 @@ class Experiment:
     config: dict[str, Any]
     pretraining: list[dict[str, Any]] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)  # scored runs of other data, which no figure has
+    damaged: list[Apart] = field(default_factory=list)  # nor those with a damaged file
+    unscored: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row per run trained on every label there is
 
     @property
     def name(self) -> str:
@@ -68,26 +65,37 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"{path} holds no runs: expected landmarks/<backbone>/<variant>/shots010_draw0_seed0 or "
                         "ddpm/metrics.jsonl in it; name a folder such as runs/<experiment>")
     scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
-    apart = set_apart(scored)
+    damaged: list[Apart] = []
+    whole = [folder for folder in scored if _is_whole(folder, damaged)]
+    apart = set_apart(whole)
     others = {run.folder for run in apart}
-    runs = pd.DataFrame([_run_row(path.name, folder) for folder in scored if folder not in others])
+    without = {folder for folder in whole if read_metrics_json(folder).get("physical", {}) is None}
+    runs = pd.DataFrame([_run_row(path.name, folder) for folder in whole if folder not in others | without])
+    unscored = pd.DataFrame([_unscored_row(folder) for folder in whole if folder in without - others])
     unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
-    config = next((_read_json(file) for file in configs if file.is_file()), {})
+    config = next((values for file in configs if (values := config_of(file))), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
-    return Experiment(path, runs, unfinished, config, pretraining, apart)
+    return Experiment(path, runs, unfinished, config, pretraining, apart, damaged, unscored)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_whole(folder: Path, damaged: list[Apart]) -> bool:
+    """Whether the files of a scored run are what its scoring wrote; where not, `damaged` gets it with the reason."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); evaluate that run again") from error
+        if read_metrics_json(folder).get("physical", {}) is None:
+            _unscored_row(folder)
+        else:
+            check_run(folder)
+            _run_row("", folder)
+    except UserError as error:
+        damaged.append(Apart(folder, str(error)))
+        return False
+    return True
 
 
 def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
-    metrics = _read_json(folder / "metrics.json")
+    metrics = read_metrics_json(folder)
     try:
         row = {key: metrics[key] for key in ("dataset", "split", "backbone", "variant", "shots", "draw", "seed",
                                              "unit", "images", "validation_labels")}
@@ -101,7 +109,9 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
         row |= _figures(metrics["physical"], "") | {"interval_low": low, "interval_high": high}
         row["macro_mre"] = macro_mean(metrics["physical"]["per_landmark"]["mre"])
     except KeyError as error:
-        raise UserError(f"{folder / 'metrics.json'} lacks {error}; evaluate that run again") from error
+        raise UserError(f"{folder / 'metrics.json'} lacks {error}; {AGAIN}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'metrics.json'} is damaged ({error!r:.80}); {AGAIN}") from error
     if metrics.get("paper"):
         row |= _figures(metrics["paper"], "paper_")
     if metrics.get("release"):
@@ -118,6 +128,13 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
     if metrics.get("validation_mre") is not None:  # of runs scored before there was one, what training logged
         start["validation_mre"] = metrics["validation_mre"]
     return {"experiment": experiment, **row, **start, "path": folder}
+
+
+def _unscored_row(folder: Path) -> dict[str, Any]:
+    metrics = read_metrics_json(folder)
+    row = {key: metrics[key] for key in ("dataset", "backbone", "variant", "shots", "draw", "seed", "unit", "images")}
+    return {**row, "volumes": len(metrics["image_size"]) == 3, "path": folder,
+            "expected_error": metrics.get("expected_error") or np.nan}
 
 
 def _figures(summary: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -184,32 +201,6 @@ def _intervals(group: pd.DataFrame) -> dict[str, float]:
 def _pooled(group: pd.DataFrame, *options: Any) -> tuple[np.ndarray, np.ndarray]:
     by_draw, patients = errors_by_draw(group, *options)
     return np.concatenate(list(by_draw.values()), axis=1), patients
-
-
-def read_predictions(folder: Path) -> pd.DataFrame:
-    """predictions.csv with text as text and numbers as numbers (NaN where empty).
-
-    Raises UserError where it is missing, or not whole: a row for each of the images and landmarks of metrics.json.
-    """
-    path = folder / "predictions.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing though metrics.json is there; evaluate that run again")
-    try:
-        text = path.read_text(encoding="utf8")
-        table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
-        rows = set(zip(table["image"], table["landmark"], strict=True))
-        complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
-        for column in table.columns.intersection(list(NUMBERS)):
-            table[column] = pd.to_numeric(table[column])
-    except (ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{path} is not a table of predictions ({error}); evaluate that run again") from error
-    metrics = _read_json(folder / "metrics.json")
-    images, landmarks = metrics["images"], metrics["landmark_names"]
-    expected = set(product(table["image"].unique(), landmarks))
-    if not complete or rows != expected or not len(table) == len(expected) == images * len(landmarks):
-        raise UserError(f"{path} is cut or damaged: it has {len(table)} rows, not one for each of {len(landmarks)} "
-                        f"landmarks in each of {images} images, as metrics.json says; evaluate that run again")
-    return table
 
 
 def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:

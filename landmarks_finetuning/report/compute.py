@@ -11,6 +11,8 @@ import numpy as np
 
 from core.config.unet import UNet as UNetConfig
 from core.training.run_log import read_metrics
+from landmarks_finetuning.report.provenance import config_of
+from landmarks_finetuning.report.run_files import read_metrics_json
 
 
 @lru_cache
@@ -40,9 +42,9 @@ def training_images(lines: list[dict[str, Any]], last_step: float = np.inf) -> f
 
 def finetuning_flops(folder: Path) -> float:
     """Training operations of a fine-tuned U-Net, whether its last step was kept or not; NaN where not known."""
-    landmarks, total = len(_read(folder / "metrics.json")["landmark_names"]), 0.0
+    landmarks, total = len(read_metrics_json(folder)["landmark_names"]), 0.0
     for path in sorted(folder.rglob("metrics.jsonl")):  # of both stages, where there are two
-        config = _read(path.parent / "config.json")
+        config = config_of(path.parent / "config.json")
         timed = config.get("finetune", {}).get("timestep") is not None
         total += _flops(config, read_metrics(path), np.inf, landmarks, timed)
     return total or np.nan
@@ -50,11 +52,7 @@ def finetuning_flops(folder: Path) -> float:
 
 def pretraining_flops(folder: Path, iteration: int) -> float:
     """Training operations of the diffusion pre-training in `folder` up to `iteration`; NaN where not known."""
-    return _flops(_read(folder / "config.json"), read_metrics(folder / "metrics.jsonl"), iteration, 1, True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    return _flops(config_of(folder / "config.json"), read_metrics(folder / "metrics.jsonl"), iteration, 1, True)
 
 
 def _flops(config: dict[str, Any], lines: list[dict[str, Any]], last_step: float, outputs: int, timed: bool) -> float:

@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's own type lists every key
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
     "grid.color": INK, "grid.alpha": 0.13, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": ["DejaVu Sans"], "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
+    "axes.titleweight": "bold", "text.parse_math": False,  # a landmark may be called $x^{$
 }
 
 

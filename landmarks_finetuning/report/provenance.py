@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from core.errors import UserError
+from core.errors import DamagedFile, UserError
+from core.files import parse_json
+from core.formats.json_files import read_object
 from core.training.run_log import read_metrics
 
 UNKNOWN = "unknown"
@@ -29,7 +30,7 @@ def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
     path = folder / "config.json"
     if backbone != "ddpm" or not path.is_file():
         return start
-    config = json.loads(path.read_text(encoding="utf8"))
+    config = config_of(path)
     finetune, checkpoints = config.get("finetune", {}), config.get("ddpm", {}).get("checkpoint_iterations")
     if finetune.get("checkpoint"):
         path = Path(finetune["checkpoint"])
@@ -38,6 +39,14 @@ def starting_point(folder: Path, backbone: str) -> dict[str, Any]:
                         "pretraining_iteration": int(named.group(1)) if named else None}
     iteration = finetune.get("pretraining_iteration") or max(checkpoints or [0]) or None
     return start | {"pretraining_dataset": config.get("dataset", {}).get("name"), "pretraining_iteration": iteration}
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """A config.json whose run stands without it too; empty where there is none, or it is damaged."""
+    try:
+        return read_object(path, "") if path.is_file() else {}
+    except DamagedFile:
+        return {}
 
 
 def checkpoint_dataset(path: Path) -> str:
@@ -49,12 +58,12 @@ def checkpoint_dataset(path: Path) -> str:
     if path.suffix == ".safetensors" and path.is_file():
         try:
             with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {}).get("header", "{}"))
-        except (SafetensorError, ValueError) as error:
+                header = parse_json((file.metadata() or {}).get("header", "{}"))
+            name = header.get("config", {}).get("dataset", {}).get("name")
+        except (SafetensorError, ValueError, AttributeError, OSError) as error:
             raise UserError(f"{path} is truncated or not a weights file ({error})") from None
-        name = header.get("config", {}).get("dataset", {}).get("name")
         if name:
-            return name
+            return str(name)
     if path.parent.name == "ddpm":
         return path.parent.parent.name
     return path.parent.name if path.parent.parent.name == "DDPM" else UNKNOWN

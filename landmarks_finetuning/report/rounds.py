@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
 
 from landmarks_finetuning.report.frames import named_rows
+from landmarks_finetuning.report.run_files import read_metrics_json
 
 FIGURES = ("images", "landmarks", "certainty", "moved", "validation_mre")
 
@@ -16,7 +16,7 @@ def round_rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """{backbone, variant, shots, round, runs} and FIGURES, means over draws and seeds; NaN where a round has none."""
     found = []
     for run in named_rows(runs):
-        metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf8"))
+        metrics = read_metrics_json(run.path)
         found += [{"backbone": run.backbone, "variant": run.variant, "shots": run.shots, **entry}
                   for entry in metrics.get("rounds") or []]
     if not found:

@@ -332,3 +332,15 @@ def test_finished_study_imports_and_reads_little(study, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "--config", study], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "finetune  6 runs, 6 done, 0 left" in done.stdout and done.stdout.endswith(f"report: {page}\n[]\n")
+
+
+def test_a_lock_that_cannot_be_made_ends_in_one_line(tmp_path):
+    for target in (tmp_path / "nowhere" / "file", tmp_path / "file"):
+        folder = tmp_path / target.parent.name
+        folder.mkdir(exist_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
+        (folder / LOCK).symlink_to(target.with_name("none") / "deeper")
+        with pytest.raises(UserError, match=r"claim.lock cannot be claimed: it is a link; delete it"), claim(folder):
+            pass
+    with pytest.raises(UserError, match=r"/proc/runs.* cannot be claimed: "), claim(Path("/proc/runs/study/ddpm")):
+        pass

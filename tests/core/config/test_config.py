@@ -240,7 +240,7 @@ def test_reference_says_what_a_key_is():
     assert all(len(row) == 5 and all(cell.strip() for cell in row) for row in rows)
     assert [row[0].strip(" `") for row in rows if "ddpm.clip" in row[0]] == ["ddpm.clip.mode", "ddpm.clip.limit"]
     for row in ("| `evaluation.split` | `test`, `validation` | `\"test\"` | scoring | images that are scored: choose "
-                "settings on validation, test once |",
+                "settings on validation, test once; only where evaluation.folds is null |",
                 "| `finetune.learning_rate.dino` | number above 0 | `0.001` | identity: training | of an encoder from "
                 "DINO; for dino (`lr-` in a variant's name) |",
                 "| `dataset.percentiles` | [number, number] | `[1.0, 99.0]` | identity: pretraining, ssl, training | "
@@ -260,3 +260,14 @@ def test_paper_presets():
     assert (finetune.learning_rate.imagenet, finetune.encoder) == (1e-4, "densenet161")
     assert (finetune.plateau_patience, finetune.early_stop_patience, finetune.clip.mode) == (13, 27, "none")
     assert (text.unet.blocks_per_level, text.unet.full_attention_sizes, text.unet.linear_attention) == (4, (32,), False)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"ddpm": {"beta_start": 0.5}}, "ddpm.beta_start 0.5 must not be above ddpm.beta_end 0.02"),
+    ({"evaluation": {"sdr_thresholds": [2, -1]}}, "sdr_thresholds.1: input should be greater than 0, got -1"),
+])
+def test_noise_that_falls_and_negative_thresholds_are_refused(values, message):
+    with pytest.raises(UserError) as caught:
+        parse_config(values, "a.json")
+    assert message in str(caught.value)
+    parse_config({"ddpm": {"beta_start": 0.02}, "evaluation": {"sdr_thresholds": [2, 2.5]}}, "a.json")

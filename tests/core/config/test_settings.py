@@ -14,7 +14,7 @@ VARIANT_KEYS = {"loss": "loss", "target": "target", "sigma": "sigma", "decoder":
                 "encoder_weights": "weights", "iterations": "steps", "epochs": "epochs",
                 "learning_rate": "lr", "validation": "val", "selection": "pick", "shape_modes": "modes",
                 "ema_decay": "ema",
-                "batch_size": "batch", "scheduler": "schedule"}  # fmt: skip
+                "batch_size": "batch", "scheduler": "schedule", "evaluation": "folds"}  # fmt: skip
 STAGED_KEYS = {"refine.zoom": "zoom", "refine.crop": "crop", "refine.start": "fine", "refine.sigma": "fine-sigma",
                "refine.prior": "fine-prior", "refine.iterations": "fine-steps", "refine.batch_size": "fine-batch",
                "self_training.rounds": "rounds", "self_training.matching": "match", "self_training.images": "pseudo",
@@ -69,13 +69,14 @@ def test_cells_watch_the_same_keys_as_before(backbone):
     others = [f"finetune.{key}.{name}" for key in BY_BACKBONE for name in BACKBONES if name != backbone]
     free = (*CELL_FREE, *others, *(f"finetune.{key}" for key in foreign))
     network = {"ddpm": ("unet", "ddpm.checkpoint_iterations"), "scratch": ("unet",)}.get(backbone, ())
-    assert counting_for("training", backbone) == below(("experiment.seed", "dataset", *network, "finetune"), free)
+    assert counting_for("training", backbone) == below(
+        ("experiment.seed", "dataset", *network, "finetune", "evaluation.folds"), free)
     assert counting_for("scoring", backbone) == SCORING | (set() if backbone == "global_to_local" else OF_A_DETECTOR)
 
 
 def test_the_mean_shape_depends_on_data_and_labels():
     assert counting_for("training", "mean_shape") == below(
-        ("dataset", "finetune.selection", "finetune.validation"), PLACES)
+        ("dataset", "finetune.selection", "finetune.validation", "evaluation.folds"), PLACES)
     assert counting_for("scoring", "mean_shape") == SCORING
 
 

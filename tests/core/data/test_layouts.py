@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.config.dataset import Dataset
 from core.data.layouts import LAYOUTS, read_layout
+from core.data.make_pack import write_pack
+from core.data.source import load_source
 from core.errors import UserError
-from tests.conftest import DATA
+from tests.conftest import DATA, error_of
 
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not found; set LANDMARK_DATA")
 SPLITS = {"train": ["s/a"], "validation": ["b"], "test": ["c.png"]}
@@ -73,6 +76,43 @@ def test_row_without_landmarks_is_unlabelled_unless_its_patient_is_tested(tmp_pa
     assert read_layout("folder", make_folder(tmp_path, ROWS | {"d": "p3,,,,"})).unlabelled == ()
 
 
+def test_without_splits_every_label_trains(tmp_path):
+    """Listed or not: what is held back by nothing says so, also in a pack and less single images."""
+    source = read_layout("folder", make_folder(tmp_path, splits=None))
+    assert ids(source.splits["train"]) == ["b", "c", "s/a"] and source.nothing_held_back
+    assert ids(source.pretraining_records()) == ["b", "c", "s/a", "d"]
+    described = json.loads((tmp_path / "dataset.json").read_text())
+    for splits, kept in (({"train": ["b"]}, True), ({"train": 1.0}, True), ({"train": ["b"], "test": ["c"]}, False),
+                         ({"test": ["b", "c"]}, False)):
+        (tmp_path / "dataset.json").write_text(json.dumps(described | {"splits": splits}))
+        assert read_layout("folder", tmp_path).nothing_held_back is kept
+    assert ids(read_layout("folder", tmp_path).splits["test"]) == ["b", "c"]  # another hospital's
+    del described["splits"]
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    config = Dataset(root=str(tmp_path), image_size=(8, 8), cache_dir=str(tmp_path / "cache"))
+    write_pack(config, tmp_path / "pack.npz")
+    packed = load_source(config.model_copy(update={"root": str(tmp_path / "pack.npz")}))
+    assert packed.nothing_held_back and len(packed.splits["train"]) == 3
+
+
+def test_images_alone_are_a_data_set(tmp_path):
+    """No label, no description: all images are for pre-training; what needs labels says that there are none."""
+    for name in ("a", "x/b"):
+        picture(tmp_path / "images" / f"{name}.png")
+    source = read_layout("folder", tmp_path)
+    assert ids(source.pretraining_records()) == ["a", "x/b"] and source.landmark_names == ()
+    with pytest.raises(UserError, match="has no labelled image: add labels .*, or pre-train alone: --stages pretrain"):
+        source.require("train")
+    with pytest.raises(UserError, match="dataset.json is missing"):
+        read_layout("folder", tmp_path, description=tmp_path / "nowhere.json")
+    (tmp_path / "dataset.json").write_text(json.dumps({"landmarks": ["tip"], "splits": {"train": 0.5, "test": 0.5}}))
+    assert ids(read_layout("folder", tmp_path).unlabelled) == ["a", "x/b"]
+    assert not (tmp_path / "dataset.splits.json").exists()  # labels that come later are still to be drawn
+    (tmp_path / "landmarks.csv").write_text("image,tip_x,tip_y\na,1,2\nx/b,3,4\n")
+    assert {split: len(some) for split, some in read_layout("folder", tmp_path).splits.items()} == {
+        "train": 1, "validation": 0, "test": 1}
+
+
 def test_labelled_image_in_no_split_is_not_used(tmp_path):
     source = read_layout("folder", make_folder(tmp_path, splits={"train": ["s/a"], "test": ["c"]}))
     assert ids(source.pretraining_records()) == ["s/a", "d"]
@@ -111,8 +151,6 @@ def test_drawn_splits_keep_patients_together(tmp_path):
         ({"splits": SPLITS | {"test": 0.5}}, "give either a list .* or a fraction"),
         ({"splits": SPLITS | {"seed": 1}}, "give either a list .* or a fraction"),
         ({"splits": SPLITS | {"tset": []}}, r'splits: unknown key "tset" \(did you mean "test"\?\)'),
-        ({"splits": {"test": ["c"]}}, 'key "train" is missing'),
-        ({"splits": {"train": []}}, "has no labelled image"),
         ({"landmark": []}, r'dataset.json: unknown key "landmark" \(did you mean "landmarks"\?\); keys are landmarks,'),
         ({"landmarks": []}, "landmarks must be a list of one or more names"),
         ({"landmarks": ["tip", "tip"]}, "landmarks must be different names"),
@@ -245,3 +283,12 @@ def test_real_data():
     assert len(cephalo.pretraining_records()) == 150 and len(chest.pretraining_records()) == 229
     assert chest.splits["train"][0].spacing == (0.5, 0.5)
     assert all(0.05 < record.spacing[0] < 0.25 for record in hand.splits["train"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x00", "\u2028"])
+def test_landmarks_that_cannot_be_shown_are_refused(tmp_path, name):
+    from core.data.folder_layout import read_description
+
+    (tmp_path / "dataset.json").write_text(json.dumps({"landmarks": ["$x^{$", name + "!"], "splits": {}}))
+    assert "holds a line break or another character that cannot be shown" in error_of(
+        read_description, tmp_path / "dataset.json")

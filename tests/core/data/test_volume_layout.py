@@ -264,7 +264,7 @@ def test_table_and_folder(tmp_path):
     refuses(tmp_path, f"data set at {tmp_path} has both landmarks.csv and landmarks/; give one of them, see data")
     shutil.rmtree(tmp_path / "landmarks")
     (tmp_path / "landmarks.csv").unlink()
-    refuses(tmp_path, f"data set at {tmp_path} has neither landmarks.csv nor landmarks/; give one of them")
+    refuses(tmp_path, f'image "c0" has no landmarks in {tmp_path}/landmarks.csv or landmarks')
 
 
 def test_landmark_files_that_do_not_fit(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save
 
 from core.config.load import parse_config
 from core.config.unet import UNet as UNetConfig
+from core.errors import UserError
 from core.files import atomic_file, write_atomically, write_json
 from core.formats.pickles import read_pickle
 from core.networks.unet import UNet
@@ -96,6 +98,25 @@ def test_truncated_last_offers_previous(tmp_path, keep):
     assert f"{tmp_path}/last.pt is " in line and "previous.pt (step 40) is whole" in line
     assert line.endswith("python -m ddpm_pretraining.train --config c.json --resume previous")
     assert load_state(tmp_path, "previous", "run")["step"] == 40
+
+
+def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
+    """Wherever it is, the state is refused in one line, or reads as it was."""
+    save_state(tmp_path, {"step": 40, "tensor": torch.randn(500, generator=torch.Generator().manual_seed(0))})
+    whole, saved = (tmp_path / "last.pt").read_bytes(), load_state(tmp_path, "last", "run")
+    refused = 0
+    for place in random.Random(0).sample(range(8 * len(whole)), 300):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        (tmp_path / "last.pt").write_bytes(flipped)
+        try:
+            state = load_state(tmp_path, "last", "run")
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path / "last.pt") in str(error)
+            refused += 1
+        else:
+            assert state["step"] == 40 and torch.equal(state["tensor"], saved["tensor"])
+    assert refused > 100
 
 
 def test_missing_states(tmp_path):

@@ -40,16 +40,23 @@ def touch(path):
 
 
 def test_cells_in_order(tmp_path):
-    assert cells(make(tmp_path, shots=[5], seeds=[0]).finetune) == [
+    assert cells(make(tmp_path, shots=[5], seeds=[0])) == [
         Cell(MEAN_SHAPE, 5, 0, 0), Cell(MEAN_SHAPE, 5, 2, 0),
         Cell("ddpm", 5, 0, 0), Cell("scratch", 5, 0, 0), Cell("ddpm", 5, 2, 0), Cell("scratch", 5, 2, 0),
     ]  # fmt: skip
-    plan = cells(make(tmp_path).finetune)
+    plan = cells(make(tmp_path))
     assert len(plan) == len(set(plan)) == 2 * 2 + 2 * 2 * 2 * 2  # shots x draws, and that x seeds x backbones
     assert [cell.backbone for cell in plan[:5]] == [MEAN_SHAPE] * 4 + ["ddpm"]
     assert [cell.shots for cell in plan[4:]] == [1] * 8 + [5] * 8
-    assert {cell.draw for cell in cells(make(tmp_path, selection="first").finetune)} == {0}  # the first k have one
-    assert {cell.draw for cell in cells(make(tmp_path, selection="coverage").finetune)} == {0}
+    assert {cell.draw for cell in cells(make(tmp_path, selection="first"))} == {0}  # the first k have one
+    assert {cell.draw for cell in cells(make(tmp_path, selection="coverage"))} == {0}
+
+
+def test_folds_come_before_what_joins_them(tmp_path):
+    config = make(tmp_path, shots=[5], draws=[0], seeds=[0], backbones=["scratch"])
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"folds": 2})})
+    assert cells(config) == [Cell(backbone, 5, 0, 0, fold) for backbone in (MEAN_SHAPE, "scratch")
+                             for fold in (1, 2, None)]
 
 
 def test_folder_of_a_cell(tmp_path):

@@ -284,8 +284,8 @@ def test_early_stop_count_and_plateau_survive_a_resume(tmp_path):
 def test_last_step_is_validated_saved_and_a_milestone(tmp_path):
     task = Regression(scripted=[1.0] * 9)
     run(make_training(task, iterations=5, validate_every=2, milestones=frozenset({3, 5})), tmp_path)
-    assert task.calls == [("validate", 2), ("improved", 2), ("milestone", 3), ("validate", 4), ("milestone", 5),
-                          ("validate", 5)]
+    assert task.calls == [("validate", 2), ("improved", 2), ("milestone", 3), ("validate", 4), ("validate", 5),
+                          ("milestone", 5)]
     assert read_pickle(tmp_path / "last.pt")["step"] == 5 and read_pickle(tmp_path / "previous.pt")["step"] == 4
     assert [p.name for p in sorted(tmp_path.iterdir()) if p.is_file()] == ["last.pt", "metrics.jsonl", "previous.pt"]
 
@@ -384,6 +384,36 @@ def test_state_of_another_network_is_refused(tmp_path):
     with pytest.raises(UserError, match="last.pt: the saved state is of another network") as caught:
         run(other, tmp_path, "last")
     assert "\n" not in str(caught.value)
+
+
+def other_moments(state):
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
+
+
+def no_moments(state):
+    del state["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: state.update(identity="ddpm of experiment.seed 1"), "is the state of ddpm of experiment.seed 1, "),
+    (lambda state: state.update(made_with={"a.b": 3, "new": 1}), r"is the state of a run with a\.b = 3, not \[1, 2\]"),
+    (other_moments, r"exp_avg of a parameter of shape \[1, 3\] has the shape \[2, 2\]"),
+    (no_moments, "does not hold what this training's state holds"),
+    (lambda state: state.pop("plateau"), "does not hold what this training's state holds"),
+    (lambda state: state.pop("step"), "holds no training state"),
+], ids=["identity", "settings", "moments", "groups", "plateau", "step"])
+def test_the_state_of_another_run_is_refused(tmp_path, change, message):
+    run(make_training(made_with={"a.b": (1, 2), "c": None}), tmp_path)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["made_with"] == {"a.b": (1, 2), "c": None}
+    del state["checksum"]  # as of older ones
+    change(state)
+    torch.save(state, path)
+    (tmp_path / "previous.pt").unlink()
+    with pytest.raises(UserError, match=message) as caught:
+        run(make_training(made_with={"a.b": (1, 2), "c": None}), tmp_path, "last")
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_state_in_another_memory_layout(tmp_path):

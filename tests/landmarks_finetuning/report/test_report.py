@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +15,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from core.errors import UserError
+from core.errors import RunsFailed, UserError
+from core.training.run_log import read_metrics
 from landmarks_finetuning.pictures.overlays import PREDICTION, TITLE_HEIGHT, TRUTH, draw_numbers, draw_overlay
+from landmarks_finetuning.report import __main__ as report_command
+from landmarks_finetuning.report import build
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import aggregate, compare, read_experiment, select
 from landmarks_finetuning.report.findings import comparisons, verdict
 from landmarks_finetuning.statistics import bootstrap_interval
-from tests.conftest import error_of
 
 NAMES = ("Sella", "Nasion")
 THRESHOLDS = (2.0, 2.5)
@@ -212,7 +218,7 @@ def test_folder_without_runs_is_a_user_error(tmp_path, make):
 
 def test_missing_predictions_are_a_user_error(tmp_path):
     (write_run(tmp_path, "ddpm", 10, 0, [[1, 1]]) / "predictions.csv").unlink()
-    with pytest.raises(UserError, match=r"predictions\.csv is missing"):
+    with pytest.raises(RunsFailed, match=r"predictions\.csv is missing"):
         build_report([tmp_path])
 
 
@@ -236,15 +242,112 @@ def without_line(text: str, line: int) -> str:
     lambda text: text.splitlines(keepends=True)[0],
     lambda text: "",
     lambda text: "image,landmar",
+    lambda text: text + text,
+    lambda text: text.replace(",Sella,1,2,1,2,1.0", ",Sella,1,2,1,2,1.5", 1),
+    lambda text: text.replace("000,,Sella,1,2", "000,,Sella,1,3", 1),
+    lambda text: text.encode("utf-16").decode("latin-1"),
 ], ids=["half", "cell", "digit", "row", "image", "a row within", "a row twice", "another name", "a short row",
-        "a long row", "no number", "head alone", "empty", "half a head"])
-def test_cut_predictions_are_not_reported_as_if_whole(tmp_path, damage):
+        "a long row", "no number", "head alone", "empty", "half a head",
+        "doubled", "another error", "another place", "another encoding"])
+def test_changed_predictions_are_named_and_not_reported(tmp_path, damage):
     path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, np.nan], [3, 3]]) / "predictions.csv"
-    whole = path.read_text()
+    write_run(tmp_path, "scratch", 10, 0, [[4, 4], [4, 4], [4, 4]])
+    digested(path)
+    assert not read_experiment(tmp_path).damaged
+    path.write_text(damage(path.read_text()), encoding="latin-1")
+    experiment = read_experiment(tmp_path)
+    (run,) = experiment.damaged
+    assert run.folder == path.parent and run.reason.startswith(f"{path} ") and "\n" not in run.reason
+    assert re.search(r"(is cut or damaged|is not a table|was changed since).*; evaluate that run again$", run.reason)
+    assert experiment.runs["backbone"].tolist() == ["scratch"]
+
+
+def test_a_damaged_run_is_named_on_the_page_and_by_the_command(tmp_path):
+    """The page has the other run alone, and the launch or command ends in status 1."""
+    path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]]) / "predictions.csv"
+    write_run(tmp_path, "scratch", 10, 0, [[4, 4]])
+    path.write_text("")
+    with pytest.raises(RunsFailed) as caught:
+        build_report([tmp_path])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and lines[1].startswith(f"  {path.parent}: {path} ")
+    page = (tmp_path / "report/index.html").read_text()
+    assert "1 run is left out of every figure" in page and "evaluate that run again" in page
+    assert pd.read_csv(tmp_path / "report/tables/runs.csv")["backbone"].tolist() == ["scratch"]
+
+
+def digested(path):
+    """metrics.json says of which table it is, as scoring writes it."""
+    metrics = json.loads((path.parent / "metrics.json").read_text())
+    metrics["predictions_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_without_a_digest_count_and_mean_are_compared(tmp_path):
+    """Of runs scored before there was one."""
+    path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, np.nan], [3, 3]]) / "predictions.csv"
+    path.write_text(path.read_text().replace(",3.0,3.0", ",3.1,3.1", 1))
+    (run,) = read_experiment(tmp_path).damaged
+    assert "the mean of its 5 errors is 2.0200, that of metrics.json, of 5, is 2.0000" in run.reason
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("metrics.json", b""), ("metrics.json", b"[1]"), ("metrics.json", b'{"physical": 3, "images": 1}'),
+    ("metrics.json", b"\xff\xfe{"), ("metrics.json", b"[" * 100_000), ("config.json", b"{"), ("config.json", b"\xff"),
+    ("inputs.json", b"{"), ("inputs.json", b"{}"), ("predictions.csv", b"\xff\xfe\x00"),
+])
+def test_a_damaged_file_of_one_run_leaves_the_others(tmp_path, name, content):
+    folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
+    write_run(tmp_path, "scratch", 10, 0, [[4, 4]])
+    (folder / name).write_bytes(content)
+    experiment = read_experiment(tmp_path)
+    (run,) = experiment.damaged
+    assert run.folder == folder and str(folder / name) in run.reason and "\n" not in run.reason
+    assert experiment.runs["backbone"].tolist() == ["scratch"]
+
+
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
+    (folder / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 3, "validation_loss": 1.0}\n{"s')
+    assert read_metrics(folder / "metrics.jsonl") == [{"step": 3, "validation_loss": 1.0}]
+    assert not read_experiment(tmp_path).damaged
+
+
+def test_an_earlier_reports_tables_stay_until_the_new_ones_are_whole(tmp_path, monkeypatch):
+    write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
+    report = build_report([tmp_path]).parent
+    before = {path.name: path.read_bytes() for path in (report / "tables").iterdir()}
+    (report / "tables/old.csv").write_text("of an earlier report")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "page_filters", lambda pages: 1 / 0)  # after all tables
+        with pytest.raises(ZeroDivisionError):
+            build_report([tmp_path])
+    assert {path.name for path in (report / "tables").iterdir()} == {*before, "old.csv"}
     build_report([tmp_path])
-    path.write_text(damage(whole))
-    message = error_of(build_report, [tmp_path])
-    assert re.search(r"predictions\.csv is (cut or damaged|not a table).*; evaluate that run again$", message)
+    assert {path.name: path.read_bytes() for path in (report / "tables").iterdir()} == before
+    assert sorted(path.name for path in report.iterdir()) == ["figures", "index.html", "tables"]
+
+
+def test_two_reports_at_once(tmp_path, monkeypatch):
+    """The second command waits for the first one."""
+    write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
+    inside, seen = [], []
+
+    def slow(folders):
+        inside.append(folders)
+        time.sleep(0.3)
+        seen.append(len(inside))
+        inside.pop()
+        return tmp_path
+
+    monkeypatch.setattr(report_command, "build_report", slow)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    threads = [threading.Thread(target=report_command.main) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1]
 
 
 def mark_centre(picture: Image.Image, height: int, colour: tuple[int, int, int]) -> np.ndarray:

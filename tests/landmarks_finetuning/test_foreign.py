@@ -1,0 +1,70 @@
+"""Files that others made say what they hold, never where this program writes."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from landmarks_finetuning.report.build import build_report
+from tests.landmarks_finetuning.report.test_report import write_run
+
+
+@pytest.fixture
+def foreign(tiny_cell, tmp_path):
+    """foreign(key=value) -> a copy of the trained cell whose header and config.json say other things of the data."""
+
+    def make(**dataset):
+        run = tmp_path / "run"
+        shutil.copytree(tiny_cell, run, ignore=shutil.ignore_patterns("evaluations"))
+        path = run / "best.safetensors"
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["header"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header["config"]["dataset"] |= dataset
+        save_file(tensors, path, metadata={"header": json.dumps(header)})
+        config = json.loads((run / "config.json").read_text())
+        config["dataset"] |= dataset
+        (run / "config.json").write_text(json.dumps(config))
+        return run
+
+    return make
+
+
+def test_a_header_does_not_say_where_images_are_kept(foreign, phantom, tmp_path, run_main):
+    run, out = foreign(cache_dir=str(tmp_path / "theirs")), tmp_path / "out"
+    image = phantom / "jpg" / "001.jpg"
+    for more in ((), ("--set", "evaluation.batch_size=2")):
+        assert run_main("landmarks_finetuning.predict", run, image, "--out", out, *more)[0] == 0
+        assert run_main("landmarks_finetuning.evaluate", run, "--out", out, *more)[0] == 0
+    assert not (tmp_path / "theirs").exists()
+    asked = tmp_path / "asked"
+    assert run_main("landmarks_finetuning.predict", run, image, "--out", out, "--set", f"dataset.cache_dir={asked}"
+                    )[0] == 0
+    assert len(list(asked.glob("*.npy"))) == 1
+
+
+def test_a_header_makes_no_phantoms(foreign, tmp_path, run_main):
+    root = tmp_path / "theirs" / "data"
+    run = foreign(root=str(root), phantom={"count": 152, "size": [96, 78], "seed": 0})
+    status, _, said = run_main("landmarks_finetuning.evaluate", run)
+    assert status == 2 and said.count("\n") == 1 and str(root) in said and not root.parent.exists()
+
+
+def test_a_name_in_metrics_makes_no_path(tmp_path):
+    root = tmp_path / "runs" / "study"
+    names = ("=cmd", "$x^{$")
+    for backbone, errors in (("ddpm", [[1, 3], [2, 2]]), ("scratch", [[2, 4], [3, 3]])):
+        run = write_run(root, backbone, 10, 0, errors, dataset="../../../../out/" + "n" * 300, landmark_names=names)
+        table = pd.read_csv(run / "predictions.csv", dtype=str, keep_default_na=False)
+        table["landmark"] = table["landmark"].map({"Sella": "'=cmd", "Nasion": "$x^{$"})
+        table.to_csv(run / "predictions.csv", index=False)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    page = build_report([root])
+    made = [path for path in tmp_path.rglob("*") if path not in before]
+    assert made and all(root / "report" in (path, *path.parents) for path in made)
+    assert "$x^{$" in page.read_text() and list((page.parent / "figures").glob("*landmarks.png"))
+    rows = pd.read_csv(page.parent / "tables/per_landmark.csv")
+    assert set(rows["landmark"]) == {"'=cmd", "$x^{$"}
