@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -83,10 +83,9 @@ class Detector:
     def __call__(self, image: PathLike) -> Landmarks | list[Landmarks]: ...
 
     @overload
-    def __call__(self, image: Iterable[np.ndarray | PathLike], spacing_mm: Spacing | None = None
-                 ) -> list[Landmarks]: ...
+    def __call__(self, image: list[Any] | tuple[Any, ...], spacing_mm: Spacing | None = None) -> list[Landmarks]: ...
 
-    def __call__(self, image: np.ndarray | PathLike | Iterable[np.ndarray | PathLike],
+    def __call__(self, image: np.ndarray | PathLike | list[Any] | tuple[Any, ...],
                  spacing_mm: Spacing | None = None) -> Landmarks | list[Landmarks]:
         """The landmarks of an array, or of an image file or series; a list of those of a folder, or of several images.
 
@@ -103,8 +102,10 @@ class Detector:
             return found if Path(image).is_dir() and not is_series(Path(image)) else found[0]
         records: list[Record] = []
         for number, each in enumerate(image):
-            in_memory = isinstance(each, np.ndarray)
-            records += [self._in_memory(each, f"array {number}", spacing_mm)] if in_memory else self._in_files(each)
+            if isinstance(each, np.ndarray):
+                records.append(self._in_memory(each, f"array {number}", spacing_mm))
+            else:
+                records += self._in_files(each)
         return self._found(records)
 
     def _in_memory(self, array: np.ndarray, name: str, spacing_mm: Spacing | None) -> Record:
