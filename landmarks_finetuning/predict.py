@@ -34,12 +34,12 @@ from landmarks_finetuning.predictions import (
 from landmarks_finetuning.uncertainty import Calibration
 
 
-def collect_images(paths: list[Path], out: Path, spacing_mm: float | None = None) -> list[Record]:
+def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None = None) -> list[Record]:
     """Every image or volume named or below a named folder; UserError when there is none, or two share a name.
 
     What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training.
     """
-    written = (out / "overlays").resolve(), (out / "markups").resolve()
+    written = [] if out is None else [(out / name).resolve() for name in ("overlays", "markups")]
     images: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
@@ -119,11 +119,11 @@ def _write_formats(out: Path, labels: LabelSet, images: dict[str, Path], formats
             note_once(str(path), f"note: {name} cannot hold {', '.join(gone)}")
 
 
-def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None
-                   ) -> Iterator[Predictions]:
+def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None,
+                   progress: bool = True) -> Iterator[Predictions]:
     """What `detector` finds in `records`, batch by batch, with a progress bar."""
     some = detector.config.evaluation.batch_size
-    for first in tqdm(range(0, len(records), some), "batches"):
+    for first in tqdm(range(0, len(records), some), "batches", disable=not progress):
         images = load_images(records[first : first + some], detector.config.dataset)
         yield find_landmarks(detector, images, calibration=calibration)
 
