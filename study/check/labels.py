@@ -190,11 +190,12 @@ def _row_alarm(labels: Labelled, fit: Fit, case: int) -> Alarm:
     """A whole row that fits no more: how to read it so that it does, where there is a way."""
     name = labels.records[case].id
     now = np.nanmean(fit.off[case])
-    middle = np.nanmean(labels.shapes / np.where(labels.points == 0, 1, labels.sizes[:, None]), axis=(0, 1))
+    usual = np.nanmedian(labels.shapes, axis=0)
     tries = []
     for words, shape in _readings(labels, case):
         off = np.nanmean(_fit(fit.mean, shape[None]).off)
-        away = np.linalg.norm(np.nanmean(shape / labels.sizes[case], axis=0) - middle)
+        moved = shape - usual
+        away = float(np.nanmean(np.linalg.norm(moved - np.nanmean(moved, axis=0), axis=1)))  # a turn counts
         if off < MENDED * now:
             tries.append((away, words))
     if tries:

@@ -105,7 +105,7 @@ def size_alarms(records: Sequence[Record]) -> list[Alarm]:
         middle, spread = robust(extent, 1e-6)
         for n in np.flatnonzero(abs(extent - middle) > max(np.log(2.5), 6 * spread)).tolist():
             alarms.append(Alarm("another spacing", (given[n].id,), f"{given[n].id}: {np.exp(spacing[n]):.4g} mm "
-                                f"a pixel makes the image {np.exp(extent[n] - middle):.3g} times the others' size in mm"))
+                                f"a pixel makes it {np.exp(extent[n] - middle):.3g} times the others' size in mm"))
     return alarms
 
 
