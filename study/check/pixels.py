@@ -20,7 +20,7 @@ from study.check.labels import Labelled
 
 MOST = 1000  # images looked at, spread evenly over the data set
 FLAT = 0.02  # of the other images' spread of grey values: nothing to see
-SATURATED = 0.5  # of the pixels at the brightest or the darkest value, beyond what the other images have
+SATURATED = 0.4  # of the pixels at the brightest or the darkest value, beyond what the other images have
 NEGATIVE = -0.3  # correlation with the mean image, where the others' median is above 0.3
 GROUP, DRIFT, APART = 5, 2.5, 0.75  # images at least; pooled deviations; of pairs that lie the same way round
 ASPECT = 1.25  # of width and height, against the others

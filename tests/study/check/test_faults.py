@@ -115,7 +115,7 @@ def negative(data):
 
 
 def clipped(data):
-    data.pictures[VICTIM] = data.pictures[VICTIM].point(lambda v: min(255, 8 * v))
+    data.pictures[VICTIM] = data.pictures[VICTIM].point(lambda v: 255 if v > 8 else v)
 
 
 def wrong_spacing(data):
