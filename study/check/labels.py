@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.config.dataset import Dataset as DatasetConfig
+from core.data.cache import load_one
 from core.data.records import Record
 from core.formats.geometry import index_to_world
 from landmarks_finetuning.shape import Shape, mean_shape
@@ -38,10 +40,11 @@ class Labelled(NamedTuple):
     shapes: np.ndarray
 
     @classmethod
-    def of(cls, records: Sequence[Record], names: tuple[str, ...]) -> Labelled:
-        """The labels of `records`, which are one at least."""
+    def of(cls, records: Sequence[Record], names: tuple[str, ...], config: DatasetConfig) -> Labelled:
+        """The labels of `records`, which are one at least; what a pack holds has its size from there."""
         points = np.stack([record.truth for record in records])
-        sizes = np.array([record.file_geometry().size for record in records], dtype=np.float64)
+        sizes = np.array([load_one(record, config).original_size if record.geometry is None else record.geometry.size
+                          for record in records], dtype=np.float64)
         return cls(tuple(records), names, points, sizes, np.stack([_straight(record) for record in records]))
 
     def place(self, case: int, landmark: int) -> str:

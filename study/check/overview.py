@@ -55,14 +55,15 @@ def overview(config: Config, source: DataSource, cost: Cost | None = None) -> Ov
         pictures, alarms = read_pictures(source.records, config.dataset)
         unread = {name for alarm in alarms for name in alarm.images}
         if source.labelled:
-            labels = Labelled.of(source.labelled, source.landmark_names)
+            labels = Labelled.of(source.labelled, source.landmark_names, config.dataset)
             alarms += label_alarms(labels)
         alarms += size_alarms(source.records) + picture_alarms(pictures)
         if source.labelled:
             named = unread | {name for alarm in alarms for name in alarm.images}
             rest = [record for record in source.labelled if record.id not in named][:MOST]
             if rest:
-                alarms += exchange_alarms(Labelled.of(rest, source.landmark_names), config.dataset)
+                labels = Labelled.of(rest, source.landmark_names, config.dataset)
+                alarms += exchange_alarms(labels, config.dataset)
         alarms += twin_alarms(pictures) + drift_alarms(source, pictures)
     return Overview(facts_of(config, source, pictures), alarms, pictures, cost)
 

@@ -36,7 +36,7 @@ class Picture(NamedTuple):
     high: float
     mean: float
     deviation: float
-    clipped: float  # share of the pixels at the darkest or the brightest value, the larger
+    clipped: tuple[float, float]  # shares of the pixels at the darkest and at the brightest value
     small: np.ndarray
     digest: str | None
 
@@ -53,7 +53,7 @@ def read_pictures(records: Sequence[Record], config: DatasetConfig) -> tuple[lis
             continue
         pixels = loaded.pixels
         low, high = float(pixels.min()), float(pixels.max())
-        clipped = max(float((pixels == low).mean()), float((pixels == high).mean())) if high > low else 1.0
+        clipped = float((pixels == low).mean()), float((pixels == high).mean())
         pictures.append(Picture(record, low, high, float(pixels.mean()), float(pixels.std()), clipped,
                                 reduced(pixels), loaded.digest))
     return pictures, alarms
@@ -65,7 +65,7 @@ def picture_alarms(pictures: Sequence[Picture]) -> list[Alarm]:
         return []
     alarms = []
     spread = float(np.median([picture.deviation for picture in pictures]))
-    clipped = float(np.median([picture.clipped for picture in pictures]))
+    usual = np.median([picture.clipped for picture in pictures], axis=0)
     small = np.stack([picture.small.ravel() for picture in pictures])
     small = small - small.mean(axis=1, keepdims=True)
     mean = small.mean(axis=0)
@@ -76,8 +76,8 @@ def picture_alarms(pictures: Sequence[Picture]) -> list[Alarm]:
         if picture.deviation <= FLAT * spread:
             alarms.append(Alarm("blank image", (name,), f"{name}: hardly any contrast (grey values {picture.low:g} to "
                                 f"{picture.high:g})"))
-        elif picture.clipped > clipped + SATURATED:
-            alarms.append(Alarm("clipped image", (name,), f"{name}: {picture.clipped:.0%} of its pixels have one and "
+        elif (picture.clipped > usual + SATURATED).any():
+            alarms.append(Alarm("clipped image", (name,), f"{name}: {max(picture.clipped):.0%} of its pixels have one and "
                                 "the same extreme value"))
         elif like < NEGATIVE and np.median(likeness) > -NEGATIVE:
             alarms.append(Alarm("negative image", (name,), f"{name}: dark where the others are bright"))
@@ -161,15 +161,16 @@ def drift_alarms(source: DataSource, pictures: Sequence[Picture]) -> list[Alarm]
     return alarms
 
 
-def patches_of(labels: Labelled, config: DatasetConfig) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Patches (K, N, cells) about the landmarks, blurred network images, and the maps into them."""
-    images, maps, patches = [], [], []
-    for record, points in zip(labels.records, labels.points, strict=True):
-        loaded = load_one(record, config)
-        images.append(gaussian_filter(loaded.pixels.mean(axis=0), 1.0))
-        maps.append(loaded.map)
-        patches.append(cut(images[-1], apply_maps(points[None], loaded.map[None])[0]))
-    return np.stack(patches), images, maps
+def blurred(record: Record, config: DatasetConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The image as networks see it, blurred, and the map (D, D + 1) from stored pixels into it."""
+    loaded = load_one(record, config)
+    return gaussian_filter(loaded.pixels.mean(axis=0), 1.0), loaded.map
+
+
+def cut_about(record: Record, points: np.ndarray, config: DatasetConfig) -> np.ndarray:
+    """Patches (N, cells) about points (N, D) in stored pixels."""
+    image, to_image = blurred(record, config)
+    return cut(image, apply_maps(points[None], to_image[None])[0])
 
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -189,19 +190,20 @@ def exchange_alarms(labels: Labelled, config: DatasetConfig) -> Iterator[Alarm]:
     """Labels under which an image looks unlike all the others, where the labels of another image fit it better."""
     if len(labels.records) < 8 or len(labels.names) < 3:
         return
-    patches, images, maps = patches_of(labels, config)
+    patches = np.stack([cut_about(record, points, config)
+                        for record, points in zip(labels.records, labels.points, strict=True)])
     usual = np.nanmedian(patches, axis=0)
     usual = usual / np.maximum(np.linalg.norm(usual, axis=1, keepdims=True), 1e-9)
     likeness = np.nanmean((patches * usual).sum(axis=2), axis=1)
     middle, spread = robust(likeness, 0.02)
     shares = labels.points / labels.sizes[:, None]
     for case in np.flatnonzero(likeness < middle - LOW * spread).tolist():
-        fits = []
-        for other in range(len(images)):
-            points = apply_maps((shares[other] * labels.sizes[case])[None], maps[case][None])[0]
-            fits.append(-1.0 if other == case else
-                        float(np.nanmean((cut(images[case], points) * usual).sum(axis=1))))
-        best = int(np.argmax(fits))
+        image, to_image = blurred(labels.records[case], config)
+        fits = np.full(len(shares), -1.0)
+        for other in np.flatnonzero(np.arange(len(shares)) != case).tolist():
+            points = apply_maps((shares[other] * labels.sizes[case])[None], to_image[None])[0]
+            fits[other] = np.nanmean((cut(image, points) * usual).sum(axis=1))
+        best = int(np.nanargmax(fits))
         if fits[best] - likeness[case] > BETTER * (middle - likeness[case]):
             name, other_name = labels.records[case].id, labels.records[best].id
             yield Alarm("labels of another image", (name,), f"{name}: what lies under its landmarks is unlike the "
