@@ -20,6 +20,7 @@ from study.check.labels import Labelled
 
 MOST = 1000  # images looked at, spread evenly over the data set
 FLAT = 0.02  # of the other images' spread of grey values: nothing to see
+CLIPPED = 0.005  # of the range of grey values: what counts as its end, since resizing leaves fractions
 SATURATED = 0.4  # of the pixels at the brightest or the darkest value, beyond what the other images have
 NEGATIVE = -0.3  # correlation with the mean image, where the others' median is above 0.3
 GROUP, DRIFT, APART = 5, 2.5, 0.75  # images at least; pooled deviations; of pairs that lie the same way round
@@ -53,7 +54,8 @@ def read_pictures(records: Sequence[Record], config: DatasetConfig) -> tuple[lis
             continue
         pixels = loaded.pixels
         low, high = float(pixels.min()), float(pixels.max())
-        clipped = float((pixels == low).mean()), float((pixels == high).mean())
+        end = CLIPPED * (high - low)
+        clipped = float((pixels <= low + end).mean()), float((pixels >= high - end).mean())
         pictures.append(Picture(record, low, high, float(pixels.mean()), float(pixels.std()), clipped,
                                 reduced(pixels), loaded.digest))
     return pictures, alarms
@@ -77,8 +79,8 @@ def picture_alarms(pictures: Sequence[Picture]) -> list[Alarm]:
             alarms.append(Alarm("blank image", (name,), f"{name}: hardly any contrast (grey values {picture.low:g} to "
                                 f"{picture.high:g})"))
         elif (picture.clipped > usual + SATURATED).any():
-            alarms.append(Alarm("clipped image", (name,), f"{name}: {max(picture.clipped):.0%} of its pixels have one and "
-                                "the same extreme value"))
+            alarms.append(Alarm("clipped image", (name,), f"{name}: {max(picture.clipped):.0%} of its pixels have one "
+                                "and the same extreme value"))
         elif like < NEGATIVE and np.median(likeness) > -NEGATIVE:
             alarms.append(Alarm("negative image", (name,), f"{name}: dark where the others are bright"))
     return alarms
