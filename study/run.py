@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.errors import RunsFailed
+from study.check.launched import check_launch
 from study.ending import ending
 from study.leftovers import clear
 from study.prepare import check_device, data_stamp, prepare, remember
@@ -31,10 +32,13 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     to, None where it is one by itself. Raises UserError before anything is run when the study cannot be run from end to
     end, and RunsFailed after the rest is done and reported when single runs failed.
     """
+    alone = failed_before is None
     failed_before = failures_so_far(config, stages) if failed_before is None else failed_before
     runs = prepare(config, stages)
     if do is None:  # several processes look for their devices themselves
         check_device(runs)
+    if alone:
+        check_launch(config, stages, runs)
     digest = data_stamp(config.dataset)
     failed = (do or run_all)(runs, failed_before)
     clear(config, runs)

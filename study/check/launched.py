@@ -1,0 +1,43 @@
+"""The check as a launch does it: a short text, once for a state of the data, and never a reason not to go on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from core.config.config import Config
+from core.files import write_atomically
+from study.prepare import data_stamp
+from study.runs import Run
+
+TEXT, STAMP = "check.txt", "stamp"
+
+
+def check_launch(config: Config, stages: tuple[str, ...], runs: list[Run]) -> None:
+    """Print the short text of the check, and write its page beside the experiment; nothing where all runs are done.
+
+    What was said of the same data is said again from the file, without looking again.
+    """
+    if all(run.done for run in runs):
+        return
+    folder = config.experiment_dir / "check"
+    made_of = f"{data_stamp(config.dataset)} {[(run.kind, run.steps) for run in runs]}"
+    stamp = hashlib.sha256(made_of.encode()).hexdigest()
+    if not _said(folder, stamp):
+        from core.data.source import load_source  # imports for seconds
+        from study.check.cost import cost_of
+        from study.check.overview import overview
+        from study.check.page import write_page
+
+        source = load_source(config.dataset)
+        found = overview(config, source, cost_of(config, stages, runs))
+        write_page(folder / "index.html", config, source, found)
+        text = "\n".join(found.lines()) + f"\ncheck  {folder / 'index.html'}\n"
+        write_atomically(folder / TEXT, text.encode())
+        write_atomically(folder / STAMP, stamp.encode())
+    print((folder / TEXT).read_text(encoding="utf8"), end="", flush=True)
+
+
+def _said(folder: Path, stamp: str) -> bool:
+    path = folder / STAMP
+    return path.is_file() and (folder / TEXT).is_file() and path.read_text(encoding="utf8") == stamp
