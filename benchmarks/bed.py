@@ -1,4 +1,4 @@
-"""A small study in which everything is there that can be damaged: data of each kind, labels, weights, states, results."""
+"""A small study in which everything is there that can be damaged: data of each kind, labels, weights and results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import pydicom
 import SimpleITK
 from PIL import Image
 
-from core.data.make_pack import write_pack
 from core.config.load import load_config
+from core.data.make_pack import write_pack
 from core.errors import Interrupted
 from core.formats.label_files import FORMATS, Images, read_label_file, resolved, write_label_file
 from landmarks_finetuning import predict, train
@@ -79,9 +80,8 @@ def half_trained() -> None:
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
     try:
-        call(train, *HALF)
-    except Interrupted:
-        pass
+        with suppress(Interrupted):
+            call(train, *HALF)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

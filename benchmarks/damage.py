@@ -101,7 +101,8 @@ def of_json(key: str, value: Any) -> Damage:
 
 JSON: dict[str, Damage] = {
     "a list": changed(lambda _: b"[]"), "null": changed(lambda _: b"null"), "a text": changed(lambda _: b'"x"'),
-    "nested deep": changed(lambda _: b"[" * 100_000), "a long number": changed(lambda _: b'{"a": ' + b"9" * 5000 + b"}"),
+    "nested deep": changed(lambda _: b"[" * 100_000),
+    "a long number": changed(lambda _: b'{"a": ' + b"9" * 5000 + b"}"),
     "not UTF-8": changed(lambda whole: whole.replace(b'"', b'"\xff', 1))}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import random
 import re
 import resource
 import shutil
@@ -43,7 +44,7 @@ class Outcome(NamedTuple):
 
 def run_child(mistake: Mistake) -> Outcome:
     """The command of a mistake, in a child that has this process's imports and nothing else of it."""
-    files = [tempfile.TemporaryFile() for _ in range(2)]
+    files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  closed below
     child = os.fork()
     if child == 0:
         try:
@@ -122,7 +123,8 @@ def faults(mistake: Mistake, outcome: Outcome, same: bool) -> list[str]:
     return found
 
 
-def try_all(chosen: Sequence[Mistake], folder: Path, show: bool) -> list[tuple[Mistake, Outcome, list[str]]]:
+def try_all(chosen: Sequence[Mistake], folder: Path, show: bool, seconds: float
+            ) -> list[tuple[Mistake, Outcome, list[str]]]:
     """Make the study, commit each mistake, and say what came of it."""
     bed, work = folder / "bed", folder / "work"
     child = os.fork()
@@ -144,7 +146,10 @@ def try_all(chosen: Sequence[Mistake], folder: Path, show: bool) -> list[tuple[M
         run_child(Mistake("nothing", name, "any", ()))
         whole[name] = results(name)
     done = []
+    end = time.monotonic() + seconds
     for mistake in chosen:
+        if time.monotonic() > end:
+            break
         put_back(bed, work, COMMANDS[mistake.command].appends, mistake.as_nobody)
         for pattern, damage in mistake.damages:
             paths = sorted(Path().glob(pattern)) or [Path(pattern)]
@@ -169,18 +174,20 @@ def main() -> None:
                            epilog="example: python -m benchmarks.mistakes --only last.pt")
     parser.add_argument("--only", default="", metavar="TEXT", help="mistakes whose name or command holds this text")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth of them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop; their order is drawn")
     parser.add_argument("--show", action="store_true", help="print what was right as well")
     arguments = parser.parse_args()
     chosen = [each for each in mistakes() if arguments.only in f"{each.what} {each.command}"][::max(1, arguments.every)]
+    random.Random(0).shuffle(chosen)
     if not chosen:
         raise UserError(f'--only "{arguments.only}": no mistake is called so')
     before = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        done = try_all(chosen, Path(folder), arguments.show)
+        done = try_all(chosen, Path(folder), arguments.show, arguments.seconds)
     counts = Counter(fault for _, _, wrong in done for fault in wrong)
     by_status = Counter(outcome.status for _, outcome, _ in done)
-    print(f"{len(done)} mistakes over {len({mistake.command for mistake, _, _ in done})} commands in "
+    print(f"{len(done)} of {len(chosen)} mistakes over {len({mistake.command for mistake, _, _ in done})} commands in "
           f"{time.monotonic() - before:.0f} s: {counts['traceback']} tracebacks, {counts['status']} wrong statuses, "
           f"{counts['unnamed']} messages without file or key, {counts['silent']} silent, {counts['memory']} too large; "
           f"statuses {dict(sorted(by_status.items()))}; largest peak {max(each.peak for _, each, _ in done):.0f} MiB")

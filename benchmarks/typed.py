@@ -134,6 +134,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("evaluate alone", "trained --data volumes.json", "volumes"),
     ("evaluate alone", "trained --out study.json --decoder argmax", "study.json"),
     ("evaluate alone", "trained --set dataset.image_size=[64,64]", "image_size"),
+    ("launch alone", "--config study.json --set finetune.checkpoint=study.json --dry-run", "study.json"),
     ("predict alone", "", "run_dir"), ("predict alone", "trained data/images", "--out"),
     ("predict alone", "nowhere data/images --out new", "nowhere"), ("predict alone", "data data --out new", "data"),
     ("predict alone", "trained nowhere --out new", "nowhere"),
