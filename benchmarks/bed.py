@@ -176,5 +176,4 @@ def write_volumes(root: Path) -> None:
                 {"label": name, "position": at, "positionStatus": "defined"} for name, at in points.items()]}
             (root / "landmarks" / f"c{index}.mrk.json").write_text(json.dumps({"markups": [markup]}))
     (root / "dataset.json").write_text(json.dumps(
-        {"landmarks": NAMES, "coordinates": "LPS", "splits": {"train": 0.5, "validation": 0.25, "test": 0.25,
-                                                              "seed": 0}}))
+        {"landmarks": NAMES, "splits": {"train": 0.5, "validation": 0.25, "test": 0.25, "seed": 0}}))
