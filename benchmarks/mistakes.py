@@ -8,6 +8,7 @@ other than those expected, messages that do not name the file or key, and damage
 from __future__ import annotations
 
 import argparse
+import encodings.utf_8_sig  # noqa: F401  for the child without rights
 import importlib
 import os
 import random
