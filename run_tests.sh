@@ -2,7 +2,7 @@
 # Sets up .venv when it is missing, then runs the linter, the type checker and the tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./setup_venv.sh requirements.txt requirements-test.txt
+source ./setup_venv.sh requirements.txt requirements-export.txt requirements-test.txt
 .venv/bin/ruff check .
 .venv/bin/mypy
 exec .venv/bin/python -m pytest "$@"

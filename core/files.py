@@ -15,9 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+DISTRIBUTION = "few-shot-landmarks"  # its name in pyproject.toml
 LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.partial-[0-9a-f]{16}")
 JUST_SECONDS = 1.0  # between a temporary file's making and its mark
 
@@ -137,8 +139,16 @@ def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def code_version() -> str:
-    """The commit of this code, or "unknown" outside a git checkout."""
+    """The commit of this code, what is installed of it outside a git checkout, or "unknown".
+
+    An environment may lie in the checkout of another project, whose commit says nothing.
+    """
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        try:
+            return f"{DISTRIBUTION} {version(DISTRIBUTION)}"
+        except PackageNotFoundError:
+            return "unknown"
     try:
         done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"],
                               capture_output=True, text=True, check=True)

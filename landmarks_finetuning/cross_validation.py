@@ -17,7 +17,7 @@ from core.data.digests import data_digests
 from core.data.records import patient_group
 from core.data.source import load_source
 from core.errors import UserError
-from core.files import write_atomically, write_json
+from core.files import content_digest, write_atomically, write_json
 from core.runs.identity import scoring_settings
 from core.runs.inputs import CROSS_VALIDATED, CROSS_VALIDATION, SCORED, GroupedImages, images_digest, write_inputs
 from core.runs.places import Cell, cell_dir, start_path
@@ -58,7 +58,7 @@ def pool(config: Config, cell: Cell) -> Path:
     _copy_overlays(run_dir / "overlays", folds, rows, config.evaluation.overlays)
     settings = scoring_settings(config, cell.backbone, first["decoder"])
     write_json(run_dir / SCORED, {"images": images, "settings": settings})
-    write_json(run_dir / "metrics.json", metrics)
+    write_json(run_dir / "metrics.json", metrics | {"predictions_sha256": content_digest(run_dir / "predictions.csv")})
     return run_dir
 
 

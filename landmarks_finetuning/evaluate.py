@@ -24,6 +24,7 @@ from core.data.shots import answered_records, labelled_subset, scored_records
 from core.data.source import load_source
 from core.errors import CommandParser, UserError, run_command
 from core.files import content_digest, write_json
+from core.runs.best import run_folder
 from core.runs.claims import claim
 from core.runs.identity import scoring_settings
 from core.runs.inputs import (
@@ -320,7 +321,7 @@ def main() -> None:
         prog="python -m landmarks_finetuning.evaluate", description=__doc__,
         epilog="example: python -m landmarks_finetuning.evaluate "
                "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0")
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="a run's folder, or an experiment's for its best run")
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",
                         help="runs on the same data whose heatmaps are averaged with those of run_dir")
     parser.add_argument("--data", type=Path, metavar="DIR_OR_CONFIG", help="another data set: a folder with images/ "
@@ -331,12 +332,13 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
                         help="override values of the run's config, for example --set dataset.root=/data/cephalo")
     arguments = parser.parse_args()
-    if not arguments.run_dir.is_dir():
-        raise UserError(f"run folder {arguments.run_dir} does not exist")
+    run_dir = run_folder(arguments.run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} does not exist")
     if arguments.data is not None:
-        check_other_data(arguments.run_dir, arguments.set, arguments.out)
-    with claim(arguments.run_dir):
-        folder, metrics = evaluate(arguments.run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
+        check_other_data(run_dir, arguments.set, arguments.out)
+    with claim(run_dir):
+        folder, metrics = evaluate(run_dir, arguments.decoder, tuple(arguments.set), arguments.out,
                                    others=arguments.others, data=arguments.data)
     physical, unit = metrics["physical"], metrics["unit"]
     if physical is None:

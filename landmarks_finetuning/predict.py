@@ -18,6 +18,7 @@ from core.formats.label_files import FLAT, FORMATS, Images, lost, write_label_fi
 from core.formats.labels import LabelSet
 from core.formats.points import FolderRow
 from core.formats.series import is_series
+from core.runs.best import run_folder
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
@@ -33,12 +34,12 @@ from landmarks_finetuning.predictions import (
 from landmarks_finetuning.uncertainty import Calibration
 
 
-def collect_images(paths: list[Path], out: Path, spacing_mm: float | None = None) -> list[Record]:
+def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None = None) -> list[Record]:
     """Every image or volume named or below a named folder; UserError when there is none, or two share a name.
 
     What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training.
     """
-    written = (out / "overlays").resolve(), (out / "markups").resolve()
+    written = [] if out is None else [(out / name).resolve() for name in ("overlays", "markups")]
     images: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
@@ -73,6 +74,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     whole. The heatmaps are the mean of those of `run_dir` and of the runs `others`. `formats` of labelling tools are
     written as well, out/coco.json and the like (core.formats.label_files). Returns the table's path.
     """
+    run_dir, others = run_folder(run_dir), [run_folder(other) for other in others]
     detector = trained_detector(run_dir, overrides, others)
     calibration = None if others else read_calibration(run_dir, detector)
     if calibration is None:
@@ -117,11 +119,11 @@ def _write_formats(out: Path, labels: LabelSet, images: dict[str, Path], formats
             note_once(str(path), f"note: {name} cannot hold {', '.join(gone)}")
 
 
-def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None
-                   ) -> Iterator[Predictions]:
+def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None,
+                   progress: bool = True) -> Iterator[Predictions]:
     """What `detector` finds in `records`, batch by batch, with a progress bar."""
     some = detector.config.evaluation.batch_size
-    for first in tqdm(range(0, len(records), some), "batches"):
+    for first in tqdm(range(0, len(records), some), "batches", disable=not progress):
         images = load_images(records[first : first + some], detector.config.dataset)
         yield find_landmarks(detector, images, calibration=calibration)
 
@@ -141,8 +143,8 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m landmarks_finetuning.predict", description=__doc__,
         epilog="example: python -m landmarks_finetuning.predict "
-               "runs/cephalo/landmarks/ddpm/default/shots010_draw0_seed0 new_images/ --out predictions")
-    parser.add_argument("run_dir", type=Path)
+               "runs/cephalo new_images/ --out predictions")
+    parser.add_argument("run_dir", type=Path, help="a run's folder, or an experiment's for its best run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",

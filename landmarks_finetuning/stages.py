@@ -27,7 +27,7 @@ from core.training.device import resolve_device, resolve_precision
 from core.training.loop import LoopSettings, Training, train
 from core.training.memory import Step, fit_step
 from landmarks_finetuning.decoding import sigma_pixels
-from landmarks_finetuning.detectors.interface import Detector, Kind, StageTask
+from landmarks_finetuning.detectors.interface import Kind, Network, StageTask
 from landmarks_finetuning.detectors.registry import DETECTORS, kind_of
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.losses import LOSSES
@@ -72,7 +72,7 @@ class Stage(NamedTuple):
     resume: str | None
     command: str
 
-    def run(self, config: Config, task: StageTask, model: Detector, plan: BatchPlan, start: Path | None,
+    def run(self, config: Config, task: StageTask, model: Network, plan: BatchPlan, start: Path | None,
             name: str = "") -> None:
         """Train `model`, or continue where it stopped, beside a record of what it is made from."""
         write_run_config(self.folder, config.plain(), {"stage": "finetune", **task.header})
@@ -110,7 +110,7 @@ def train_second(config: Config, stage: Stage) -> None:
 
 
 def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedImages, kind: Kind,
-                   start: Path | None = None) -> tuple[Detector, dict[str, Any]]:
+                   start: Path | None = None) -> tuple[Network, dict[str, Any]]:
     """A detector as it starts, and the header of its weights file; `start` as in interface.Start."""
     torch.manual_seed(cell_seed(config, cell))
     model = kind.start(config, cell.backbone, images.images.images.shape[1], len(data.landmark_names), start)

@@ -78,9 +78,7 @@ def main() -> None:
     if arguments.dry_run:
         prepare(config, stages)
         return
-    page = launched(config, stages, arguments.workers, arguments.gpus, arguments.slurm)
-    if page is not None:
-        print(f"report: {page}")
+    launched(config, stages, arguments.workers, arguments.gpus, arguments.slurm)
 
 
 if __name__ == "__main__":

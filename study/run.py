@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.config.config import Config
 from core.errors import RunsFailed
+from study.ending import ending
 from study.leftovers import clear
 from study.prepare import check_device, data_stamp, prepare, remember
 from study.report_page import report_page
@@ -24,7 +25,7 @@ def failures_so_far(config: Config, stages: tuple[str, ...]) -> dict[Path, int |
 
 def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
               failed_before: dict[Path, int | None] | None = None) -> Path | None:
-    """Run what is left of `stages`; returns the report's page when there is one.
+    """Run what is left of `stages` and say how it ended; returns the report's page when there is one.
 
     `do` is run_all or something like it; `failed_before` the failures_so_far of the launch that this process belongs
     to, None where it is one by itself. Raises UserError before anything is run when the study cannot be run from end to
@@ -46,6 +47,8 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
     try:
         page = report_page(config.experiment_dir) if "report" in stages and worth else None
         reported = True
+        if page is not None:
+            print("\n".join(ending(config.experiment_dir, page)), flush=True)
     finally:
         if failed and not reported:  # what ends the report does not hide them
             print(failures, file=sys.stderr, flush=True)

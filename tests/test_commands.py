@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from core.config.load import load_config
 from core.networks.weights import load_weights
+from core.runs.best import point_to_best
 from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
 from study.run import run_study
@@ -166,7 +167,7 @@ def test_wrong_values(config_file, refused, tmp_path):
     refused("ddpm.iterations", PRETRAINING, "--config", path, "--set", "ddpm.iterations=many")
     refused("dataset.image_size .*multiples of 2; nearest to 15: 14 or 16", LAUNCH, "--config", path, "--set",
             "dataset.image_size=[15,16]")
-    refused('experiment.device "tpu" is not a device', PRETRAINING, "--config",
+    refused('experiment.device "tpu" is not supported', PRETRAINING, "--config",
             config_file(experiment={"device": "tpu", "name": "fresh"}))
     refused(f"config file {tmp_path / 'no.json'} does not exist", LAUNCH, "--config", tmp_path / "no.json")
 
@@ -229,7 +230,7 @@ def test_dry_run(config_file, run_main, tmp_path):
                  "optimiser steps to come: 38", "landmarks/mean_shape/default/shots005_draw1_seed0",
                  str(cell_dir(load_config(path), Cell("scratch", 2, 0, 0)))):
         assert text in out
-    _, out, _ = run_main(LAUNCH, "--config", path, "--stages", "finetune", "--shots", 2, "--seeds", 3, 4, "--dry-run")
+    _, out, _ = run_main(LAUNCH, "--config", path, *STAGES, "--shots", 2, "--seeds", 3, 4, "--dry-run")
     assert "finetune  10 runs" in out and "shots002_draw1_seed4" in out and "shots005" not in out
 
 
@@ -361,7 +362,7 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
     one, two = (scored.query(f"image == '{name}'")[["x", "y"]].to_numpy() for name in ("151", "152"))
     assert np.allclose(table.query("image == 'one.jpg'")[["x", "y"]], one, atol=1e-3)
     doubled = table.query("image == 'more/two.png'")[["x", "y"]].to_numpy()
-    assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 3  # the same place, found in twice as many pixels
+    assert np.median(np.abs(doubled - ((two + 0.5) * 2 - 0.5))) < 4  # the same place, found in twice as many pixels
     assert "truth_x" not in table
     for figure in ("expected_error", "radius90"):  # calibrated as in evaluation, in mm by dataset.spacing_mm
         in_mm = scored.query("image == '151'")[figure]
@@ -380,6 +381,20 @@ def test_predict_without_the_data_set(tiny_cell, run_main, tmp_path, phantom):
     shutil.copy(tiny_cell / "best.safetensors", run_dir)
     status, _, error = run_main(PREDICTING, run_dir, phantom / "jpg/151.jpg", "--out", tmp_path / "out")
     assert status == 0, error
+
+
+def test_an_experiment_stands_for_its_best_run(tiny_cell, phantom, run_main, tmp_path):
+    """Its folder and its link give what the run itself gives; without a best run one line says so."""
+    image = phantom / "jpg/151.jpg"
+    (tmp_path / "study/landmarks").mkdir(parents=True)
+    status, _, error = run_main(PREDICTING, tmp_path / "study", image, "--out", tmp_path / "none")
+    assert status == 2 and re.fullmatch("error: .*study has no best run: .*\n", error)
+    pointer = point_to_best(tmp_path / "study", tiny_cell)
+    for name, place in (("run", tiny_cell), ("study", tmp_path / "study"), ("link", pointer)):
+        status, _, error = run_main(PREDICTING, place, image, "--out", tmp_path / name, "--no-overlays")
+        assert status == 0, error
+    tables = {(tmp_path / name / "predictions.csv").read_bytes() for name in ("run", "study", "link")}
+    assert len(tables) == 1
 
 
 def test_sample(tiny_study, run_main, tmp_path):

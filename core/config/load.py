@@ -94,7 +94,10 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The values of the files that `path` extends, the first ancestor first, and its own."""
+    """The values of the files that `path` extends, the first ancestor first, and its own.
+
+    A bare name that is no file beside `path` is that of a shipped config.
+    """
     if len(seen) > MOST_EXTENDED:
         raise UserError(f"{seen[0]}: extends through more than {MOST_EXTENDED} files, the last one {path}")
     if path.resolve() in seen:
@@ -114,7 +117,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
         return [values]
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one file")
-    return [*_read(path.parent / parent, (*seen, path.resolve())), values]
+    beside, shipped = path.parent / parent, CONFIG_DIR / parent
+    own = beside.is_file() or Path(parent).name != parent or not shipped.is_file()
+    return [*_read(beside if own else shipped, (*seen, path.resolve())), values]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -32,7 +32,9 @@ WHOLE_NUMBERS = (".png", ".jpg", ".jpeg", ".bmp")  # formats without fractions
 
 
 def load_one(record: Record, config: DatasetConfig) -> Loaded:
-    """One image upright and resampled, from pack, cache or the file itself."""
+    """One image upright and resampled, from pack, cache, the file itself or memory."""
+    if record.pixels is not None:
+        return decode(record, config)[0]
     if is_packed(record, config):
         pack = open_pack(Path(config.root))
         if pack.size != config.whole_size:
@@ -72,13 +74,13 @@ def _read_entry(path: Path, size: tuple[int, ...]) -> np.ndarray | None:
 def _decoded(record: Record, grid: _Grid) -> tuple[np.ndarray, np.dtype]:
     """The image upright and resampled, and the depth of what was read; of large images one at a time."""
     with ONE_LARGE if math.prod(grid.geometry.size) > LARGE_PIXELS else nullcontext():
-        pixels = read_image(record.image)
+        pixels = read_image(record.image) if record.pixels is None else record.pixels
         depth = own_depth(pixels, record.image)
         return resize(upright(pixels, grid.geometry), grid.size, grid.ratio), depth
 
 
 def decode(record: Record, config: DatasetConfig) -> tuple[Loaded, np.dtype]:
-    """One image upright and resampled from the file itself, without its digest, and the depth of what was read."""
+    """One image upright and resampled from file or memory, without its digest, and the depth of what was read."""
     grid = _grid_of(record, config)
     resampled, depth = _decoded(record, grid)
     return Loaded(resampled, grid.geometry.size, grid.map, None), depth

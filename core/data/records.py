@@ -24,7 +24,8 @@ class Record:
     NaN = not annotated, landmarks None = no labels. `spacing` is reporting units per stored pixel along each tensor
     axis: mm, for chest 256 / size (pixels of a 256x256 frame); None = unknown, errors are then in pixels. `geometry`
     is the file's own (None in a pack), `labels` the file of the landmarks where each image has its own. `annotators`
-    (2, N, D) are the points of two people who marked the image on their own, where that is known.
+    (2, N, D) are the points of two people who marked the image on their own, where that is known. `pixels` (C, *size)
+    are those of an image in memory, which lies in no file: `image` is then but its name.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Record:
     geometry: Geometry | None = None
     labels: Path | None = None
     annotators: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
     @property
     def truth(self) -> np.ndarray:

@@ -54,12 +54,17 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     pixels = _format(path).read(path)
+    check_finite(pixels, f"file {path}")
+    return pixels
+
+
+def check_finite(pixels: np.ndarray, name: str) -> None:
+    """UserError, with the first place, where pixels (C, *size) of the image `name` are NaN or infinite."""
     finite = np.isfinite(pixels[0])
     if not finite.all():
         first = tuple(int(index) for index in np.argwhere(~finite)[0])
         axes = "(y, x)" if len(first) == 2 else "(z, y, x)"
-        raise UserError(f"file {path} has {np.sum(~finite)} non-finite pixels, first at {axes}={first}")
-    return pixels
+        raise UserError(f"{name} has {np.sum(~finite)} non-finite pixels, first at {axes}={first}")
 
 
 def read_geometry(path: str | Path) -> Geometry:

@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
         with no_autocast(x):
             x = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         if scale_shift is not None:
-            scale, shift = scale_shift.view(len(x), *place).chunk(2, dim=1)
+            scale, shift = scale_shift.view(x.shape[0], *place).chunk(2, dim=1)
             x = torch.addcmul(shift, x, scale + 1)
         x = F.silu(x) if activate else x
         return x if residual is None else x + residual
@@ -153,7 +153,7 @@ class LinearAttention(Attention):
 
         Keys lie (B, F, positions): CUDA's softmax walks along an axis that is not the last with one thread.
         """
-        keys = torch.bmm(to_key.expand(len(rows), -1, -1), rows.transpose(1, 2))
+        keys = torch.bmm(to_key.expand(rows.shape[0], -1, -1), rows.transpose(1, 2))
         with no_autocast(rows):
             return torch.bmm(keys.softmax(dim=2), rows.to(keys.dtype))
 

@@ -25,7 +25,7 @@ from landmarks_finetuning.detectors.heatmap_unet import HeatmapUNet
 from landmarks_finetuning.shape import Shape
 from landmarks_finetuning.uncertainty import Calibration
 
-Detector = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
+Network = HeatmapUNet | EncoderUNet | GU2Net | GlobalNetwork | LocalNetworks
 
 
 class Start(Protocol):
@@ -36,7 +36,7 @@ class Start(Protocol):
     """
 
     def __call__(self, config: Config, backbone: str, channels: int, landmarks: int, start: Path | None = None, /
-                 ) -> Detector: ...
+                 ) -> Network: ...
 
 
 class Loss(Protocol):
@@ -133,7 +133,7 @@ class Kind(NamedTuple):
     """
 
     start: Start
-    rebuild: Callable[[Weights, tuple[int, ...]], Detector]
+    rebuild: Callable[[Weights, tuple[int, ...]], Network]
     loss: Loss
     terms: Terms | None
     locate: Locate

@@ -10,7 +10,7 @@ from landmarks_finetuning.detectors.encoder_unet import deepest, rebuild_encoder
 from landmarks_finetuning.detectors.gu2net_scorer import release_score
 from landmarks_finetuning.detectors.heatmap_unet import rebuild_unet, start_unet
 from landmarks_finetuning.detectors.heatmaps import CROPS, as_they_are, heatmap_loss, heatmap_terms, locate_heatmaps
-from landmarks_finetuning.detectors.interface import Detector, Kind, SecondStage
+from landmarks_finetuning.detectors.interface import Kind, Network, SecondStage
 from landmarks_finetuning.joint_training import JointRegression
 from landmarks_finetuning.local_step import LocalRegression, refine_locally
 from landmarks_finetuning.regression import LandmarkRegression
@@ -35,6 +35,6 @@ def kind_of(backbone: str) -> Kind:
     return DETECTORS[BACKBONES[backbone]]
 
 
-def build_detector(config: Config, backbone: str, channels: int, landmarks: int) -> Detector:
+def build_detector(config: Config, backbone: str, channels: int, landmarks: int) -> Network:
     """A fresh detector (B, channels, *size) -> its outputs for so many landmarks that starts from `backbone`."""
     return kind_of(backbone).start(config, backbone, channels, landmarks)

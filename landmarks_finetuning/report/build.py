@@ -19,6 +19,7 @@ from core.errors import RunsFailed
 from core.files import write_atomically
 from core.formats.cells import harmless
 from landmarks_finetuning.report import figures, paper_figures
+from landmarks_finetuning.report.best import best_run
 from landmarks_finetuning.report.collect import (
     Experiment,
     aggregate,
@@ -55,15 +56,19 @@ from landmarks_finetuning.report.iterations import (
     with_chosen,
 )
 from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
+from landmarks_finetuning.report.pretraining import pretraining_sentence
 from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
-from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, wide_rows
+from landmarks_finetuning.report.tables import latex_table, metric_title, paper_tables, scorer_sentence, wide_rows
 from landmarks_finetuning.report.unscored import unscored_cases
 
 HERE = Path(__file__).parent
 NAME_BYTES = 190  # of what figures are called after
 TEMPLATE = "page.html.j2"
 NEW = ".new"  # below the report's folder: its next tables and figures
+STRIP = ("Noise removed in one step, from more and more of it: the diffusion’s time runs from left (little noise) to "
+         "right (nothing else), so sampling goes from right to left. Three rows for each of two images: what the "
+         "network is shown, the image that it makes of it, four times the error")
 HEATMAPS_WIDTH = 1100  # pixels of an embedded row of heatmaps
 
 
@@ -162,6 +167,10 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
     sections = [_section(experiment, file_name(f"{experiment.name}_{'_'.join(key)}"), runs, output)
                 for key, runs in groups]
     output.add_table("unfinished", experiment.unfinished)
+    best = best_run(experiment.path, {run.folder for run in (*experiment.apart, *experiment.damaged)})
+    place = None if best is None else best.folder.relative_to(experiment.path).as_posix()
+    if best is not None:
+        output.add_table("best", pd.DataFrame([{"experiment": experiment.name, "run": place, "reason": best.reason}]))
     timesteps = config.get("ddpm", {}).get("num_train_timesteps", 500)
     curves = figures.pretraining_curves(experiment.pretraining, timesteps)
     return {
@@ -175,6 +184,8 @@ def _experiment_context(experiment: Experiment, output: Output) -> dict[str, Any
         "pretraining": output.figure(f"{experiment.name}_pretraining", curves),
         "encoders": output.figure(f"{experiment.name}_ssl", ssl_curves(read_ssl(experiment.path))),
         "samples": _samples(experiment.path / "ddpm" / "samples", output.pictures),
+        "best": None if best is None else {"run": place, "reason": best.reason},
+        "doubt": pretraining_sentence(experiment.path / "ddpm", experiment.pretraining, config),
         "config": json.dumps(config, indent=2, ensure_ascii=False),
         "environment": _flat(experiment.config.get("environment") or {}),
     }
@@ -237,6 +248,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "rows": _summary_rows(summary, slug, cases),
         "sdr": sdr_columns(summary), "paper_sdr": sdr_columns(summary, "paper_"),
         "paper_left_out": next(iter(runs["scorer_left_out"].dropna()), None),
+        "scorer": scorer_sentence(first["paper_rule"]) if sdr_columns(summary, "paper_") else "",
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
         "release": release_sentence(aggregate(every)),
         "runs": records(every), "several_runs": len(every) > len(summary),
@@ -309,6 +321,8 @@ def _paper_tables(summary: pd.DataFrame, output: Output) -> list[dict[str, Any]]
     for table in paper_tables(summary):
         output.add_table(table.name, table.cells)
         write_atomically(output.folder / "tables" / f"{table.name}.tex", latex_table(table).encode())
+        if table.cells["paper"].isna().all():  # of data without published figures: the files alone
+            continue
         metrics, rows = wide_rows(table.cells)
         rows = [{**row, "keys": row_keys(row, published)} for row in rows]
         shown.append({"name": table.name, "title": table.title, "rows": rows, "columns": table.columns,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from core.config.settings import all_settings
 from core.config.starts import MEAN_SHAPE
 from core.data.records import patient_group
 from core.errors import UserError
+from core.files import stamp
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
@@ -208,6 +210,13 @@ def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.
 
     `column` "paper_error" takes those of the paper's scorer.
     """
+    return _error_matrix(folder, column, stamp(folder / "predictions.csv") + stamp(folder / "metrics.json"))
+
+
+@lru_cache(maxsize=2048)
+def _error_matrix(folder: Path, column: str, _files: tuple[tuple[str, int, int], ...]
+                  ) -> tuple[pd.DataFrame, pd.Series]:
+    """Not to be changed: a report of hundreds of runs asks for each table tens of times."""
     table = read_predictions(folder)
     matrix = table.pivot(index="image", columns="landmark", values=column)
     matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())

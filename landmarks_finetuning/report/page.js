@@ -158,6 +158,22 @@ function prepareSorting(table) {
   }
 }
 
+// ---- tables wider than their place -------------------------------------------------------------------------------
+/** A word above a table that is cut, and a fading edge until its end is in sight; keys scroll it, too. */
+function prepareScroll(box) {
+  const hint = element("p", { class: "soft hint" }, "more columns: scroll sideways →");
+  hint.hidden = true;
+  box.before(hint);
+  const look = () => {
+    const cut = box.scrollWidth > box.clientWidth + 1;
+    hint.hidden = !cut;
+    box.classList.toggle("more", cut && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+    if (cut) { box.tabIndex = 0; box.setAttribute("role", "region"); box.setAttribute("aria-label", "Table, scrolls sideways"); }
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(box);
+}
+
 // ---- the pictures of a row -----------------------------------------------------------------------------------------
 /** The row below a result with its run's pictures, copied from the worst cases, or the reason why there are none. */
 function picturesRow(row) {
@@ -341,6 +357,7 @@ const charts = all(".curves").map(place => new Chart(place));
 prepareFilters();
 all("table.sortable").forEach(prepareSorting);
 all(".results tr[data-row]").forEach(prepareRow);
+all(".scroll").forEach(prepareScroll);
 prepareZoom();
 document.addEventListener("click", follow);
 window.addEventListener("beforeprint", openForPrint);

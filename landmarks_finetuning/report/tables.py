@@ -24,6 +24,8 @@ GU2NET_RUN, RIVALS = "gu2net", (STUDIED, "scratch", *EARLIER)
 KEYS = ["dataset", "experiment", "shots", "method", "variant", "pretraining_dataset", "scorer", "paper_method"]
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
          "[": "{[}", "<": "$<$", ">": "$>$"} | {character: f"\\{character}" for character in "_%&#${}"}
+SCALES = {"cephalo": "Every image counts as 240 x 193.5 mm, with the scales of height and width exchanged.",
+          "hand": "The wrist (landmarks 1 to 5) counts as 50 mm wide.", "chest": "Errors are in pixels of that input."}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ def _of_table_4(rows: pd.DataFrame) -> dict[str, str]:
     if GU2NET_RUN in set(rows["backbone"]):
         return {GU2NET_RUN: GU2NET, STUDIED: GAUSSIAN}
     return {STUDIED: GU2NET}
+
+
+def scorer_sentence(rule: str | None) -> str:
+    """What the paper's scorer of `rule` does, see `landmarks_finetuning.paper_scorer`; empty for no such rule."""
+    if rule not in SCALES:
+        return ""
+    return ("Paper’s scorer: the error as the published code counts it, to be compared with published figures alone. "
+            "Prediction and truth are rounded to whole pixels of the network’s input, and the truth is the centre of "
+            f"the disk that is drawn there. {SCALES[rule]} The physical error rounds nothing.")
 
 
 def _by_data_set(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -12,6 +12,7 @@ from core.config.load import parse_config
 from core.config.starts import MEAN_SHAPE
 from core.data.dataset import load_images
 from core.data.source import load_source
+from core.files import content_digest
 from core.runs.places import Cell
 from landmarks_finetuning.evaluate import evaluate_mean_shape, score
 from landmarks_finetuning.pictures.cases import pictured_image
@@ -170,9 +171,13 @@ def test_a_report_beside_a_guess_without_an_error(mean_shape):
     run_dir, _ = mean_shape(lambda size: [middle(size)])
     other = run_dir.parents[2] / "scratch/default" / run_dir.name
     shutil.copytree(run_dir, other)
-    for file in ("metrics.json", "config.json"):
-        (other / file).write_text((other / file).read_text().replace('"mean_shape"', '"scratch"'))
     table = pd.read_csv(other / "predictions.csv")
     table.assign(error=table["error"] + 2).to_csv(other / "predictions.csv", index=False)
+    for file in ("metrics.json", "config.json"):
+        (other / file).write_text((other / file).read_text().replace('"mean_shape"', '"scratch"'))
+    metrics = json.loads((other / "metrics.json").read_text())
+    metrics["physical"]["mre"] += 2
+    metrics["predictions_sha256"] = content_digest(other / "predictions.csv")
+    (other / "metrics.json").write_text(json.dumps(metrics))
     page = build_report([run_dir.parents[3]])
     assert "mean shape by 0.00 mm. It is 2.00 mm (ratio not defined) worse" in page.read_text()

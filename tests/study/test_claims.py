@@ -231,7 +231,7 @@ def test_failed_run_is_reported_and_the_rest_is_run(stubs, study, run_main, monk
     with monkeypatch.context() as patch:
         failing(patch, error)
         status, out, told = run_main("study.launch", "--config", study, "--stages", *STAGES)
-    assert status == 1 and f"report: {stubs.experiment_dir}" not in out
+    assert status == 1 and out.endswith(f"report: {stubs.experiment_dir}/report/index.html\n")
     assert told.endswith(f"error: 1 of 7 runs failed; the same command tries them again\n  {folder}: {message}\n")
     assert begun() == dict.fromkeys(folders(stubs) | {"report"}, 1) and "done 6 of 7 runs" in out
     kept = json.loads((folder / "failed.json").read_text())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from core.config.load import load_config
 from core.runs.inputs import image_changes
+from landmarks_finetuning.stages import Stage
 from study import report_page
 from study.run import run_study
 
@@ -295,21 +296,27 @@ def test_a_missing_weights_file_is_in_the_plan(home, launch):
 # ---- studies whose result is little
 
 
-def test_a_report_of_the_guess_alone(home, make_values, run_main):
-    """Every trained run fails where there is no GPU: the list of failures, exit 1, and a page of what there is."""
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Every training fails."""
+    def run(*_):
+        raise MemoryError("too little for this network")
+
+    monkeypatch.setattr(Stage, "run", run)
+
+
+def test_a_report_of_the_guess_alone(home, make_values, run_main, no_memory):
+    """Every trained run fails: the list of failures, exit 1, and a page of what there is."""
     shutil.rmtree(home / "runs")
-    write_config(home, make_values, experiment={"device": "cuda:7"}, finetune={"backbones": ["scratch"]})
-    arguments = (LAUNCH, "--config", home / "study.json", "--stages", "finetune", "report")
-    status, out, _ = run_main(*arguments, "--dry-run")
-    assert status == 0 and 'note  experiment.device "cuda:7": no CUDA GPU is visible' in out
-    status, _, error = run_main(*arguments)
-    assert status == 1 and "1 of 2 runs failed" in error and "cuda:7" in error
+    write_config(home, make_values, finetune={"backbones": ["scratch"]})
+    status, _, error = run_main(LAUNCH, "--config", home / "study.json", "--stages", "finetune", "report")
+    assert status == 1 and "1 of 2 runs failed" in error and "too little for this network" in error
     assert "Mean shape" in (home / "runs/tiny/report/index.html").read_text()
 
 
-def test_a_report_that_fails_does_not_hide_the_failures(home, make_values, monkeypatch, capsys):
+def test_a_report_that_fails_does_not_hide_the_failures(home, make_values, monkeypatch, capsys, no_memory):
     shutil.rmtree(home / "runs")
-    write_config(home, make_values, experiment={"device": "cuda:7"}, finetune={"backbones": ["scratch"]})
+    write_config(home, make_values, finetune={"backbones": ["scratch"]})
 
     def build(_folder):
         raise ZeroDivisionError

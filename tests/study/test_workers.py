@@ -206,7 +206,7 @@ def test_failed_run(study, start):
     process = start("--workers", "2", STUB_FAIL=hung)
     out, error = process.communicate(timeout=100)
     line = f"{folder}: RuntimeError: out of luck\n"
-    assert process.returncode == 1 and "done 6 of 7 runs" in out and "report: " not in out
+    assert process.returncode == 1 and "done 6 of 7 runs" in out and "\nreport: " in out
     assert error == (f"failed: {line}error: 1 of 7 runs failed; the same command tries them again\n  {line}")
     assert seen() == dict.fromkeys(folders(study) | {"report"}, 1)
     process = start("--workers", "1")  # what failed in an earlier launch has not failed in this one

@@ -45,6 +45,14 @@ def test_extends_merges_sections_along_a_chain(tmp_path):
     assert (config.ddpm.clip.mode, config.ddpm.batch_size) == ("none", 3)
 
 
+def test_extends_takes_a_shipped_config_where_no_such_file_lies_beside(tmp_path):
+    leaf = write(tmp_path / "leaf.json", extends="cpu.json")
+    assert load_config(leaf).dataset.image_size == load_config(CONFIG_DIR / "cpu.json").dataset.image_size
+    write(tmp_path / "cpu.json", dataset={"image_size": [64, 64]})
+    assert load_config(leaf).dataset.image_size == (64, 64)
+    assert "does not exist" in error_of(write(tmp_path / "other.json", extends="deep/cpu.json"))
+
+
 def test_extends_missing_wrong_or_circular(tmp_path):
     path = write(tmp_path / "a.json", extends="gone.json")
     assert "gone.json does not exist; configs/ holds" in error_of(path)

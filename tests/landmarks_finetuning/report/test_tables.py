@@ -233,3 +233,15 @@ def test_the_data_set_of_a_checkpoint(tmp_path):
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=r"ema_iter000004\.safetensors is truncated"):
         checkpoint_dataset(path)
+
+
+def test_own_data_have_no_table_against_the_paper_and_no_scorer_to_explain(tmp_path, study):
+    """The numbers stay as files; a published data set has both, with its own rule in words."""
+    write_run(tmp_path / "own", "ddpm", 10, 0, ERRORS, dataset="mine", layout="folder", paper_rule=None, paper=None)
+    page = build_report([tmp_path / "own"]).read_text(encoding="utf8").partition("<script>\n")[0]
+    assert "Against the paper" not in page and "aper’s scorer" not in page
+    assert (tmp_path / "own/report/tables/table_mine.tex").is_file() and "tables/table_mine.csv" in page
+    page = build_report([study]).read_text(encoding="utf8")
+    assert "Against the paper" in page and "with the scales of height and width exchanged" in page
+    for word in ("From scratch", "Draw", "Variant", "Leaked"):
+        assert f"<dt>{word}</dt>" in page

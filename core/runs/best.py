@@ -1,0 +1,67 @@
+"""The best run of a study: `runs/<experiment>/best` leads to it, and stands in place of a run's folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from core.errors import UserError
+from core.files import write_atomically
+
+BEST = "best"  # in the experiment's folder: a link to a run's folder, or a file that names it
+
+
+def point_to_best(experiment_dir: Path, run_dir: Path) -> Path:
+    """Have experiment_dir/best lead to `run_dir`, which lies below the experiment; returns its path.
+
+    It is a relative link, so that the experiment may be moved, replaced in one step; where links cannot be made it is
+    a file that holds the same relative path. UserError where a folder of that name is there.
+    """
+    pointer, target = experiment_dir / BEST, os.path.relpath(run_dir, experiment_dir)
+    if pointer.is_dir() and not pointer.is_symlink():
+        raise UserError(f"{pointer} is a folder, not the link to the best run; move it away")
+    if pointer.is_symlink() and str(pointer.readlink()) == target:
+        return pointer
+    temporary = pointer.with_name(f".{BEST}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.symlink_to(target, target_is_directory=True)
+    except (OSError, NotImplementedError):  # of a file system without links, or on a share that forbids them
+        write_atomically(pointer, f"{target}\n".encode())
+        return pointer
+    try:
+        temporary.replace(pointer)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return pointer
+
+
+def run_folder(path: Path) -> Path:
+    """The run that `path` stands for: a run's folder itself, an experiment's, or the experiment's `best`.
+
+    UserError where the experiment has no best run, or where that is gone. Other paths are given back as they are.
+    """
+    if path.name == BEST and (path.is_symlink() or path.is_file()):
+        return _followed(path)
+    if os.path.lexists(path / BEST):
+        return _followed(path / BEST)
+    if (path / "landmarks").is_dir():
+        run = next(iter(sorted(path.glob("landmarks/*/*/shots*/best.safetensors"))), None)
+        example = "which holds no trained run yet" if run is None else f"or name a run, such as {run.parent}"
+        raise UserError(f"{path} has no best run: a launch ends by naming it (stage report); {example}")
+    return path
+
+
+def _followed(pointer: Path) -> Path:
+    """Where `pointer` leads, read once: a launch may replace it meanwhile."""
+    if pointer.is_symlink():
+        target = pointer.readlink()
+    elif pointer.is_file():
+        target = Path(pointer.read_text(encoding="utf8", errors="replace").strip())
+    else:
+        return pointer
+    run_dir = pointer.parent / target
+    if not run_dir.is_dir():
+        raise UserError(f"{pointer} leads to {run_dir}, which is not there; launch the study again (--stages report is "
+                        "enough)")
+    return run_dir
