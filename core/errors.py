@@ -19,6 +19,10 @@ INTERRUPTED = 130  # exit status, as a shell's after Ctrl-C
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file or key and the valid choices."""
 
+    def __str__(self) -> str:
+        """The message on one line, whatever line breaks the file or key that it quotes has."""
+        return " ".join(super().__str__().splitlines())
+
 
 class DamagedFile(UserError):
     """A file of this project's own is cut, changed or unreadable."""

@@ -45,6 +45,9 @@ def main() -> None:
                         f"{' or '.join(samplers)}")
     iteration = arguments.iteration or max(config.ddpm.checkpoint_iterations)
     weights = load_weights(arguments.weights or ema_path(config.experiment_dir, iteration))
+    if weights.out_channels != weights.channels:
+        raise UserError(f"{arguments.weights} draws no images: it has {weights.out_channels} outputs for "
+                        f"{weights.channels} inputs, as a trained detector has; name weights of a pre-training")
     device = resolve_device(config.experiment.device)
     model = weights.build(config.dataset.image_size).to(device).eval()
     generator = step_generator(arguments.seed, 0, 0, device)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from core.config.config import Config
+from core.config.limits import LARGEST
 from core.config.load import add_config_arguments, add_resume_argument, load_config
 from core.config.recipes import recipe
 from core.config.second_stage import FOLDER, second_of
@@ -75,7 +76,10 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     if second_of(config, cell.backbone) is not None:
         trainings[FOLDER] = train_second
     folders = [round_dir(run_dir, number) / name for number in range(rounds + 1) for name in trainings]
-    begun = [folder for folder in folders if (folder / "last.pt").exists()][-1:]
+    begun = [folder for folder in folders if (folder / "last.pt").exists() or (folder / "previous.pt").exists()][-1:]
+    if resume is not None and not begun:
+        raise UserError(f"--resume {resume}: {run_dir} has no state to continue from (last.pt, previous.pt); leave "
+                        "--resume away to begin")
     labels: PseudoLabels | None = None
     for number in range(rounds + 1):
         if number:
@@ -110,8 +114,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.encoder is not None and BACKBONES.get(arguments.backbone) == "unet":
         raise UserError(f'--encoder is for backbones with an encoder; "{arguments.backbone}" is the diffusion U-Net')
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed}: seeds count from 0")
+    for option, number in (("--seed", arguments.seed), ("--draw", arguments.draw)):
+        if not 0 <= number <= LARGEST:
+            raise UserError(f"{option} {number if number < 0 else f'{number:.0e}'}: {option[2:]}s count from 0 to 2^62")
     encoder = [] if arguments.encoder is None else [f"finetune.encoder={arguments.encoder}"]
     config = load_config(arguments.config, [*arguments.set, *encoder], [arguments.backbone])
     config = single_setting(config, arguments.backbone)

@@ -82,10 +82,13 @@ def check_start_weights(config: Config, to_come: Sequence[str]) -> None:
 
 
 def check_start_files(runs: Sequence[Run]) -> None:
-    """Fail now, not after other runs, where a weights file that no run of the study makes does not exist."""
+    """Fail now, not after other runs, where a weights file that no run makes is not there or holds none."""
     to_come = {run.folder for run in runs}
+    given: set[Path] = set()
     for run in runs:
         for path in (run.start, run.second_start, run.chosen_by) if not run.done else ():
+            if path is not None and path.is_file() and path == Path(run.config.finetune.checkpoint or ""):
+                given.add(path)
             if path is None or path.is_file() or path.parent in to_come:
                 continue
             if path.parent in run.needs:
@@ -94,6 +97,10 @@ def check_start_files(runs: Sequence[Run]) -> None:
                                 "add it to --stages")
             raise UserError(f"{run.folder.parts[-3]} starts from {path}, which does not exist; correct "
                             "finetune.checkpoint or finetune.encoder_weights")
+    for path in sorted(given):
+        from core.networks.weights import load_weights  # imports for seconds
+
+        load_weights(path)
 
 
 def check_device(runs: Sequence[Run]) -> None:

@@ -485,3 +485,26 @@ def test_weights_of_a_later_version(tiny_cell, run_main, tmp_path):
     rewritten(run_dir / "best.safetensors", lambda header: header["config"]["unet"].update(gates=True))
     status, _, error = run_main(EVALUATING, run_dir)
     assert status == 2 and "best.safetensors holds a network of a later version: it has unet.gates" in error
+
+
+@pytest.mark.parametrize("option", ["--seed", "--draw"])
+@pytest.mark.parametrize("number", ["-1", "99999999999999999999"])
+def test_numbers_that_no_generator_takes(config_file, run_main, option, number):
+    status, _, err = run_main("landmarks_finetuning.train", "--config", config_file(), "--backbone", "scratch",
+                              "--shots", "2", option, number)
+    assert status == 2 and err.startswith(f"error: {option} ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", ["last", "previous"])
+def test_nothing_to_resume(config_file, run_main, tmp_path, which):
+    """--resume where nothing was begun does not begin anew without a word."""
+    status, _, err = run_main("landmarks_finetuning.train", "--config", config_file(), "--backbone", "scratch",
+                              "--shots", "2", "--resume", which)
+    assert status == 2 and f"--resume {which}: " in err and "no state to continue from" in err
+    assert not list((tmp_path / "runs").rglob("best.safetensors"))
+
+
+def test_a_detector_draws_no_samples(tiny_study, tiny_cell, run_main):
+    status, _, err = run_main("ddpm_pretraining.sample", "--config", tiny_study, "--weights",
+                              tiny_cell / "best.safetensors", "--count", "1")
+    assert status == 2 and err.startswith(f"error: {tiny_cell / 'best.safetensors'} draws no images: it has 19 outputs")

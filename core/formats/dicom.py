@@ -173,7 +173,7 @@ def _numbers(path: Path, dataset: pydicom.Dataset, key: str, count: int) -> np.n
 def _check_kind(path: Path, dataset: pydicom.Dataset) -> Decoder:
     """The decoder of its pixels; UserError unless the file holds one grey picture that can be decoded here."""
     if not dataset.get("Rows") or not dataset.get("Columns"):
-        kind = dataset.SOPClassUID.name if dataset.get("SOPClassUID") else "of no known kind"
+        kind = " ".join(dataset.SOPClassUID.name.split()) if dataset.get("SOPClassUID") else "of no known kind"
         raise UserError(f"image {path} holds no picture ({kind}) or its header is cut off")
     frames, colour = int(dataset.get("NumberOfFrames") or 1), dataset.get("PhotometricInterpretation")
     if frames > 1:

@@ -114,9 +114,12 @@ def resolved(labels: LabelSet, images: Images, path: Path) -> LabelSet:
     """Rows with the path and size of their image. UserError: an image that is not there, or of another size."""
     rows = []
     for row in labels.rows:
-        size = images.size(row.image)
+        try:
+            name, size = images.name(row.image), images.size(row.image)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         check_size(row, size, path)
-        rows.append(replace(row, image=images.name(row.image), size=size))
+        rows.append(replace(row, image=name, size=size))
     return replace(labels, rows=tuple(rows))
 
 

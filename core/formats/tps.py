@@ -87,7 +87,10 @@ def _sheet(points: list[tuple[float, float] | None], facts: dict[str, str], wher
         raise UserError(f"{where}: image {image} has {len(points)} landmarks, not {len(names)}: {', '.join(names)}")
     if size_of is None:
         raise UserError(f"{where}: y counts from the lower edge of {image}: name the folder of images, --images")
-    height, width = size_of(image)
+    try:
+        height, width = size_of(image)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     marks = [Mark(name, float("nan"), float("nan")) if point is None else
              Mark(name, point[0] - CORNER, height - CORNER - point[1])
              for name, point in zip(names or map(str, range(1, len(points) + 1)), points, strict=True)]

@@ -30,7 +30,11 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
     """The values of a run's config.json. UserError: it is not there."""
     path = run_dir / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        values = json.loads(path.read_text(encoding="utf8"))
+        if not isinstance(values, dict) or not all(isinstance(values.get(key, {}), dict)
+                                                   for key in ("dataset", "experiment")):
+            raise ValueError("it holds no settings of a study")
+        return values
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); RUN is the folder of a trained run, such as "
                         "runs/mine/landmarks/ddpm/default/shots010_draw0_seed0") from None

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from core.errors import run_command
+from core.errors import UserError, run_command
 
 
 @pytest.mark.parametrize(("error", "line"), [
@@ -39,3 +39,7 @@ def test_a_thread_that_cannot_write_says_so_once(capsys, monkeypatch):
         thread.join()
     assert capsys.readouterr().err.startswith("note: a log is cut short: events: No space left on device")
     assert capsys.readouterr().err == ""
+
+
+def test_a_message_that_quotes_line_breaks_is_one_line():
+    assert str(UserError("a.csv: unknown column \"x\ny\"")) == 'a.csv: unknown column "x y"'

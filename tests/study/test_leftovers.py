@@ -140,3 +140,11 @@ def test_pretraining_is_done_when_its_pictures_are(config_file, monkeypatch):
     assert study_runs(config, ("pretrain",))[0].done
     log = (config.experiment_dir / "ddpm/metrics.jsonl").read_text()
     assert '"validation_loss"' in log.splitlines()[-1] and list(config.experiment_dir.glob("ddpm/samples/*000006.png"))
+
+
+def test_a_checkpoint_that_holds_no_weights_is_found_first(config_file, tmp_path):
+    notes = tmp_path / "notes.safetensors"
+    notes.write_text("no weights")
+    config = load_config(config_file(finetune={"backbones": ["ddpm"], "checkpoint": str(notes)}))
+    assert "notes.safetensors" in error_of(run_study, config, ("finetune",))
+    assert not config.experiment_dir.exists()

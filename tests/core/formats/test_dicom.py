@@ -176,6 +176,7 @@ def test_refused_files(tmp_path):
         ({"PhotometricInterpretation": "PALETTE COLOR"}, r"holds colours \(PALETTE COLOR\)"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, r"holds colours \(RGB\)"),
         ({"PixelSpacing": [0.5, 0]}, r"pixel spacing of \[0.5, 0.0\] mm; it must be above 0"),
+        ({"Rows": None, "SOPClassUID": "1.2.8\n 1.5"}, r"holds no picture \(1.2.8 1.5\)"),
         ({"Rows": None, "SOPClassUID": RTStructureSetStorage}, r"holds no picture \(RT Structure Set Storage\)"),
     ):
         refuses(write(tmp_path / "a.dcm", picture(STORED[0], **elements)), message)

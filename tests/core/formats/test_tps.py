@@ -81,3 +81,12 @@ def test_count_size_and_place(tmp_path):
     outside = replace(LABELS, rows=(replace(LABELS.rows[0], points=np.full((3, 2), -2.0)),))
     with pytest.raises(UserError, match='landmark "sella" of image "a/001.png" lies outside'):
         write_tps(path, outside)
+
+
+def test_an_image_that_is_not_there_is_told_with_the_file(tmp_path):
+    def unknown(_name):
+        raise UserError("no such image")
+
+    path = tps(tmp_path / "a.tps", "LM=1", "1 2", "IMAGE=gone.png")
+    with pytest.raises(UserError, match=r"a\.tps, line \d: no such image"):
+        read_tps(path, ["sella"], unknown)
