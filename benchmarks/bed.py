@@ -138,7 +138,8 @@ def slice_of(pixels: np.ndarray, index: int, series: str | None) -> pydicom.Data
     data.file_meta = pydicom.dataset.FileMetaDataset()
     data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{index + 1}.{len(series or '')}"
+    uid = pydicom.uid.UID(f"1.2.3.{index + 1}.{len(series or '')}")
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = uid
     data.Rows, data.Columns = pixels.shape
     data.PixelSpacing, data.BitsAllocated, data.BitsStored, data.HighBit = [1.0, 1.0], 16, 16, 15
     data.PixelRepresentation, data.SamplesPerPixel, data.PhotometricInterpretation = 0, 1, "MONOCHROME2"

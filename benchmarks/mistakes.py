@@ -78,7 +78,7 @@ def _obey(mistake: Mistake) -> None:
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:  # noqa: BLE001  what Python would do, said on the child's stderr
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -135,7 +135,7 @@ def try_all(chosen: Sequence[Mistake], folder: Path, show: bool, seconds: float
         try:
             make_bed(work)
         except BaseException:  # noqa: BLE001
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:

@@ -98,7 +98,7 @@ COMMANDS |= {name: Command(module, arguments) for name, module, arguments in (
 RUN = "runs/study/landmarks/scratch/*/shots002_draw0_seed0/"
 LOST: dict[str, Damage] = {**WHOLE, **GONE}
 CUTS: dict[str, Damage] = {**WHOLE, **GONE, **CUT}
-WRONG = (None, 5, "x", [], {}, ["x"])
+WRONG: tuple[object, ...] = (None, 5, "x", [], {}, ["x"])
 
 
 class Row(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-SETTINGS: tuple[tuple[str, str], ...] = tuple(line.split(" ", 1) for line in """\
+SETTINGS: tuple[tuple[str, str], ...] = tuple((line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in """\
 experiment.name ..
 experiment.name a/b
 experiment.name ""
@@ -85,7 +85,7 @@ evaluation.folds 1
 evaluation.decoder guess
 nothing 1
 dataset 5
-finetune []""".splitlines())  # type: ignore[misc]
+finetune []""".splitlines())
 
 LINES: tuple[tuple[str, str, str], ...] = (
     ("plan", "--set experiment", "section.key=value"), ("plan", "--stages dance", "dance"),

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.config.config import Config
+from core.config.ddpm import DDPM
+from core.config.finetune import Finetune
 from core.config.load import parse_recorded_config
+from core.config.ssl import SSL
 from core.config.starts import BACKBONES
 from core.errors import UserError, run_command
 from core.files import parse_json
@@ -110,7 +113,8 @@ def seconds_a_step(run: Run, folder: Path) -> float:
     one = _training(run, folder, 1)
     first = _timed(one, 1)
     config = run.config
-    section = {"pretrain": config.ddpm, "ssl": config.ssl}.get(run.stage) or _recipe(run).finetune
+    section: DDPM | SSL | Finetune = (config.ddpm if run.stage == "pretrain" else config.ssl if run.stage == "ssl"
+                                      else _recipe(run).finetune)
     images = section.batch_size * section.accumulation
     if images == 1 or run.stage == "ssl":
         return _timed(one, MOST_STEPS) if first < SLOW else first
