@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 from core.config.config import Config
@@ -24,18 +25,28 @@ def check_launch(config: Config, stages: tuple[str, ...], runs: list[Run]) -> No
     made_of = f"{data_stamp(config.dataset)} {[(run.kind, run.steps) for run in runs]}"
     stamp = hashlib.sha256(made_of.encode()).hexdigest()
     if not _said(folder, stamp):
-        from core.data.source import load_source  # imports for seconds
-        from study.check.cost import cost_of
-        from study.check.overview import overview
-        from study.check.page import write_page
-
-        source = load_source(config.dataset)
-        found = overview(config, source, cost_of(config, stages, runs))
-        write_page(folder / "index.html", config, source, found)
-        text = "\n".join(found.lines()) + f"\ncheck  {folder / 'index.html'}\n"
-        write_atomically(folder / TEXT, text.encode())
-        write_atomically(folder / STAMP, stamp.encode())
+        try:
+            _look(config, stages, runs, folder, stamp)
+        except Exception as error:  # noqa: BLE001  whatever it is: the check is no reason not to train
+            print(f"note: the data were not checked ({type(error).__name__}: {' '.join(str(error).split())}); "
+                  "python -m study.check says more", file=sys.stderr)
+            return
     print((folder / TEXT).read_text(encoding="utf8"), end="", flush=True)
+
+
+def _look(config: Config, stages: tuple[str, ...], runs: list[Run], folder: Path, stamp: str) -> None:
+    """Check, and leave page, text and stamp in `folder`."""
+    from core.data.source import load_source  # imports for seconds
+    from study.check.cost import cost_of
+    from study.check.overview import overview
+    from study.check.page import write_page
+
+    source = load_source(config.dataset)
+    found = overview(config, source, cost_of(config, stages, runs))
+    write_page(folder / "index.html", config, source, found)
+    text = "\n".join(found.lines()) + f"\ncheck  {folder / 'index.html'}\n"
+    write_atomically(folder / TEXT, text.encode())
+    write_atomically(folder / STAMP, stamp.encode())
 
 
 def _said(folder: Path, stamp: str) -> bool:
