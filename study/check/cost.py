@@ -33,6 +33,7 @@ WORTH_TIMING = 50  # steps of a study; of fewer the timing would take as long as
 SECONDS = 120.0  # for all kinds together
 KIND_SECONDS, MOST_STEPS, WARM = 4.0, 20, 2  # of a kind; steps at most; left out, being slower than the others
 SLOW = 2.0  # seconds of a step of one image, from which on its batch is not tried
+VERY_SLOW = 40.0  # seconds of the first step, from which on no second one is waited for
 LONG_ON_CPU = 24 * 3600.0
 STAND_INS = {"unet": "scratch", "encoder_unet": "random"}  # the same network, whose weights need not be there yet
 
@@ -112,6 +113,8 @@ def seconds_a_step(run: Run, folder: Path) -> float:
     """Of one optimiser step of `run`, timed here; `folder` is for what a training may write."""
     one = _training(run, folder, 1)
     first = _timed(one, 1)
+    if first < VERY_SLOW:  # the first step of a process also waits for much that later ones have
+        first = min(first, _timed(one, 1))
     config = run.config
     section: DDPM | SSL | Finetune = (config.ddpm if run.stage == "pretrain" else config.ssl if run.stage == "ssl"
                                       else _recipe(run).finetune)
@@ -119,7 +122,7 @@ def seconds_a_step(run: Run, folder: Path) -> float:
     if images == 1 or run.stage == "ssl":
         return _timed(one, MOST_STEPS) if first < SLOW else first
     if first > SLOW or first * images > KIND_SECONDS * 4:
-        return (first if first > KIND_SECONDS else min(first, _timed(one, 2))) * images
+        return first * images
     return _timed(_training(run, folder, None), MOST_STEPS)
 
 
