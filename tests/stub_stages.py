@@ -94,6 +94,7 @@ def stub(patch) -> None:
     patch(report_page, "build", build)
     patch(run, "prepare", study_runs)
     patch(run, "data_stamp", lambda dataset: "")
+    patch(run, "check_launch", lambda *_: None)
     patch(cluster, "prepare", study_runs)
 
 

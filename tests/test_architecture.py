@@ -145,11 +145,16 @@ def test_datasets_is_no_package_and_no_file_is_named_utils():
 
 
 def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
-    """One handler may be broad: where the launcher reports a run that failed and goes on with the next."""
+    """Handlers may be broad where the launcher reports a run, or a check, that failed and goes on with the next.
+
+    And in the drivers that look for what no handler catches.
+    """
+    broad = {"study/runner.py": 1, "study/check/launched.py": 1, "benchmarks/fuzz_readers.py": 1,
+             "benchmarks/mistakes.py": 2}
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf8"))
-        reporting = path == PROJECT / "study/runner.py"
-        assert not unsafe_loads(tree) and len(broad_handlers(tree)) == reporting, path
+        wanted = broad.get(path.relative_to(PROJECT).as_posix(), 0)
+        assert not unsafe_loads(tree) and len(broad_handlers(tree)) == wanted, path
 
 
 def test_the_rules_can_fail():

@@ -183,9 +183,10 @@ def test_shots_that_leave_nothing_to_train_on(config_file, refused):
     message = r"--shots 2 .*at least 3 shots are needed \(finetune.validation is 2\)"
     refused(message, FINETUNING, "--config", path, *CELL)
     path = config_file()
-    for arguments in (("--shots", 0), ("--shots", 2, "--draw", -1)):
-        refused("at least 1 shots are needed .* draws count from 0", FINETUNING, "--config", path, "--backbone",
-                "scratch", *arguments)
+    refused("at least 1 shots are needed .* draws count from 0", FINETUNING, "--config", path, "--backbone", "scratch",
+            "--shots", 0)
+    refused("--draw -1: draws count from 0", FINETUNING, "--config", path, "--backbone", "scratch", "--shots", 2,
+            "--draw", -1)
     refused("--seed -1: seeds count from 0", FINETUNING, "--config", path, *CELL, "--seed", -1)
 
 
