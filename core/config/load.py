@@ -100,11 +100,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
     """
     if len(seen) > MOST_EXTENDED:
         raise UserError(f"{seen[0]}: extends through more than {MOST_EXTENDED} files, the last one {path}")
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
-    if not path.is_file():
+    if not path.is_file():  # a link to itself is none
         names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
         raise UserError(f"config file {path} does not exist; configs/ holds {names}")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
         values = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:

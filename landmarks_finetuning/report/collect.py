@@ -101,6 +101,8 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
     try:
         row = {key: metrics[key] for key in ("dataset", "split", "backbone", "variant", "shots", "draw", "seed",
                                              "unit", "images", "validation_labels")}
+        if not all(isinstance(row[key], str) for key in ("dataset", "split", "backbone", "variant", "unit")):
+            raise TypeError("a name is no text")
         row |= {"layout": metrics.get("layout"), "paper_rule": metrics.get("paper_rule"),
                 "phantom": bool(metrics.get("phantom", False)), "decoder": metrics.get("decoder"),
                 "scorer_left_out": metrics.get("paper_left_out"),

@@ -63,6 +63,9 @@ def test_extends_missing_wrong_or_circular(tmp_path):
     assert "extends itself through a.json -> b.json" in error_of(path)
     here = write(tmp_path / "here.json", extends=f"../{tmp_path.name}/here.json")  # never twice under the same name
     assert "extends itself through here.json" in error_of(here)
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    assert "loop.json does not exist" in error_of(loop)
 
 
 @pytest.mark.parametrize("content, message", [

@@ -306,6 +306,14 @@ def test_a_damaged_file_of_one_run_leaves_the_others(tmp_path, name, content):
     assert experiment.runs["backbone"].tolist() == ["scratch"]
 
 
+def test_a_name_that_is_no_text_is_damage(tmp_path):
+    folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"dataset": 5}))
+    (run,) = read_experiment(tmp_path).damaged
+    assert "metrics.json is damaged (TypeError('a name is no text'))" in run.reason
+
+
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]])
     (folder / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 3, "validation_loss": 1.0}\n{"s')
