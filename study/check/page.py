@@ -26,6 +26,7 @@ PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Check of {{ name }}</title>
 <style>
+td:first-child { white-space: nowrap }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222 }
 table { border-collapse: collapse } td { padding: .2rem .8rem .2rem 0; vertical-align: top; overflow-wrap: anywhere }
 section { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }
@@ -33,9 +34,10 @@ section div { flex: 1 1 16rem; overflow-wrap: anywhere } img { max-width: 100%; 
 </style>
 <h1>Check of {{ name }}</h1>
 <table>{% for what, how in facts %}<tr><td><b>{{ what }}</b><td>{{ how }}{% endfor %}</table>
-<h2>{{ alarms|length }} to look at</h2>
-<p>Each line is a guess from the other images: look, then correct the file, or leave it as it is. Landmarks in red;
-the first one is larger.</p>
+<h2>{{ alarms|length or "Nothing" }} to look at</h2>
+{% if alarms %}<p>Each line is a guess from the other images: look, then correct the file, or leave it as it is.
+Landmarks in red;
+the first one is larger.</p>{% endif %}
 {% for alarm, pictures in alarms %}<section><div><b>{{ alarm.kind }}</b><br>{{ alarm.text }}</div>
 {% for name, data in pictures %}<figure><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 <figcaption>{{ name }}</figcaption></figure>{% endfor %}</section>
