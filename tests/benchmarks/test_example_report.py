@@ -20,7 +20,9 @@ def test_the_committed_page_is_whole_and_names_no_machine():
     for path in files:
         words = EMBEDDED.sub("", path.read_text(encoding="utf8"))
         assert not re.search(r"(?<![\w.])/(tmp|work|home|root|Users|mnt)\b", words), path
-    assert "Heatmaps: Diffusion pre-training" in text and "In the form of table 2" in text
+    assert "Heatmaps: Diffusion pre-training" in text and "Best run: " in text and "<dt>Leaked</dt>" in text
+    assert "Against the paper" not in text  # of phantoms there is nothing in it; the table's form is a file
+    assert (TARGET / "tables/table2_phantom.tex").is_file()
 
 
 def test_the_committed_tables_show_spreads():
