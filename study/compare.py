@@ -150,8 +150,8 @@ def compared(first: Points, second: Points, truth: Points | None, spacing: Seque
         raise UserError("nothing can be compared: no landmark is set in all tables for any image")
     offset = np.nanmean(difference, axis=(0, 1))
     every = len(set().union(*(table.rows for table in tables)))
-    left_out = f"{every - len(images)} images are not in all tables; " if every > len(images) else ""
-    left_out += f"{int(missing.sum())} landmarks are not set in all of them" if missing.any() else ""
+    left_out = "; ".join(([f"{every - len(images)} images are not in all tables"] if every > len(images) else [])
+                         + ([f"{int(missing.sum())} landmarks are not set in all of them"] if missing.any() else []))
     unit = "px" if mm is None else "mm"
     if truth is None:
         return Compared(names, patients, unit, physical_errors(points[1], points[0], mm), None, offset, unit, left_out)

@@ -58,6 +58,8 @@ def test_images_are_the_same_with_and_without_their_suffix(run_main, tmp_path):
     truth = wide(tmp_path / "truth.csv", {"b/p1": [(0, 0), (1, 1)], "q1": [(3, 2), (1, 1)]})
     status, out, error = run_main(COMPARE, first, second, "--truth", truth, "--spacing", "1")
     assert status == 0 and "2 images of 2 patients, 2 landmarks, 4 pairs" in out, error
+    fewer = wide(tmp_path / "fewer.csv", {"q1": [(3, 2), (1, 1)]})
+    assert "left out: 1 images are not in all tables\n" in run_main(COMPARE, first, second, "--truth", fewer)[1]
     twice = long(tmp_path / "c.csv", {"q1.png": [(0, 0), (1, 1)], "q1.jpg": [(3, 0), (1, 1)]})
     status, _, error = run_main(COMPARE, twice, truth)
     assert status == 2 and "no image in common: they begin with q1.png, b/p1" in error
