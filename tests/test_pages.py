@@ -1,4 +1,4 @@
-"""The pages in Markdown: each link leads to a file and a heading that are there, and pictures are small enough to load."""
+"""The pages in Markdown: each link leads to a file and a heading that are there, and pictures load quickly."""
 
 import re
 

@@ -127,7 +127,8 @@ def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
         order = order_of_doubt(keys, answers, suggested(run_dir), session.at_start)
         command = training_command(run_dir, config, labels)
         calibrated = bool(arguments.predictions) or are_calibrated(folder)  # of a table nothing is known
-        yield Opened(session, review_server(session, order, arguments.port, command, calibrated), keys, labels, config, run_dir)
+        server = review_server(session, order, arguments.port, command, calibrated)
+        yield Opened(session, server, keys, labels, config, run_dir)
 
 
 def review(arguments: argparse.Namespace) -> None:

@@ -46,8 +46,8 @@ def review_server(review: Review, order: Sequence[str], port: int, train: str = 
         raise UserError(f"--port {port} cannot be listened on ({error}); choose another, or 0 for any free one"
                         ) from None
     with listening:  # the server has a descriptor of its own
-        return make_server(HOST, port, review_app(review, order, train, calibrated), threaded=True, request_handler=_Quiet,
-                           fd=listening.fileno())
+        app = review_app(review, order, train, calibrated)
+        return make_server(HOST, port, app, threaded=True, request_handler=_Quiet, fd=listening.fileno())
 
 
 def review_app(review: Review, order: Sequence[str], train: str = "", calibrated: bool = True) -> Flask:

@@ -52,7 +52,7 @@ def home(tmp_path_factory) -> Path:
     shutil.copytree(PROJECT / "configs", root / "configs")
     quick = json.loads((root / "configs/quick.json").read_text())
     tiny = {key: value for key, value in TINY.items() if key in ("unet", "ddpm")}
-    tiny["finetune"] = {key: TINY["finetune"][key] for key in ("iterations", "validate_every", "save_every", "log_every")}
+    tiny["finetune"] = {"iterations": 4, "validate_every": 2, "save_every": 2}
     small = {"dataset": {"image_size": [48, 48]}, "evaluation": {"overlays": 2}, "experiment": {"device": "cpu"}}
     (root / "configs/quick.json").write_text(json.dumps(merged(merged(quick, tiny), small)))
     (root / "datasets").mkdir()
@@ -167,7 +167,8 @@ def test_coco_and_back_loses_nothing(session, home):
     coco = json.loads((home / "datasets/again/landmarks.json").read_text())
     files = {image["id"]: Path(image["file_name"]).stem for image in coco["images"]}
     found = {files[each["image_id"]]: np.reshape(each["keypoints"], (-1, 3)) for each in coco["annotations"]}
-    assert coco["categories"][0]["keypoints"] == json.loads((home / "datasets/mine/dataset.json").read_text())["landmarks"]
+    names = json.loads((home / "datasets/mine/dataset.json").read_text())["landmarks"]
+    assert coco["categories"][0]["keypoints"] == names
     again = saved_points(home / "back.csv")
     assert len(labels) == 15 and found.keys() == labels.keys() and {Path(key).stem for key in again} == labels.keys()
     for key, points in again.items():
