@@ -18,6 +18,7 @@ from core.data.labels import FolderLabels, new_data_set
 from core.data.records import image_id
 from core.errors import CommandParser, UserError, run_command
 from core.formats.images import find_images, read_geometry
+from core.runs.best import run_folder
 from core.runs.claims import claim
 from study.review.answers import find_answers, order_of_doubt, read_answers, suggested
 from study.review.server import HOST, review_server
@@ -110,6 +111,7 @@ class Opened(NamedTuple):
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
     """A review whose data set is held against others while the block runs. UserError: arguments that do not fit."""
+    arguments.run_dir = run_folder(arguments.run_dir)
     config = recorded_config(arguments.run_dir)
     labels = find_labels(arguments.images, arguments.labels, config, arguments.run_dir)
     keys = chosen_images(labels, arguments.images)
