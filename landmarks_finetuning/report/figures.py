@@ -32,6 +32,7 @@ COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "im
            "random": "#8A6FD1", "gu2net": "#9C5A3C", "global_to_local": "#5B8C85"}
 SPARE_COLOURS = ("#B0A100", "#C2456B", "#3F6C9C", "#7A7A2E")
 QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
+WIDE_POINTS = 600  # a figure as wide as this has too small a text where its place is narrow
 CURVE_POINTS, FEWEST_POINTS = 15_000, 40  # of all lines of a panel's measure together, and of each at least
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
 STYLE: dict[Any, Any] = {  # matplotlib's own type lists every key
@@ -78,9 +79,13 @@ def thinned(points: np.ndarray, most: int) -> np.ndarray:
 
 
 def _without_size(tag: re.Match) -> str:
-    """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's."""
+    """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's.
+
+    A wide one says the least width at which it can be read: in a narrow window it scrolls.
+    """
     points = float(re.findall(r'width="([\d.]+)pt"', tag.group())[0])
-    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px">'
+    least = f";--least:{points * 0.75:.0f}px" if points > WIDE_POINTS else ""
+    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px{least}">'
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1,
