@@ -85,7 +85,8 @@ def _without_size(tag: re.Match) -> str:
     """
     points = float(re.findall(r'width="([\d.]+)pt"', tag.group())[0])
     least = f";--least:{points * 0.75:.0f}px" if points > WIDE_POINTS else ""
-    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px{least}">'
+    bare = re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1]
+    return f'{bare} style="max-width:{points * 1.5:.0f}px{least}">'
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1,
