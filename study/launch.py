@@ -80,7 +80,7 @@ def main() -> None:
         set_stale_pretraining_aside(config, stages)
     if arguments.dry_run:
         words = ["python", "-m", "study.check", "--config", str(arguments.config)]
-        words += ["--set", *arguments.set] if arguments.set else []
+        words += ["--set", *overrides] if overrides else []
         tell_check(config, prepare(config, stages), shlex.join(words))
         return
     launched(config, stages, arguments.workers, arguments.gpus, arguments.slurm)

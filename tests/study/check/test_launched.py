@@ -35,6 +35,8 @@ def test_a_dry_run_repeats_the_check_of_the_same_data_and_never_looks_itself(con
     longer = ("--set", "ddpm.iterations=7")  # its cost was not said
     out = run_main(LAUNCH, "--config", path, *STAGES, "--dry-run", *longer)[1]
     assert f"--config {path} --set ddpm.iterations=7 looks" in out and "look at  1" not in out
+    out = run_main(LAUNCH, "--config", path, *STAGES, "--dry-run", "--shots", "2", "5")[1]
+    assert f"--config {path} --set 'finetune.shots=[2, 5]' looks" in out
     other = json.loads(path.read_text())
     other["dataset"]["intensity"] = "percentile"
     path.write_text(json.dumps(other))
