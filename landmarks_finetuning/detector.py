@@ -14,6 +14,7 @@ from core.data.arrays import array_record
 from core.data.records import Record, parse_spacing
 from core.errors import UserError
 from core.formats.series import is_series
+from core.runs.best import run_folder
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.predict import collect_images, predictions_of
@@ -63,13 +64,15 @@ class Detector:
 
     @classmethod
     def load(cls, run: PathLike, *others: PathLike, settings: Sequence[str] = ()) -> Detector:
-        """The detector of a run's folder: both its stages, its last round, its calibration.
+        """The detector of a run: both its stages, its last round, its calibration.
 
+        `run` is the run's folder, its best.safetensors, or the experiment's folder, whose best run it then is.
         With `others`, runs on the same data, it is an ensemble, which has no calibration. `settings` are those of
         predict's --set, such as "evaluation.views=4" or "experiment.device=cpu". UserError where there is no such run.
         """
-        trained = trained_detector(Path(run), tuple(settings), [Path(other) for other in others])
-        return cls(trained, None if others else read_calibration(Path(run), trained))
+        folder = run_folder(Path(run))
+        trained = trained_detector(folder, tuple(settings), [run_folder(Path(other)) for other in others])
+        return cls(trained, None if others else read_calibration(folder, trained))
 
     @property
     def names(self) -> tuple[str, ...]:

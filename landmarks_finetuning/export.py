@@ -16,6 +16,7 @@ from torch import nn
 
 from core.config.second_stage import second_of
 from core.errors import CommandParser, UserError, run_command
+from core.runs.best import run_folder
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.shape import SCALES, SCATTER
@@ -140,6 +141,7 @@ def export(run_dir: Path, out: Path, overrides: Sequence[str] = (), others: Sequ
     """Write `out`, of two stages `out` with .fine.onnx as well, and run_onnx.py beside them; returns all files."""
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: must end in .onnx")
+    run_dir, others = run_folder(run_dir), [run_folder(other) for other in others]
     detector = trained_detector(run_dir, overrides, others)
     check_exportable(detector)
     calibration = None if others else read_calibration(run_dir, detector)

@@ -27,6 +27,7 @@ from landmarks_finetuning.predictions import (
     Predictions,
     append_rows,
     find_landmarks,
+    names_about,
     picture_name,
     printable,
     table_rows,
@@ -84,15 +85,16 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     records = collect_images(paths, out, detector.config.dataset.spacing_mm)
     _check_formats(formats, records)
     rows: list[FolderRow] = []
+    names = names_about([record.id for record in records])
     path = out / "predictions.csv"
     with atomic_file(path) as table:
         for predictions in predictions_of(detector, records, calibration):
             append_rows(table, table_rows(predictions))
-            write_slicer_files(out / "markups", predictions)
+            write_slicer_files(out / "markups", predictions, names)
             rows += [FolderRow(record.id, points, size=record.file_geometry().size)
                      for record, points in zip(predictions.images.records, predictions.points, strict=True)]
             for index, record in enumerate(predictions.images.records if overlays else ()):
-                draw_predictions(out / "overlays" / picture_name(record.id, ".png"), predictions, index,
+                draw_predictions(out / "overlays" / picture_name(names[record.id], ".png"), predictions, index,
                                  f"{printable(record.id)}{_doubt(predictions, index)}")
     labels = LabelSet(tuple(detector.landmark_names), tuple(rows), proposed=True)
     _write_formats(out, labels, {record.id: record.image for record in records}, formats)
@@ -106,8 +108,8 @@ def _check_formats(formats: Sequence[str], records: Sequence[Record]) -> None:
             geometry = record.file_geometry()
             if name in FLAT and len(geometry.size) != 2:
                 raise UserError(f"--format {name} holds flat images only, and {record.image} is a volume")
-            if name == "slicer" and geometry.affine is None:
-                raise UserError(f"--format slicer counts in mm of the patient, and {record.image} does not say where "
+            if name in ("slicer", "fcsv") and geometry.affine is None:
+                raise UserError(f"--format {name} counts in mm of the patient, and {record.image} does not say where "
                                 "its pixels lie")
 
 
@@ -147,7 +149,7 @@ def main() -> None:
         prog="python -m landmarks_finetuning.predict", description=__doc__,
         epilog="example: python -m landmarks_finetuning.predict "
                "runs/cephalo new_images/ --out predictions")
-    parser.add_argument("run_dir", type=Path, help="a run's folder, or an experiment's for its best run")
+    parser.add_argument("run_dir", type=Path, help="a run's folder or its weights, or an experiment's for its best run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--with", type=Path, nargs="+", action="extend", default=[], metavar="RUN_DIR", dest="others",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from core.data.dataset import ImageSet
 from core.files import atomic_file
 from core.formats.cells import harmless
 from core.formats.geometry import index_to_world
+from core.formats.images import image_id
 from core.formats.markups import write_markups
 from landmarks_finetuning.decoding import Located
 from landmarks_finetuning.heatmaps import contour_centroid
@@ -120,6 +122,14 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def names_about(images: Sequence[str]) -> dict[str, str]:
+    """{image: what files about it are called}: x of x.jpg, but x.jpg where x.png is another one of `images`."""
+    bare = {image: image_id(image) for image in images}
+    counts = Counter(bare.values())
+    return {image: name if counts[name] == 1 and (name == image or name not in bare) else image
+            for image, name in bare.items()}
+
+
 def picture_name(image: str, suffix: str) -> str:
     """The name of a file about an image: its id, or where that is too long a digest of it and its end."""
     name = printable(image).encode()
@@ -135,13 +145,17 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         append_rows(table, rows)
 
 
-def write_slicer_files(folder: Path, predictions: Predictions) -> None:
-    """folder/<image>.mrk.json (LPS mm) for every volume that says where its voxels lie; opens in 3D Slicer on it."""
+def write_slicer_files(folder: Path, predictions: Predictions, names: Mapping[str, str] | None = None) -> None:
+    """folder/<image>.mrk.json (LPS mm) for every volume that says where its voxels lie; opens in 3D Slicer on it.
+
+    `names` are those of `names_about` all images, where these are some of them.
+    """
+    names = names or names_about([record.id for record in predictions.images.records])
     for index, record in enumerate(predictions.images.records):
         if record.geometry is not None and record.geometry.affine is not None:
             descriptions = [predictions.expected_text(index, n) for n in range(len(predictions.names))]
             points = index_to_world(predictions.points[index], record.geometry.affine)
-            write_markups(folder / picture_name(record.id, ".mrk.json"), predictions.names, points, descriptions)
+            write_markups(folder / picture_name(names[record.id], ".mrk.json"), predictions.names, points, descriptions)
 
 
 

@@ -6,6 +6,8 @@ K figures side by side.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit, stdtrit
@@ -61,13 +63,18 @@ def studentised_interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tup
     mean = sums.sum(axis=0) / counts.sum(axis=0)
     centred = sums - mean * counts
     _, error = _deviation(np.ones((1, len(sums))), centred, counts)
-    patients = np.full(len(sums), 1 / len(sums))
-    weights = np.random.default_rng(seed).multinomial(len(sums), patients, size=RESAMPLES).astype(np.float64)
-    deviation, spread = _deviation(weights, centred, counts)
+    deviation, spread = _deviation(_resamples(len(sums), seed), centred, counts)
     ratio = np.divide(deviation, spread, out=np.full_like(spread, np.nan), where=spread > 1e-6 * error)
     ratio[:, error[0] <= 1e-12 * np.abs(mean)] = 0.0  # all patients are alike
     high, low = np.nanpercentile(ratio, (2.5, 97.5), axis=0)
     return mean - low * error[0], mean - high * error[0]
+
+
+@lru_cache(maxsize=2)
+def _resamples(patients: int, seed: int) -> np.ndarray:
+    """(RESAMPLES, patients): how often each is drawn. Not to be changed: a report asks hundreds of times."""
+    equal = np.full(patients, 1 / patients)
+    return np.random.default_rng(seed).multinomial(patients, equal, size=RESAMPLES).astype(np.float64)
 
 
 def _deviation(weights: np.ndarray, centred: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from core.config.config import Config
 from core.config.load import add_config_arguments, load_config
 from core.errors import CommandParser, UserError, run_command
 from core.runs.claims import claim
+from study.check.launched import tell_check
 from study.prepare import prepare, with_inputs
 from study.run import run_study
 from study.runner import set_aside
@@ -66,7 +68,8 @@ def main() -> None:
                         help="submit the study as a job array, as the config's section slurm says, and return")
     parser.add_argument("--redo-pretraining", action="store_true",
                         help="set pre-trainings of other images than there are now aside, and pre-train again")
-    parser.add_argument("--dry-run", action="store_true", help="print what is left and how long it takes, and stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what is left, how long it takes and what the check said, and stop")
     arguments = parser.parse_args()
     overrides = list(arguments.set)
     overrides += [f"finetune.shots={arguments.shots}"] if arguments.shots else []
@@ -76,7 +79,9 @@ def main() -> None:
     if arguments.redo_pretraining and not arguments.dry_run:
         set_stale_pretraining_aside(config, stages)
     if arguments.dry_run:
-        prepare(config, stages)
+        words = ["python", "-m", "study.check", "--config", str(arguments.config)]
+        words += ["--set", *overrides] if overrides else []
+        tell_check(config, prepare(config, stages), shlex.join(words))
         return
     launched(config, stages, arguments.workers, arguments.gpus, arguments.slurm)
 

@@ -370,7 +370,7 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
         assert np.allclose(table.query("image == 'one.jpg'")[figure], in_mm, atol=0.01)
     pictures = tmp_path / "out/overlays"
     overlays = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
-    assert overlays == ["more/two.png.png", "one.jpg.png"]
+    assert overlays == ["more/two.png", "one.png"]
     status, _, _ = run_main(PREDICTING, tiny_cell, images / "one.jpg", "--out", tmp_path / "bare", "--no-overlays")
     assert status == 0 and [path.name for path in (tmp_path / "bare").iterdir()] == ["predictions.csv"]
 

@@ -105,7 +105,7 @@ def _of_pictures(path: Path, names: Sequence[str], by_id: Mapping[str, Record]) 
 
 
 def _markup_files(folder: Path, images: Mapping[str, Record]) -> dict[str, Path]:
-    """The landmark file of each image that has one, c0.mrk.json or, as `predict` names them, c0.nii.gz.mrk.json.
+    """The landmark file of each image that has one, c0.mrk.json or, of `--format slicer`, c0.nii.gz.mrk.json.
 
     UserError for a file of no image, or of LabelMe; a .json that holds no markups is passed over there.
     """

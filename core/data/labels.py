@@ -20,7 +20,7 @@ from core.formats.images import find_images, image_id, read_geometry
 from core.formats.markups import read_markups, write_markups
 from core.formats.points import FolderRow, read_folder_csv, write_folder_csv
 
-MARKUPS = ".mrk.json"  # the one kind of landmark file that is written
+MARKUPS = ".mrk.json"  # the one kind of markups that labels are saved in
 
 
 class FolderLabels:

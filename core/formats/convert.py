@@ -8,7 +8,7 @@ from pathlib import Path
 from core.errors import CommandParser, UserError, run_command
 from core.formats.label_files import FORMATS, Images, lost, read_label_file, resolved, write_label_file
 
-BY_SUFFIX = {".csv": "wide", ".xml": "cvat", ".tps": "tps", ".mrk.json": "slicer"}
+BY_SUFFIX = {".csv": "wide", ".xml": "cvat", ".tps": "tps", ".mrk.json": "slicer", ".fcsv": "fcsv"}
 
 
 def convert(source: Path, target: Path, kind: str | None = None, target_kind: str | None = None,
@@ -44,7 +44,7 @@ def main() -> None:
         prog="python -m core.formats.convert", description=__doc__,
         epilog="example: python -m core.formats.convert annotations.xml landmarks.csv --images images/")
     parser.add_argument("source", type=Path, metavar="IN", help="a file, or LabelMe's or 3D Slicer's folder of files")
-    parser.add_argument("target", type=Path, metavar="OUT", help="a file, or for labelme and slicer a folder")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a file, or for labelme, slicer and fcsv a folder")
     parser.add_argument("--from", choices=tuple(FORMATS), dest="kind", help="what IN is (told by suffix and content)")
     parser.add_argument("--to", choices=tuple(FORMATS), dest="target_kind",
                         help=f"what OUT becomes (told by {', '.join(BY_SUFFIX)})")

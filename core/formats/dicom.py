@@ -97,6 +97,7 @@ def darkened(volume: np.ndarray, padding: Mapping[int, np.ndarray]) -> np.ndarra
 
 @contextmanager
 def damage_told(path: Path) -> Iterator[None]:
+    """Raise what pydicom raises of a damaged file as the UserError of `damaged`; a file that ends early is damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # offences against the standard that leave the values readable

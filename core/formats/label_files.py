@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,7 +154,10 @@ def lost(labels: LabelSet, kind: str) -> list[str]:
 
 
 def write_label_file(path: Path, labels: LabelSet, kind: str, images: Images | None = None) -> None:
-    """Write a file, or for labelme and slicer a folder. UserError: a volume in a format of pictures, as the writer."""
+    """Write a file, or for labelme, slicer and fcsv a folder.
+
+    UserError: a volume in a format of pictures, as the writer.
+    """
     if kind in FLAT:
         for row in labels.rows:
             if row.points.shape[1] != 2:
@@ -199,16 +203,17 @@ def _read_slicer(path: Path, names: Sequence[str] | None, images: Images) -> Lab
     return LabelSet(chosen, tuple(rows))
 
 
-def _write_slicer(path: Path, labels: LabelSet, images: Images) -> None:
+def _write_slicer(path: Path, labels: LabelSet, images: Images, suffix: str = ".mrk.json") -> None:
+    """A folder of files ending in `suffix`, or where `path` ends in it that file."""
     for row in labels.rows:
         affine = images.geometry(row.image).affine
         if affine is None or row.points.shape[1] != 3:
             raise UserError(f'3D Slicer counts in mm of the patient, and image "{row.image}" is flat or does not say '
                             "where its voxels lie")
-        alone = path.name.endswith(".mrk.json")
+        alone = path.name.lower().endswith(suffix)
         if alone and len(labels.rows) > 1:
             raise UserError(f"{path} holds one volume, but there are {len(labels.rows)}; name a folder")
-        file = path if alone else path / f"{row.image}.mrk.json"
+        file = path if alone else path / f"{row.image}{suffix}"
         write_markups(file, labels.names, index_to_world(row.points, affine))
 
 
@@ -231,4 +236,6 @@ FORMATS: dict[str, LabelFormat] = {
                        lambda path, labels, _: write_tps(path, labels),
                        ("hidden", "uneven", "patients", "names"), "landmarks.tps"),
     "slicer": LabelFormat(_read_slicer, _write_slicer, ("hidden", "spacing", "patients"), "slicer"),
+    "fcsv": LabelFormat(_read_slicer, partial(_write_slicer, suffix=".fcsv"),
+                        ("hidden", "spacing", "patients", "unused", "empty"), "fcsv"),
 }

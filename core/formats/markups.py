@@ -1,4 +1,4 @@
-"""Landmark files of 3D Slicer: markups (.mrk.json) read and written, legacy point lists (.fcsv) read.
+"""Landmark files of 3D Slicer, read and written: markups (.mrk.json) and legacy point lists (.fcsv).
 
 A file holds labelled points in millimetres of the patient's space, LPS or RAS; inside the program world points are
 float64 (N, 3), RAS mm in (x, y, z) order (see core/formats/geometry.py), and NaN = not annotated.
@@ -7,6 +7,7 @@ float64 (N, 3), RAS mm in (x, y, z) order (see core/formats/geometry.py), and Na
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ SYSTEMS = {"LPS": RAS_TO_LPS, "RAS": np.ones(3)}  # a file's numbers times these
 LEGACY_SYSTEMS = {"0": "RAS", "1": "LPS"}
 MM_PER_UNIT = {"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "mm": 1.0, "cm": 10.0, "dm": 100.0, "m": 1000.0}
 POSITION_STATUSES = ("undefined", "preview", "defined", "missing")  # .fcsv files write the index
+FCSV_COLUMNS = "id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID"  # ow to oz: a quaternion
 NOT_ANNOTATED = np.full(3, np.nan)
 
 
@@ -75,19 +77,24 @@ def write_markups(
     descriptions: Sequence[str] | None = None,
     coordinates: str = "LPS",
 ) -> None:
-    """Write world (len(names), 3), RAS mm, as a .mrk.json point list that 3D Slicer opens; the write is atomic.
+    """Write world (len(names), 3), RAS mm, as a .mrk.json or .fcsv point list that 3D Slicer opens; atomic.
 
-    `coordinates` ("LPS" or "RAS") is what the file counts in. A point with NaN stays in the list as "undefined". The
-    numbers are exact. UserError: another suffix or coordinate system. ValueError: shapes that differ, infinite numbers.
+    `coordinates` ("LPS" or "RAS") is what the file counts in. A point with NaN stays in a .mrk.json as "undefined"; a
+    .fcsv leaves it out, since programs that read no status would place it at the origin. The numbers are exact.
+    UserError: another suffix or coordinate system, a name that no .fcsv holds. ValueError: shapes that differ, infinite
+    numbers.
     """
-    if not path.name.endswith(".mrk.json"):
-        raise UserError(f"{path}: 3D Slicer's landmark files are written as .mrk.json")
+    if not path.name.lower().endswith(tuple(MARKUP_SUFFIXES)):
+        raise UserError(f"{path}: 3D Slicer's landmark files are written as {' or '.join(MARKUP_SUFFIXES)}")
     if coordinates not in SYSTEMS:
         raise UserError(f'{path}: coordinates must be {" or ".join(SYSTEMS)}, not "{coordinates}"')
     if np.shape(world) != (len(names), 3) or np.isinf(world).any():
         raise ValueError(f"expected {len(names)} points (x, y, z) that are finite or NaN, got shape {np.shape(world)}")
     stored = np.asarray(world, dtype=np.float64) * SYSTEMS[coordinates]
-    rows = zip(names, stored.tolist(), descriptions or [""] * len(names), strict=True)
+    rows = list(zip(names, stored.tolist(), descriptions or [""] * len(names), strict=True))
+    if path.name.lower().endswith(".fcsv"):
+        write_atomically(path, _fcsv_text(path, rows, coordinates).encode())
+        return
     orientation = np.diag(SYSTEMS[coordinates]).ravel().tolist()
     markup = {
         "type": "Fiducial",
@@ -102,6 +109,21 @@ def write_markups(
     }
     text = json.dumps({"@schema": SCHEMA, "markups": [markup]}, indent=1, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
+
+
+def _fcsv_text(path: Path, rows: Sequence[tuple[str, list[float], str]], coordinates: str) -> str:
+    """The lines of a .fcsv as 3D Slicer 4.11 wrote them, in mm; `rows` are label, position (NaN: none), description."""
+    broken = [label for label, _, description in rows if len(f"{label}{description}x".splitlines()) > 1]
+    if broken:
+        raise UserError(f"{path}: a .fcsv holds no name with a line break: {_some(broken)}; write .mrk.json")
+    text = io.StringIO()
+    text.write("# Markups fiducial file version = 4.11\n"
+               f"# CoordinateSystem = {coordinates}\n# columns = {FCSV_COLUMNS}\n")
+    lines = csv.writer(text, lineterminator="\n")
+    for number, (label, position, description) in enumerate(rows, 1):
+        if not np.isnan(position).any():
+            lines.writerow([number, *position, 0, 0, 0, 1, 1, 1, 0, label, description, ""])
+    return text.getvalue()
 
 
 def _control_point(

@@ -9,6 +9,7 @@ from pathlib import Path
 from core.errors import UserError
 from core.files import write_atomically
 
+WEIGHTS = "best.safetensors"  # in a run's folder
 BEST = "best"  # in the experiment's folder: a link to a run's folder, or a file that names it
 
 
@@ -37,10 +38,15 @@ def point_to_best(experiment_dir: Path, run_dir: Path) -> Path:
 
 
 def run_folder(path: Path) -> Path:
-    """The run that `path` stands for: a run's folder itself, an experiment's, or the experiment's `best`.
+    """The run that `path` stands for: a run's folder or its weights, an experiment's, or the experiment's `best`.
 
-    UserError where the experiment has no best run, or where that is gone. Other paths are given back as they are.
+    UserError where the experiment has no best run, or where that is gone, and for a file that is no run's weights.
+    Other paths are given back as they are.
     """
+    if path.is_file() and path.name != BEST:
+        if path.name != WEIGHTS:
+            raise UserError(f"{path} is a file; name a run's folder, or the {WEIGHTS} in it")
+        return path.parent
     if path.name == BEST and (path.is_symlink() or path.is_file()):
         return _followed(path)
     if os.path.lexists(path / BEST):

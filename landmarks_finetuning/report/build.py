@@ -55,7 +55,7 @@ from landmarks_finetuning.report.iterations import (
     training_petaflop,
     with_chosen,
 )
-from landmarks_finetuning.report.pictures import Pictures, find_cases, worst_cases
+from landmarks_finetuning.report.pictures import Pictures, embed_cases, find_cases, worst_cases
 from landmarks_finetuning.report.pretraining import pretraining_sentence
 from landmarks_finetuning.report.rounds import round_rows
 from landmarks_finetuning.report.ssl_figures import read_ssl, ssl_curves
@@ -134,6 +134,8 @@ def _page(experiments: list[Experiment], output: Output) -> str:
     """Write tables and figures; returns the page."""
     (output.folder / "tables").mkdir(parents=True)
     pages = [_experiment_context(experiment, output) for experiment in experiments]
+    embed_cases([case for page in pages for section in page["sections"] for case in section["overlays"]],
+                output.pictures, output.folder.parent)
     summaries = [summary for page in pages for summary in page.pop("summaries")]
     tables = _paper_tables(pd.concat(summaries, ignore_index=True), output) if summaries else []
     output.write_tables()
@@ -220,7 +222,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     every, iterations = runs, iteration_means(runs)
     iterations = iterations.assign(petaflop=[training_petaflop(row, experiment.path / "ddpm")
                                              for row in named_rows(iterations)])
-    runs = with_chosen(every, iterations)
+    runs = every if iterations.empty else with_chosen(every, iterations)
     tried = main_family(runs, iterations)
     first, summary = runs.iloc[0], aggregate(runs)
     unit, compared, shots = first["unit"], comparisons(runs, summary), int(runs["shots"].max())
@@ -230,7 +232,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
     identity = {"experiment": experiment.name, "dataset": first["dataset"], "split": first["split"]}
     curves, heatmaps = figures.within_curves(runs, thresholds), _heatmaps(runs, slug, output)
     sure, rounds = confidences(runs), round_rows(runs)
-    cases = worst_cases(experiment, slug, runs, output.pictures)
+    cases = worst_cases(experiment, slug, runs)
     output.add_table("runs", every.drop(columns="path"))
     output.add_table("summary", summary)
     output.add_table("comparisons", compared.assign(**identity))
@@ -250,7 +252,7 @@ def _section(experiment: Experiment, slug: str, runs: pd.DataFrame, output: Outp
         "paper_left_out": next(iter(runs["scorer_left_out"].dropna()), None),
         "scorer": scorer_sentence(first["paper_rule"]) if sdr_columns(summary, "paper_") else "",
         "human": _human_row(runs), "leaks": leak_sentence(runs, summary),
-        "release": release_sentence(aggregate(every)),
+        "release": release_sentence(summary if every is runs else aggregate(every)),
         "runs": records(every), "several_runs": len(every) > len(summary),
         "show_variants": bool((every.groupby("backbone")["variant"].nunique() > 1).any()),
         "confidence": _coloured([each.row for each in sure]), "rounds": _coloured(rounds),

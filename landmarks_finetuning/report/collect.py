@@ -7,9 +7,8 @@ set's unit (mm or px). Only numbers are made here, no pictures and no sentences.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ import pandas as pd
 from core.config.finetune import LossSettings
 from core.config.settings import all_settings
 from core.config.starts import MEAN_SHAPE
-from core.data.records import patient_group
 from core.errors import UserError
-from core.files import stamp
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
 from landmarks_finetuning.report.frames import grouped, named_rows
 from landmarks_finetuning.report.provenance import config_of, starting_point
-from landmarks_finetuning.report.run_files import AGAIN, check_run, read_metrics_json, read_predictions
+from landmarks_finetuning.report.run_files import AGAIN, check_run, error_matrix, has_columns, read_metrics_json
 from landmarks_finetuning.statistics import bootstrap_interval, patient_sums, rate_interval, sign_flip_p
 
 CELL = ["experiment", "dataset", "split", "backbone", "variant", "shots"]
@@ -191,70 +188,54 @@ def _intervals(group: pd.DataFrame) -> dict[str, float]:
     for prefix, column in (("", "error"), ("paper_", "paper_error")):
         if f"{prefix}mre" not in group or group[f"{prefix}mre"].isna().any():
             continue
-        low, high = bootstrap_interval(*_pooled(group, column), seed=0)
+        matrices, patients = _matrices_by_draw(group, column)
+        low, high = bootstrap_interval(_pooled(matrices), patients, seed=0)
         limits |= {f"low_{prefix}mre" if prefix else "interval_low": low,
                    f"high_{prefix}mre" if prefix else "interval_high": high}
         for rate in sdr_columns(group, prefix):
             limit = float(rate.rsplit("_", 1)[1])
-            sums = patient_sums(*_pooled(group, column, lambda errors, limit=limit: within(errors, limit)))
-            rate_low, rate_high = rate_interval(*(values[:, None] for values in sums))
+            rates = {draw: [within(errors, limit) for errors in seeds] for draw, seeds in matrices.items()}
+            rate_low, rate_high = rate_interval(*(part[:, None] for part in patient_sums(_pooled(rates), patients)))
             limits |= {f"low_{rate}": rate_low[0], f"high_{rate}": rate_high[0]}
     return limits
 
 
-def _pooled(group: pd.DataFrame, *options: Any) -> tuple[np.ndarray, np.ndarray]:
-    by_draw, patients = errors_by_draw(group, *options)
-    return np.concatenate(list(by_draw.values()), axis=1), patients
-
-
-def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
-    """A run's errors, images x landmarks in the order of the file, and the images' patients (`patient_group`).
-
-    `column` "paper_error" takes those of the paper's scorer.
-    """
-    return _error_matrix(folder, column, stamp(folder / "predictions.csv") + stamp(folder / "metrics.json"))
-
-
-@lru_cache(maxsize=2048)
-def _error_matrix(folder: Path, column: str, _files: tuple[tuple[str, int, int], ...]
-                  ) -> tuple[pd.DataFrame, pd.Series]:
-    """Not to be changed: a report of hundreds of runs asks for each table tens of times."""
-    table = read_predictions(folder)
-    matrix = table.pivot(index="image", columns="landmark", values=column)
-    matrix = matrix.reindex(index=table["image"].unique(), columns=table["landmark"].unique())
-    first = table.drop_duplicates("image")
-    patients: dict[str, str] = {image: patient_group(image, patient)
-                                for image, patient in zip(first["image"], first["patient"], strict=True)}
-    return matrix, pd.Series(patients)
+def _pooled(by_draw: dict[int, list[np.ndarray]]) -> np.ndarray:
+    """(images, landmarks of all draws): each draw the mean of its seeds."""
+    return np.concatenate([np.mean(seeds, axis=0) for seeds in by_draw.values()], axis=1)
 
 
 def human_distances(runs: pd.DataFrame) -> np.ndarray:
     """Distances between the two annotators of the scored images, sorted; empty where no run knows them."""
     for path in runs["path"] if "human_mre" in runs else ():
-        table = read_predictions(path)
-        if "human_distance" in table:
-            return np.sort(table["human_distance"].dropna().to_numpy())
+        if has_columns(path, ["human_distance"]):
+            distances = error_matrix(path, "human_distance")[0].to_numpy()
+            return np.sort(distances[~np.isnan(distances)])
     return np.empty(0)
 
 
-def errors_by_draw(group: pd.DataFrame, column: str = "error",
-                   measure: Callable[[np.ndarray], np.ndarray] = np.asarray,
-                   ) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def errors_by_draw(group: pd.DataFrame) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """{draw: errors (images, landmarks), mean over its seeds} of one method at one number of shots, and the patients.
 
-    `column` as for `error_matrix`; `measure` turns a run's errors into what is averaged over seeds. Raises UserError
-    when its runs were scored on different images.
+    Raises UserError when its runs were scored on different images.
     """
-    scored = [(run, *error_matrix(run.path, column)) for run in named_rows(group)]
-    first, patients = scored[0][1], scored[-1][2]
-    matrices: dict[int, list[pd.DataFrame]] = {}
-    for run, matrix, _ in scored:
-        if set(matrix.index) != set(first.index) or set(matrix.columns) != set(first.columns):
-            raise UserError(f"{run.path} was scored on other images than {group['path'].iloc[0]}; "
-                            "evaluate both again with the same data")
-        matrices.setdefault(run.draw, []).append(matrix.reindex_like(first))
-    by_draw = {draw: np.mean([measure(m.to_numpy()) for m in seeds], axis=0) for draw, seeds in matrices.items()}
-    return by_draw, patients.reindex(first.index).to_numpy()
+    matrices, patients = _matrices_by_draw(group, "error")
+    return {draw: np.mean(seeds, axis=0) for draw, seeds in matrices.items()}, patients
+
+
+def _matrices_by_draw(group: pd.DataFrame, column: str) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
+    """{draw: one (images, landmarks) for each seed}, and the images' patients; see `error_matrix` and its columns."""
+    scored = [error_matrix(path, column) for path in group["path"]]
+    (first, _), (_, patients) = scored[0], scored[-1]
+    matrices: dict[int, list[np.ndarray]] = {}
+    for path, draw, (matrix, _) in zip(group["path"], group["draw"], scored, strict=True):
+        if not (matrix.index.equals(first.index) and matrix.columns.equals(first.columns)):
+            if set(matrix.index) != set(first.index) or set(matrix.columns) != set(first.columns):
+                raise UserError(f"{path} was scored on other images than {group['path'].iloc[0]}; "
+                                "evaluate both again with the same data")
+            matrix = matrix.reindex_like(first)
+        matrices.setdefault(draw, []).append(matrix.to_numpy())
+    return matrices, patients.reindex(first.index).to_numpy()
 
 
 def slug_parts(variant: str) -> list[str]:

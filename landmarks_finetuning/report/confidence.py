@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from landmarks_finetuning.metrics import ROUNDING_NOISE, within
-from landmarks_finetuning.report.collect import error_matrix, sdr_columns, select
+from landmarks_finetuning.report.collect import sdr_columns, select
 from landmarks_finetuning.report.findings import UNTRAINED
 from landmarks_finetuning.report.frames import named_rows
 from landmarks_finetuning.report.order import best_first
+from landmarks_finetuning.report.run_files import error_matrix, has_columns
 from landmarks_finetuning.statistics import patient_sums, rate_interval, roc_area, roc_curve
 
 COLUMNS = ("error", "expected_error", "radius90")
@@ -56,9 +57,7 @@ def _values(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | tuple[None, 
     """
     pooled, images, patients = [], None, None
     for run in named_rows(group):
-        with (run.path / "predictions.csv").open(encoding="utf8") as table:
-            known = set(COLUMNS) <= set(table.readline().strip().split(","))
-        if not known:
+        if not has_columns(run.path, COLUMNS):
             continue
         matrices = [error_matrix(run.path, column) for column in COLUMNS]
         images, patients = (matrices[0][0].index, matrices[0][1]) if images is None else (images, patients)

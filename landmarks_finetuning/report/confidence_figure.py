@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from landmarks_finetuning.report.confidence import Confidence
 from landmarks_finetuning.report.figures import INK, colour, new_figure, shared_legend, styled
 from landmarks_finetuning.report.findings import display_name, shots_text
+
+ROC_GRID = 200  # cells along each side of its panel, which is 2.9 inches wide
 
 
 @styled
@@ -33,7 +36,7 @@ def confidence_figure(found: Sequence[Confidence], unit: str) -> Figure | None:
                     "label": display_name(each.row["backbone"])}
             axes[0, column].plot(*each.bins.T, marker="o", markersize=4, **look)
             if each.roc is not None:
-                axes[1, column].plot(*each.roc, **look)
+                axes[1, column].plot(*_drawn(*each.roc), **look)
         axes[0, column].set_title(shots_text(count), loc="left")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel(f"mean error seen ({unit})")
@@ -42,3 +45,14 @@ def confidence_figure(found: Sequence[Confidence], unit: str) -> Figure | None:
         axes[1, 0].set_ylabel(f"errors above {found[0].row['threshold']:g} {unit} found")
     shared_legend(figure, axes)
     return figure
+
+
+def _drawn(false: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a ROC that can be told apart: its ends, and the first in each cell of ROC_GRID x ROC_GRID.
+
+    A curve has a point for each landmark of each image and draw: a page of six panels would have megabytes of them.
+    """
+    cells = np.round(np.stack([false, true], axis=1) * ROC_GRID)
+    kept = np.r_[True, (np.diff(cells, axis=0) != 0).any(axis=1)]
+    kept[-1] = True
+    return false[kept], true[kept]

@@ -32,6 +32,8 @@ COLOURS = {"ddpm": "#0072B2", "scratch": "#D55E00", "mean_shape": "#808080", "im
            "random": "#8A6FD1", "gu2net": "#9C5A3C", "global_to_local": "#5B8C85"}
 SPARE_COLOURS = ("#B0A100", "#C2456B", "#3F6C9C", "#7A7A2E")
 QUARTILE_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7")
+WIDE_POINTS = 600  # a figure as wide as this has too small a text where its place is narrow
+CURVE_POINTS, FEWEST_POINTS = 15_000, 40  # of all lines of a panel's measure together, and of each at least
 INK = "#1b2027"  # replaced by the page's text colour in the SVG
 STYLE: dict[Any, Any] = {  # matplotlib's own type lists every key
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
@@ -61,14 +63,30 @@ def save_figure(figure: Figure, path: Path) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S)
     text = re.sub(r'\sid="(figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend)_[^"]*"', "", text)
+    text = re.sub(r'\sd="[^"]*"', _shorter, text)
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
     return re.sub(r"<svg [^>]*>", _without_size, text, count=1)
 
 
+def _shorter(path: re.Match) -> str:
+    """The same ` d="..."` to a hundredth of a point, without line breaks."""
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number.group()):.2f}", " " + " ".join(path.group().split()))
+
+
+def thinned(points: np.ndarray, most: int) -> np.ndarray:
+    """(K, 2) -> at most `most` of the points, the first and the last among them, evenly by number."""
+    return points[np.unique(np.linspace(0, len(points) - 1, min(most, len(points))).round().astype(int))]
+
+
 def _without_size(tag: re.Match) -> str:
-    """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's."""
+    """The <svg> tag as wide as its place, but not so wide that one figure's text outgrows another's.
+
+    A wide one says the least width at which it can be read: in a narrow window it scrolls.
+    """
     points = float(re.findall(r'width="([\d.]+)pt"', tag.group())[0])
-    return re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1] + f' style="max-width:{points * 1.5:.0f}px">'
+    least = f";--least:{points * 0.75:.0f}px" if points > WIDE_POINTS else ""
+    bare = re.sub(r'\s(width|height)="[^"]*"', "", tag.group())[:-1]
+    return f'{bare} style="max-width:{points * 1.5:.0f}px{least}">'
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1,
@@ -265,7 +283,10 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 @styled
 def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
-    """Training and validation loss and validation error, a column per number of shots, a line per draw and seed."""
+    """Training and validation loss and validation error, a column per number of shots, a line per draw and seed.
+
+    Lines of many runs have fewer points each (CURVE_POINTS in all of one measure).
+    """
     variants, shots = best_first(runs), sorted(runs["shots"].unique())
     curves = [(run, read_metrics(run.path / "metrics.jsonl")) for backbone, variant in variants.items()
               for run in named_rows(runs) if (run.backbone, run.variant) == (backbone, variant)]
@@ -277,12 +298,14 @@ def finetuning_curves(runs: pd.DataFrame, unit: str) -> Figure | None:
     measures = [m for m in measures if any(m[0] in line for _, lines in curves for line in lines)]
     figure, axes = new_figure(2.6 * len(shots) + 1.6, 2.3 * len(measures) + 0.6, len(measures), len(shots),
                               sharey="row", sharex="col")
+    most = max(FEWEST_POINTS, CURVE_POINTS // len(curves))
     for run, lines in curves:
         for axis, (key, _) in zip(axes[:, shots.index(run.shots)], measures, strict=True):
             points = np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None])
             if len(points):
-                axis.plot(*points.T, color=colour(run.backbone, list(variants)), linewidth=1.3, alpha=0.8,
-                          marker="o" if len(points) == 1 else None, markersize=4, label=display_name(run.backbone))
+                axis.plot(*thinned(points, most).T, color=colour(run.backbone, list(variants)), linewidth=1.3,
+                          alpha=0.8, marker="o" if len(points) == 1 else None, markersize=4,
+                          label=display_name(run.backbone))
     for axis in axes.flat:
         _loss_axis(axis)
         axis.set_xlabel("")

@@ -11,9 +11,10 @@ from PIL import Image
 
 from landmarks_finetuning.pictures.heatmap_files import FILE, read_heatmaps
 from landmarks_finetuning.pictures.overlays import PAPER, as_image, draw_marks, map_points, shaded, stacked, title_strip
-from landmarks_finetuning.report.collect import error_matrix, select
+from landmarks_finetuning.report.collect import select
 from landmarks_finetuning.report.findings import display_name, shots_text
 from landmarks_finetuning.report.order import best_first
+from landmarks_finetuning.report.run_files import error_matrix
 
 PAPER_LABELS = 10  # of the paper's figure
 HEAT = (235, 45, 105)  # unlike the marks' colours

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from PIL import Image
 
 from core.errors import UserError
 from landmarks_finetuning.pictures.cases import pictured_image
-from landmarks_finetuning.report.collect import Experiment, error_matrix, select
+from landmarks_finetuning.report.collect import Experiment, select
 from landmarks_finetuning.report.findings import UNTRAINED
 from landmarks_finetuning.report.order import best_first
+from landmarks_finetuning.report.run_files import error_matrix
 
 OVERLAY_WIDTHS = {False: 640, True: 1200}  # pixels of an embedded overlay, of images and of volumes
 IMAGE_BUDGET_BYTES = 5_500_000  # of base64, for the whole page
+SPENT_BYTES = 100_000  # fewer left of it: it is spent where a picture was too large
 
 
 @dataclass
@@ -30,6 +34,9 @@ class Pictures:
 
     def embed(self, path: Path, width: int, quality: int = 82) -> str | None:
         """A data address of the picture, at most `width` pixels wide, or None when the budget does not allow it."""
+        if self.left_out and self.remaining_bytes < SPENT_BYTES:  # not to draw hundreds that do not fit
+            self.left_out += 1
+            return None
         try:
             with Image.open(path) as picture:
                 colours = picture.convert("RGB")
@@ -51,11 +58,11 @@ class Pictures:
         return f"data:image/jpeg;base64,{text}"
 
 
-def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures: Pictures) -> list[dict[str, Any]]:
+def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Worst images first, most labels first: for each trained main variant the first draw's first seed.
 
-    A dict per run: id, backbone, variant, shots, draw, images ({"source", "image", "error"}) and note, which says what
-    is missing and where it is, empty where nothing is. Empty where the config wants no pictures.
+    A dict per run: id, backbone, variant, shots, draw, and what `embed_cases` makes images and a note of. Empty where
+    the config wants no pictures.
     """
     wanted = experiment.config.get("report", {}).get("overlays", 4)
     variants = best_first(runs)
@@ -67,19 +74,34 @@ def worst_cases(experiment: Experiment, slug: str, runs: pd.DataFrame, pictures:
                 continue
             run = group.sort_values(["draw", "seed"]).iloc[0]
             files = sorted(run["path"].glob("overlays/rank*.png"))[:wanted]
-            errors = error_matrix(run["path"])[0].mean(axis=1)
-            width = OVERLAY_WIDTHS[bool(run["volumes"])]
-            images = [{"source": pictures.embed(path, width, 78), "image": pictured_image(path)}
-                      for path in files]
-            images = [{**i, "error": errors.get(i["image"])} for i in images if i["source"]]
             groups.append({"id": f"{slug}-cases-{len(groups)}", "backbone": backbone, "variant": variant,
-                           "shots": int(shots), "draw": int(run["draw"]), "images": images,
-                           "note": _missing(run["path"], experiment.path, len(files), len(files) - len(images))})
+                           "shots": int(shots), "draw": int(run["draw"]), "files": files, "images": [],
+                           "width": OVERLAY_WIDTHS[bool(run["volumes"])], "path": run["path"],
+                           "place": (run["path"] / "overlays").relative_to(experiment.path).as_posix()})
     return groups
 
 
-def _missing(folder: Path, experiment: Path, files: int, left_out: int) -> str:
-    place = (folder / "overlays").relative_to(experiment).as_posix()
+def embed_cases(groups: Sequence[dict[str, Any]], pictures: Pictures, report: Path) -> None:
+    """Give each of the `worst_cases` its images ({"source", "image", "error"}), note and folder.
+
+    The worst image of every run is embedded before the second one of any, as far as the page's budget goes. The note
+    says what is missing, empty where nothing is; folder is where it is, seen from `report`.
+    """
+    for rank in range(max((len(group["files"]) for group in groups), default=0)):
+        for group in groups:
+            for path in group["files"][rank:rank + 1]:
+                source = pictures.embed(path, group["width"], 78)
+                if source is not None:
+                    image = pictured_image(path)
+                    error = error_matrix(group["path"])[0].mean(axis=1).get(image)
+                    group["images"].append({"source": source, "image": image, "error": error})
+    for group in groups:
+        left_out = len(group["files"]) - len(group["images"])
+        group["note"] = _missing(group["place"], len(group["files"]), left_out)
+        group["folder"] = Path(os.path.relpath(group["path"] / "overlays", report)).as_posix() if left_out else None
+
+
+def _missing(place: str, files: int, left_out: int) -> str:
     if not files:
         return f"This run has no overlays: nothing is in {place}. Evaluating it again draws them."
     if not left_out:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from core.data.records import patient_group
 from core.errors import UserError
+from core.files import stamp
 from core.formats.cells import meant
 from core.formats.json_files import read_object
 from core.runs.inputs import INPUTS, read_record
@@ -20,6 +24,7 @@ from core.runs.inputs import INPUTS, read_record
 AGAIN = "evaluate that run again"
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "expected_error", "radius90", "confidence")  # the last one of earlier versions
+COLUMNS = ("error", "paper_error", "expected_error", "radius90", "human_distance")  # what is asked for again and again
 ROUNDING = 1e-4  # of errors in the table
 
 
@@ -38,23 +43,65 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         raise UserError(f"{path} is missing though metrics.json is there; {AGAIN}")
     try:
         text = path.read_text(encoding="utf8")
-        table = pd.DataFrame(csv.DictReader(io.StringIO(text, newline="")))
+        lines = csv.reader(io.StringIO(text, newline=""))
+        header = next(lines, [])
+        rows = [line for line in lines if line]
+        complete = text.endswith("\n") and {len(row) for row in rows} == {len(header)}
+        table = pd.DataFrame(rows if complete else [], columns=header)
         for column in table.columns.intersection(["image", "patient", "landmark"]):
-            table[column] = table[column].map(meant, na_action="ignore")
-        rows = set(zip(table["image"], table["landmark"], strict=True))
-        complete = text.endswith("\n") and not table.isna().any(axis=None)  # NaN: of a row with fewer cells, or more
+            table[column] = table[column].map({text: meant(text) for text in table[column].unique()})
         for column in table.columns.intersection(list(NUMBERS)):
             table[column] = pd.to_numeric(table[column])
         table["error"].mean()
+        found = set(zip(table["image"], table["landmark"], strict=True))
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not a table of predictions ({' '.join(str(error).split())}); {AGAIN}") from None
     metrics = read_metrics_json(folder)
     images, landmarks = metrics["images"], metrics["landmark_names"]
     expected = set(product(table["image"].unique(), landmarks))
-    if not complete or rows != expected or not len(table) == len(expected) == images * len(landmarks):
-        raise UserError(f"{path} is cut or damaged: it has {len(table)} rows, not one for each of {len(landmarks)} "
+    if not complete or found != expected or not len(rows) == len(expected) == images * len(landmarks):
+        raise UserError(f"{path} is cut or damaged: it has {len(rows)} rows, not one for each of {len(landmarks)} "
                         f"landmarks in each of {images} images, as metrics.json says; {AGAIN}")
     return table
+
+
+def error_matrix(folder: Path, column: str = "error") -> tuple[pd.DataFrame, pd.Series]:
+    """A run's errors, images x landmarks in the order of the file, and the images' patients (`patient_group`).
+
+    `column` is another one of COLUMNS. Not to be changed: a report of hundreds of runs asks for each tens of times.
+    Raises UserError where the file has no such column, or is damaged.
+    """
+    matrices, patients = _matrices(folder)
+    if column not in matrices:
+        raise UserError(f"{folder / 'predictions.csv'} has no column {column}; {AGAIN}")
+    return matrices[column], patients
+
+
+def has_columns(folder: Path, columns: Sequence[str]) -> bool:
+    """Whether `error_matrix` has them all: runs of earlier versions may not."""
+    return set(columns) <= set(_matrices(folder)[0])
+
+
+def _matrices(folder: Path) -> tuple[dict[str, pd.DataFrame], pd.Series]:
+    return _stored_matrices(folder, stamp(folder / "predictions.csv") + stamp(folder / "metrics.json"))
+
+
+@lru_cache(maxsize=2048)
+def _stored_matrices(folder: Path, _files: tuple[tuple[str, int, int], ...]
+                     ) -> tuple[dict[str, pd.DataFrame], pd.Series]:
+    """All columns that are asked for: a file is read, and found whole, once."""
+    table = read_predictions(folder)
+    rows, images = pd.factorize(table["image"])
+    columns, landmarks = pd.factorize(table["landmark"])
+    matrices = {}
+    for column in table.columns.intersection(list(COLUMNS)):
+        values = np.empty((len(images), len(landmarks)))
+        values[rows, columns] = table[column]
+        matrices[column] = pd.DataFrame(values, pd.Index(images, name="image"), pd.Index(landmarks, name="landmark"))
+    first = table.drop_duplicates("image")
+    patients: dict[str, str] = {image: patient_group(image, patient)
+                                for image, patient in zip(first["image"], first["patient"], strict=True)}
+    return matrices, pd.Series(patients)
 
 
 def check_run(folder: Path) -> None:
@@ -62,8 +109,8 @@ def check_run(folder: Path) -> None:
     metrics = read_metrics_json(folder)
     path, config = folder / "predictions.csv", folder / "config.json"
     try:
-        table = read_predictions(folder)
-        errors = table["error"].dropna().to_numpy(dtype=float)
+        errors = error_matrix(folder)[0].to_numpy()
+        errors = errors[~np.isnan(errors)]
         scored, mean = int(metrics["physical"].get("count", len(errors))), float(metrics["physical"]["mre"])
         written = metrics.get("predictions_sha256")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

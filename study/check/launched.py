@@ -11,7 +11,7 @@ from core.files import write_atomically
 from study.prepare import data_stamp
 from study.runs import Run
 
-TEXT, STAMP = "check.txt", "stamp"
+FOLDER, TEXT, STAMP = "check", "check.txt", "stamp"  # the folder lies in the experiment's
 
 
 def check_launch(config: Config, stages: tuple[str, ...], runs: list[Run]) -> None:
@@ -21,9 +21,7 @@ def check_launch(config: Config, stages: tuple[str, ...], runs: list[Run]) -> No
     """
     if all(run.done for run in runs):
         return
-    folder = config.experiment_dir / "check"
-    made_of = f"{data_stamp(config.dataset)} {[(run.kind, run.steps) for run in runs]}"
-    stamp = hashlib.sha256(made_of.encode()).hexdigest()
+    folder, stamp = config.experiment_dir / FOLDER, _stamp(config, runs)
     if not _said(folder, stamp):
         try:
             _look(config, stages, runs, folder, stamp)
@@ -32,6 +30,23 @@ def check_launch(config: Config, stages: tuple[str, ...], runs: list[Run]) -> No
                   "python -m study.check says more", file=sys.stderr)
             return
     print((folder / TEXT).read_text(encoding="utf8"), end="", flush=True)
+
+
+def tell_check(config: Config, runs: list[Run], command: str) -> None:
+    """Print what a launch's check said of the same data, or that `command` looks at them. It takes no time itself."""
+    folder = config.experiment_dir / FOLDER
+    if all(run.done for run in runs):
+        return
+    if _said(folder, _stamp(config, runs)):
+        print((folder / TEXT).read_text(encoding="utf8"), end="", flush=True)
+    else:
+        print(f"check  not done: {command} looks at the data and at what a study of them costs; a launch does, too")
+
+
+def _stamp(config: Config, runs: list[Run]) -> str:
+    """Of the data and of what is done with them: the check says the same of the same."""
+    made_of = f"{data_stamp(config.dataset)} {[(run.kind, run.steps) for run in runs]}"
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def _look(config: Config, stages: tuple[str, ...], runs: list[Run], folder: Path, stamp: str) -> None:

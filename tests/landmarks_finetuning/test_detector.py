@@ -1,6 +1,7 @@
 """The detector for Python programs against the table that `predict` writes, and the notebook that shows it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from core.config.load import parse_config
+from core.runs.best import point_to_best
 from core.runs.places import Cell
 from landmarks_finetuning import Detector
 from landmarks_finetuning.predict import predict
@@ -98,6 +100,33 @@ def test_a_calibration_is_used(tiny_cell, phantom):
     bare = Detector(detector._trained, None)
     assert detector(image).calibrated and not bare(image).calibrated
     assert np.abs(detector(image).radius90 / bare(image).radius90 - 1).max() > 0.01
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["a link", "a file"])
+def test_an_experiment_stands_for_its_best_run(tiny_cell, phantom, tmp_path, run_main, monkeypatch, links):
+    """By the folder, its `best`, the run or its weights: the same calibrated answers, as those of predict."""
+    experiment = tmp_path / "study"
+    run = experiment / Path(*tiny_cell.parts[-4:])
+    shutil.copytree(tiny_cell, run)
+    image = sorted(phantom.rglob("*.jpg"))[0]
+    assert "study has no best run" in (said := error_of(Detector.load, experiment)) and str(run) in said
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", refuse_links)
+    point_to_best(experiment, run)
+    places = experiment, experiment / "best", run, run / "best.safetensors"
+    for number, place in enumerate(places):
+        found = Detector.load(place)(image)
+        assert found.calibrated
+        status, _, said = run_main("landmarks_finetuning.predict", place, image, "--out", tmp_path / str(number),
+                                   "--no-overlays")
+        assert status == 0 and "not calibrated" not in said
+        assert_same(found, rows_of(tmp_path / f"{number}/predictions.csv", image.name))
+    both = Detector.load(experiment, experiment / "best")(image)
+    np.testing.assert_allclose(both.points, found.points, atol=1e-3)
+
+
+def refuse_links(*_, **__):
+    raise PermissionError("links are not permitted here")
 
 
 def test_volumes(tmp_path):

@@ -19,7 +19,7 @@ from landmarks_finetuning.pictures.cases import pictured_image
 from landmarks_finetuning.predictions import Predictions
 from landmarks_finetuning.report.build import build_report
 from landmarks_finetuning.report.collect import error_matrix, read_experiment
-from landmarks_finetuning.report.pictures import Pictures, worst_cases
+from landmarks_finetuning.report.pictures import Pictures, embed_cases, worst_cases
 from landmarks_finetuning.statistics import bootstrap_interval
 from tests.conftest import TINY, merged
 
@@ -101,7 +101,8 @@ def test_images_whose_names_look_alike_have_their_own_pictures(mean_shape):
     moved.parent.mkdir(parents=True)
     run_dir.rename(moved)
     experiment = read_experiment(moved.parents[3])
-    [group] = worst_cases(experiment, "s", experiment.runs, Pictures())
+    [group] = worst_cases(experiment, "s", experiment.runs)
+    embed_cases([group], Pictures(), experiment.path / "report")
     errors = error_matrix(moved)[0].mean(axis=1)
     assert [image["image"] for image in group["images"]] == list(errors.sort_values(ascending=False).index)
     assert [image["error"] for image in group["images"]] == sorted(errors, reverse=True)

@@ -27,7 +27,14 @@ from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.inference import TrainedDetector
 from landmarks_finetuning.pictures.cases import draw_predictions
 from landmarks_finetuning.predict import predict
-from landmarks_finetuning.predictions import Predictions, find_landmarks, table_rows, write_slicer_files, write_table
+from landmarks_finetuning.predictions import (
+    Predictions,
+    find_landmarks,
+    names_about,
+    table_rows,
+    write_slicer_files,
+    write_table,
+)
 from landmarks_finetuning.running import run_batched
 from landmarks_finetuning.train import finetune_cell
 from study.launch import DEFAULT_STAGES
@@ -85,6 +92,14 @@ def test_table_of_images(tmp_path):
         "a.png,,tip,4.0000,3.0000,2.0000,1.0000,2.5000,2.0000,,"]
 
 
+def test_files_about_images_have_their_names_without_suffix_unless_two_are_alike():
+    images = ["x.jpg", "x.png", "y.jpg", "more/x.jpg", "z.nii.gz", "w", "w.png", "v.png.bmp", "v.png", "v.jpg"]
+    names = names_about(images)
+    assert names == {**{image: image for image in images},
+                     "y.jpg": "y", "more/x.jpg": "more/x", "z.nii.gz": "z", "v.jpg": "v.jpg", "v.png.bmp": "v.png.bmp"}
+    assert len(set(names.values())) == len(images)
+
+
 def positions(path):
     """Label -> (position, description) of a markup that counts in LPS."""
     [markup] = json.loads(path.read_text())["markups"]
@@ -101,8 +116,8 @@ def test_markups_only_where_voxels_have_a_place(tmp_path):
     points = np.broadcast_to(np.array([[1, 4, 17], [NAN] * 3, [0.5, 3, 2]]), (3, 3, 3))
     doubts = np.array([[[0.25, NAN, 1]] * 3] * 3)
     write_slicer_files(tmp_path / "m", Predictions(images, ["a", "b", "c"], points, *doubts, unit="mm"))
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["a.nii.mrk.json"]
-    seen = positions(tmp_path / "m/a.nii.mrk.json")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["a.mrk.json"]
+    seen = positions(tmp_path / "m/a.mrk.json")
     assert seen["b"] == (None, "") and [seen[n][1] for n in "ac"] == ["expected error 0.2 mm", "expected error 1.0 mm"]
     for label, voxel in (("a", VOXEL), ("c", (2, 3, 0.5))):
         assert seen[label][0] == pytest.approx(nib.affines.apply_affine(OBLIQUE, voxel) * LPS)
@@ -282,7 +297,7 @@ def test_predict_gives_the_points_of_evaluate(study, tmp_path):
     table = pd.read_csv(study.cell / "predictions.csv")
     for name, points in predicted_alone(study.cell, study.data, ("case_010", "case_008"), tmp_path / "out").items():
         np.testing.assert_allclose(points, points_of(table, name), atol=1e-3)
-        assert positions(tmp_path / f"out/markups/{name}.nii.gz.mrk.json").keys() == set(table.landmark)
+        assert positions(tmp_path / f"out/markups/{name}.mrk.json").keys() == set(table.landmark)
         assert (tmp_path / f"out/overlays/{name}.nii.gz.png").exists()
 
 

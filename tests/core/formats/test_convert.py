@@ -1,5 +1,6 @@
 """The command that converts: every pair of formats, what is lost, one line for a mistake."""
 
+import csv
 from dataclasses import replace
 from itertools import permutations
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from core.formats.convert import convert
+from core.formats.convert import convert, main
 from core.formats.label_files import FLAT, FORMATS, Images, detect, match_image, read_label_file, write_label_file
 from core.formats.labels import LabelSet
 from core.formats.points import FolderRow
@@ -89,6 +90,33 @@ def test_volumes_of_slicer(tmp_path):
         convert(tmp_path / "l.csv", tmp_path / "c.json", target_kind="coco")
     with pytest.raises(UserError, match='image "w.nii.gz" must be looked at; name the folder of the images with --ima'):
         convert(tmp_path / "l.csv", tmp_path / "n", target_kind="slicer")
+
+
+def test_a_volume_of_slicers_older_list(tmp_path, capsys, monkeypatch):
+    """By hand: stored along x at -0.5 mm from 10 on, y at 0.7 from -20, z at 0.9 from 30 (RAS); LPS turns x and y."""
+    affine = np.diag([-0.5, 0.7, 0.9, 1])
+    affine[:3, 3] = 10, -20, 30
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), affine), tmp_path / "w.nii.gz")
+    (tmp_path / "l.csv").write_text('image,"a, b_x","a, b_y","a, b_z",c_x,c_y,c_z,d_x,d_y,d_z\n'
+                                    "w.nii.gz,2,4,1,,,,0,0,5\n")
+    monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "l.csv"), str(tmp_path / "w.fcsv"),
+                                     "--images", str(tmp_path)])
+    main()
+    lines = (tmp_path / "w.fcsv").read_text().splitlines()
+    assert lines[:2] == ["# Markups fiducial file version = 4.11", "# CoordinateSystem = LPS"]
+    assert lines[2] == "# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID"
+    first, last = csv.reader(lines[3:])
+    assert first[0] == "1" and [float(cell) for cell in first[1:4]] == pytest.approx([-9, 17.2, 30.9])
+    assert last[0] == "3" and [float(cell) for cell in last[1:4]] == pytest.approx([-10, 20, 34.5])  # c is left out
+    assert first[4:] == ["0", "0", "0", "1", "1", "1", "0", "a, b", "", ""] and last[11] == "d"
+    assert "not in" in (said := capsys.readouterr()).err and "landmarks that no image has: c" in said.err
+    for target, kind in (("one/w.mrk.json", None), ("back.csv", None), ("folder", "fcsv")):
+        convert(tmp_path / "w.fcsv", tmp_path / target, target_kind=kind, folder=tmp_path, names=["a, b", "c", "d"])
+    assert (tmp_path / "folder/w.nii.gz.fcsv").read_text() == (tmp_path / "w.fcsv").read_text()
+    [row] = read_label_file(tmp_path / "back.csv").rows
+    assert row.points[[0, 2]] == pytest.approx(np.array([[1, 4, 2], [5, 0, 0]])) and np.isnan(row.points[1]).all()
+    same(read_label_file(tmp_path / "one/w.mrk.json", ["a, b", "c", "d"], Images(tmp_path)), LabelSet(
+        ("a, b", "c", "d"), (FolderRow("w", row.points),)), hidden=False)
 
 
 def test_labels_of_a_smaller_copy_are_refused(tmp_path, images):

@@ -222,9 +222,21 @@ def test_fcsv_survives_conversion(tmp_path, mrk, system):
     assert np.abs(np.array(written) - numbers).max() < 1e-9
 
 
+@pytest.mark.parametrize("coordinates", ["LPS", "RAS"])
+def test_a_written_fcsv_is_read_exactly(tmp_path, coordinates):
+    world = np.random.default_rng(0).normal(0, 100, (4, 3))
+    world[2] = np.nan
+    names = ["a", 'said "b", twice', "c", "#d"]
+    write_markups(tmp_path / "v.fcsv", names, world, ["expected error 1.0, or more", "", "", ""], coordinates)
+    np.testing.assert_array_equal(read_markups(tmp_path / "v.fcsv", names), world)
+    assert read_labels(tmp_path / "v.fcsv") == [names[0], names[1], names[3]]
+
+
 def test_writing_refuses(tmp_path, mrk):
-    with pytest.raises(UserError, match="v.fcsv: 3D Slicer's landmark files are written as .mrk.json"):
-        write_markups(tmp_path / "v.fcsv", ["a"], np.zeros((1, 3)))
+    with pytest.raises(UserError, match="v.csv: 3D Slicer's landmark files are written as .mrk.json or .fcsv"):
+        write_markups(tmp_path / "v.csv", ["a"], np.zeros((1, 3)))
+    with pytest.raises(UserError, match="v.fcsv: a .fcsv holds no name with a line break"):
+        write_markups(tmp_path / "v.fcsv", ["a\nb"], np.zeros((1, 3)))
     with pytest.raises(UserError, match='coordinates must be LPS or RAS, not "lps"'):
         write_markups(mrk, ["a"], np.zeros((1, 3)), coordinates="lps")
     for world in (np.zeros((2, 3)), np.zeros((1, 2)), np.full((1, 3), np.inf)):

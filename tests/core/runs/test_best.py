@@ -69,6 +69,14 @@ def test_what_is_no_experiment_is_given_back(experiment, tmp_path):
     assert run_folder(run) == run and run_folder(tmp_path / "nowhere") == tmp_path / "nowhere"
 
 
+def test_weights_stand_for_their_run(experiment):
+    run = runs_of(experiment)[0]
+    assert run_folder(run / "best.safetensors") == run
+    (run / "last.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="last.pt is a file; name a run's folder, or the best.safetensors in it"):
+        run_folder(run / "last.pt")
+
+
 def test_mistakes_are_named(experiment):
     run = runs_of(experiment)[0]
     with pytest.raises(UserError, match=rf"study has no best run: .* such as {run}$"):

@@ -15,8 +15,7 @@ from torch import nn
 from core.config.section import Clip
 from core.errors import Interrupted, UserError
 from core.formats.pickles import read_pickle
-from core.training.batches import BatchPlan, step_generator
-from core.training.device import resolve_device, resolve_precision
+from core.training.batches import BatchPlan
 from core.training.loop import LoopSettings, Training, train
 from core.training.run_log import read_metrics
 
@@ -107,63 +106,6 @@ def kept_gradients(training, monkeypatch):
 
     monkeypatch.setattr(training.optimizer, "step", noted)
     return kept
-
-
-# --- which images a step sees ---
-
-
-def test_epochs_without_the_rest(monkeypatch):
-    """7 images, batch 2, drop_last: three micro-batches in groups of 2 and 1; the next epoch is turned by one."""
-    plan = fixed_plan(monkeypatch, count=7, batch_size=2, accumulation=2, sampling="epoch")
-    assert plan.steps_per_epoch == 2
-    assert [lists(plan, step) for step in range(4)] == [
-        [[0, 1], [2, 3]], [[4, 5]],
-        [[1, 2], [3, 4]], [[5, 6]],
-    ]  # fmt: skip
-
-
-def test_epochs_with_the_rest(monkeypatch):
-    plan = fixed_plan(monkeypatch, count=7, batch_size=2, accumulation=2, sampling="epoch", drop_last=False)
-    assert plan.steps_per_epoch == 2
-    assert [lists(plan, step) for step in range(3)] == [[[0, 1], [2, 3]], [[4, 5], [6]], [[1, 2], [3, 4]]]
-
-
-def test_stream(monkeypatch):
-    """Every micro-batch is full; one permutation runs into the next."""
-    plan = fixed_plan(monkeypatch, count=5, batch_size=2, accumulation=2, sampling="stream")
-    assert [lists(plan, step) for step in range(3)] == [
-        [[0, 1], [2, 3]], [[4, 1], [2, 3]], [[4, 0], [2, 3]],
-    ]  # fmt: skip
-
-
-def test_published_steps_per_epoch():
-    """150 images, batch 4, accumulation 8: 37 micro-batches, 5 steps, the last of 5 micro-batches."""
-    plan = BatchPlan(150, 4, 8, "epoch", True, 0)
-    assert plan.steps_per_epoch == 5
-    assert [len(plan.groups(step)) for step in range(5)] == [8, 8, 8, 8, 5]
-    seen = np.concatenate([indices for step in range(5) for indices in plan.groups(step)])
-    assert len(seen) == len(set(seen)) == 148
-
-
-@pytest.mark.parametrize("sampling", ["stream", "epoch"])
-def test_fewer_images_than_a_batch(sampling):
-    plan = BatchPlan(1, 4, 2, sampling, True, 0)
-    assert plan.steps_per_epoch == 1
-    assert lists(plan, 3) == {"stream": [[0] * 4] * 2, "epoch": [[0]]}[sampling]
-
-
-@pytest.mark.parametrize("sampling", ["stream", "epoch"])
-def test_order_follows_seed_and_epoch_only(sampling):
-    plans = [BatchPlan(8, 2, 4, sampling, True, seed) for seed in (0, 0, 1)]
-    first, again, other = ([np.concatenate(plan.groups(step)).tolist() for step in (5, 0)] for plan in plans)
-    assert first == again and first != other and first[0] != first[1]
-    assert all(sorted(order) == list(range(8)) for order in first)
-
-
-def test_randomness_is_a_function_of_seed_step_and_micro_batch():
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
-    draws = [torch.rand(4, generator=step_generator(*key, CPU)).tolist() for key in keys]
-    assert draws[0] == draws[4] and len({tuple(draw) for draw in draws}) == 4
 
 
 # --- one step ---
@@ -443,36 +385,6 @@ def test_resume_without_a_state(tmp_path):
         with pytest.raises(UserError, match=f"{which}.pt does not exist"):
             run(make_training(), tmp_path / "empty", which)
     assert not (tmp_path / "empty").exists()
-
-
-# --- what a run runs on ---
-
-
-def test_resolve_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve_device("auto") == resolve_device("cpu") == CPU
-    for name, message in {"gpu": '"gpu" is not a device; choose auto, cpu, cuda or cuda:N',
-                          "meta": '"meta" is not supported; choose auto, cpu, cuda or cuda:N',
-                          "cuda": "no CUDA GPU is visible; choose auto or cpu",
-                          "cuda:1": "no CUDA GPU is visible"}.items():
-        with pytest.raises(UserError, match=f"experiment.device .*{message}"):
-            resolve_device(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert resolve_device("auto").type == "cuda" and resolve_device("cuda:0").index == 0
-    with pytest.raises(UserError, match='"cuda:1": 1 CUDA GPU is visible'):
-        resolve_device("cuda:1")
-
-
-def test_resolve_precision(monkeypatch):
-    assert (resolve_precision("float32", CPU), resolve_precision("bf16", CPU)) == ("float32", "bf16")
-    for native, wanted in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert resolve_precision("auto", CPU) == wanted
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert resolve_precision("auto", torch.device("cuda")) == wanted
 
 
 def test_bf16_autocasts_the_loss_only(tmp_path):
