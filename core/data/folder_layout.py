@@ -20,7 +20,7 @@ from core.data.records import (
     own_spacing,
     parse_spacing,
 )
-from core.data.splits import check_keys, check_patients, read_splits
+from core.data.splits import check_keys, check_patients, new_draw, read_splits
 from core.errors import UserError, did_you_mean
 from core.files import parse_json
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
@@ -58,8 +58,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
             spacing=None if record.geometry is None else
             own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
-    ids = read_splits(settings.get("splits"), {key: r.patient for key, r in labelled.items()}, records, description,
-                      labels.path)
+    wanted = settings.get("splits")
+    ids = read_splits(wanted, {key: r.patient for key, r in labelled.items()}, records, description, labels.path)
     splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
     check_patients(splits, description)
     tested = {record.patient for record in splits["test"]} - {None}
@@ -68,7 +68,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
     held_back = splits["validation"] or splits["test"]
-    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back)
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back,
+                      new_draw(wanted, ids, description))
 
 
 def read_description(path: Path) -> dict[str, Any]:

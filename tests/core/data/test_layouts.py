@@ -162,7 +162,8 @@ def test_drawn_splits_keep_patients_together(tmp_path):
         ({"rows": ROWS | {"c": "p1,0,0,1,1"}}, 'patient "p1" is in both train and test'),
         ({"rows": ROWS | {"c": "p3,0,0,19.6,9.5"}}, r'landmark "base" of image .*c.png lies outside: \(19.6, 9.5\)'),
         ({"rows": ROWS | {"c": "p3,0,-0.6,1,1"}}, 'landmark "tip" of image .*c.png lies outside'),
-        ({"rows": ROWS | {"c": "p3,inf,0,1,1"}}, 'landmark "tip" of image .*c.png lies outside'),
+        ({"rows": ROWS | {"c": "p3,inf,0,1,1"}}, 'landmarks.csv, row 4, column tip_x: "inf" is not a finite number'),
+        ({"rows": ROWS | {"c": "p3,1e400,0,1,1"}}, 'csv, row 4, column tip_x: "1e400" is not a finite number'),
     ],
 )
 def test_inconsistent_folder(tmp_path, settings, message):
