@@ -31,10 +31,10 @@ from core.files import content_digest
 SECONDS, BYTES, NOBODY = 60, 12 * 2**30, 65534
 REFUSED, FAILED = 2, 1
 ENDS_BY_SIGNAL = 128
-USED_LATE = ("encodings.utf_8_sig", "encodings.idna", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
-             "torchvision.models", "torch._dynamo", "landmarks_finetuning.report.build", "study.report_page",
-             "study.runner", "study.plan", "study.ending", "study.review.server", "tensorboard.summary.writer",
-             "torch.utils.tensorboard")
+USED_LATE = ("encodings.utf_8_sig", "encodings.idna", "encodings.cp437", "matplotlib.pyplot",
+             "matplotlib.backends.backend_agg", "torchvision.models", "torch._dynamo",
+             "landmarks_finetuning.report.build", "study.report_page", "study.runner", "study.plan", "study.ending",
+             "study.review.server", "tensorboard.summary.writer", "torch.utils.tensorboard")
 
 
 class Outcome(NamedTuple):

@@ -55,6 +55,8 @@ def ask_detector() -> None:
     """What a Python program asks: the points of a picture, which are written to asked.txt."""
     run, image = sys.argv[1:]
     answer = Detector.load(run)(image)
+    if not answer.calibrated:
+        print("not calibrated: the run has no calibration.json")
     Path("asked.txt").write_text(str((answer.points.tolist(), answer.radius90.tolist(), answer.unit)))
 
 
@@ -78,7 +80,7 @@ COMMANDS: dict[str, Command] = {
         *STUDY, "--backbone", "ddpm", "--shots", "2", "--set", "experiment.name=new",
         "finetune.self_training.rounds=0", "finetune.iterations=2",
         "finetune.checkpoint=runs/study/ddpm/ema_iter000004.safetensors"), ("runs/new/landmarks/ddpm/*/*/best.*",)),
-    "resume": Command("landmarks_finetuning.train", HALF),
+    "resume": Command("landmarks_finetuning.train", HALF, ("runs/half/landmarks/scratch/*/*/best.*",)),
     "next round": Command("landmarks_finetuning.train", (*STUDY, "--backbone", "scratch", "--shots", "2")),
     "evaluate": Command("landmarks_finetuning.evaluate", ("trained",), ("trained/predictions.csv",)),
     "predict": Command("landmarks_finetuning.predict", ("trained", "data/images", "--out", "new", "--no-overlays"),
@@ -188,7 +190,7 @@ ROWS: tuple[Row, ...] = (
     Row("runs/study/ddpm/ema_iter000004.safetensors", "sample", ((CUTS, "refused"), (FLIPS, "same"))),
     Row("runs/study/ddpm/ema_iter000004.safetensors", "train ddpm", ((CUTS, "refused"), (FLIPS, "same"))),
     Row("runs/study/ddpm/ema_iter000004.safetensors", "suggest", ((CUTS, "refused"), (FLIPS, "same"))),
-    Row("runs/half/landmarks/scratch/*/*/last.pt", "resume", (({**WHOLE, **CUT}, "refused"), (FLIPS, "refused"))),
+    Row("runs/half/landmarks/scratch/*/*/last.pt", "resume", (({**WHOLE, **CUT}, "refused"), (FLIPS, "same"))),
     Row("runs/half/landmarks/scratch/*/*/config.json", "resume", (({**WHOLE, **CUT}, "noticed"), (JSON, "noticed"))),
     *(Row("trained/config.json", command, ((CUTS, "same"), (JSON, "same")))  # the weights' own header is what they read
       for command in ("predict", "detector")),
@@ -209,7 +211,7 @@ ROWS: tuple[Row, ...] = (
     *(Row(RUN + file, "report", ((CUTS, "noticed"), (JSON, "noticed")), names=(file, "shots002"))
       for file in ("metrics.json", "config.json")),
     Row(RUN + "metrics.json", "report", (keys(
-        "noticed", run=(..., *WRONG[:4]), physical=(..., 5, "x"), images=(..., "x", -1, 10**30), unit=(..., 5),
+        "noticed", backbone=(..., *WRONG[:4]), physical=(..., 5, "x"), images=(..., "x", -1, 10**30), unit=(..., 5),
         split=(..., 5, []), landmark_names=(..., 5, ["z"]), dataset=(5, "../../x"), physical__mre=("x", 1e300)),),
         names=("metrics.json", "shots002")),
     Row(RUN + "inputs.json", "report", ((CUTS, "same"), (JSON, "same")), names=("inputs.json", "shots002")),

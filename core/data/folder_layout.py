@@ -37,7 +37,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     Without any label (neither landmarks.csv nor landmarks/) there may be no description either.
     UserError: files missing or contradicting each other, images of different dimensions.
     """
-    settings = read_description(description) if description.exists() or has_labels(root) else {"landmarks": []}
+    described = description.exists() or description.is_symlink() or has_labels(root)
+    settings = read_description(description) if described else {"landmarks": []}
     names = tuple(settings["landmarks"])
     images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]

@@ -120,8 +120,8 @@ class DataSource:
         if split not in SPLITS:
             raise UserError(f'split "{split}" does not exist; choose from {", ".join(SPLITS)}')
         if not self.labelled:
-            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels "
-                            "(datasets/README.md says where), or pre-train alone: --stages pretrain")
+            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels, such as "
+                            "landmarks.csv (datasets/README.md says where), or pre-train alone: --stages pretrain")
         if not self.splits[split]:
             counts = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
             raise UserError(

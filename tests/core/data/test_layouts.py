@@ -113,6 +113,17 @@ def test_images_alone_are_a_data_set(tmp_path):
         "train": 1, "validation": 0, "test": 1}
 
 
+@pytest.mark.parametrize("name", ["landmarks.csv", "landmarks", "landmarks.json", "dataset.json"])
+def test_a_link_to_nowhere_is_named(tmp_path, name):
+    """Labels on a disk that is not mounted are no data set without labels."""
+    picture(tmp_path / "images/a.png")
+    for target in ("nowhere/x", name):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=name):
+            read_layout("folder", tmp_path)
+
+
 def test_labelled_image_in_no_split_is_not_used(tmp_path):
     source = read_layout("folder", make_folder(tmp_path, splits={"train": ["s/a"], "test": ["c"]}))
     assert ids(source.pretraining_records()) == ["s/a", "d"]
