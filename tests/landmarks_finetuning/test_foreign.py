@@ -1,6 +1,7 @@
 """Files that others made say what they hold, never where this program writes."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -82,6 +83,19 @@ def test_a_header_draws_no_splits(foreign, phantom, tmp_path, run_main):
     load_source(Dataset(root=str(root), image_size=(32, 32)))  # a study's own draws are kept
     kept = json.loads((root / "dataset.splits.json").read_text())[0]["splits"]["test"]
     assert sorted(set(pd.read_csv(tmp_path / "out0/predictions.csv", dtype=str)["image"])) == kept
+
+
+def test_names_that_break_output(tiny_cell, phantom, tmp_path, run_main):
+    """Bytes that are no UTF-8, as an old zip leaves them, and names as long as a file system allows."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in (os.fsdecode(b"M\xfcller.jpg"), "n" * 251 + ".jpg"):
+        shutil.copy(phantom / "jpg/001.jpg", folder / name)
+    status, _, error = run_main("landmarks_finetuning.predict", tiny_cell, folder, "--out", tmp_path / "out")
+    assert status == 0, error
+    images = set(pd.read_csv(tmp_path / "out/predictions.csv", encoding="utf8")["image"])
+    assert images == {r"M\udcfcller.jpg", "n" * 251 + ".jpg"}
+    assert len(list((tmp_path / "out/overlays").iterdir())) == 2
 
 
 def test_a_name_in_metrics_makes_no_path(tmp_path):
