@@ -54,7 +54,7 @@ def open_review() -> None:
 def ask_detector() -> None:
     """What a Python program asks: the points of a picture, which are written to asked.txt."""
     run, image = sys.argv[1:]
-    answer = Detector.load(run)(image)
+    answer = Detector.load(run)([image])[0]
     if not answer.calibrated:
         print("not calibrated: the run has no calibration.json")
     Path("asked.txt").write_text(str((answer.points.tolist(), answer.radius90.tolist(), answer.unit)))
@@ -206,8 +206,8 @@ ROWS: tuple[Row, ...] = (
       for file in ("p00.png", "p01.tif", "p04.dcm")),
     Row("volumes/images/c0.nii.gz", "check volumes", ((LOST, "noticed"), (CUT, "noticed")), names=("c0",)),
     Row("volumes/landmarks/c5.fcsv", "check volumes", ((WHOLE, "refused"), (CUT, "any"))),
-    Row("found/predictions.csv", "compare", ((LOST, "refused"), (CUT, "any"), (of_table(2), "noticed"))),
-    Row("trained/predictions.csv", "compare", ((LOST, "refused"), (of_table(2), "noticed"))),
+    Row("found/predictions.csv", "compare", ((LOST, "refused"), (CUT, "any"), (of_table(3), "same"))),
+    Row("trained/predictions.csv", "compare", ((LOST, "refused"), (of_table(3), "same"))),
     *(Row(RUN + file, "report", ((CUTS, "noticed"), (JSON, "noticed")), names=(file, "shots002"))
       for file in ("metrics.json", "config.json")),
     Row(RUN + "metrics.json", "report", (keys(

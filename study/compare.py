@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -315,6 +316,8 @@ def main() -> None:
                         "succeed")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the figures of all and of each landmark")
     arguments = parser.parse_args()
+    if not all(0 < threshold < math.inf for threshold in arguments.thresholds):
+        raise UserError("--thresholds must be finite numbers above 0")
     first, second = read_points(arguments.first), read_points(arguments.second)
     result = compared(first, second, truth_of(arguments), arguments.spacing)
     print("\n".join(report_lines(result, arguments.thresholds)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if len(set(names)) < len(names) or "spacing" in names:
         raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
     if thresholds is not None and not (
-        isinstance(thresholds, list) and thresholds and all(is_number(t) and t > 0 for t in thresholds)
+        isinstance(thresholds, list) and thresholds and all(is_number(t) and 0 < t < math.inf for t in thresholds)
     ):
         raise UserError(f"{path}: sdr_thresholds must be a list of numbers above 0")
     if settings.get("coordinates", "pixel") not in tuple(COORDINATES):

@@ -101,7 +101,7 @@ def test_images_alone_are_a_data_set(tmp_path):
         picture(tmp_path / "images" / f"{name}.png")
     source = read_layout("folder", tmp_path)
     assert ids(source.pretraining_records()) == ["a", "x/b"] and source.landmark_names == ()
-    with pytest.raises(UserError, match="has no labelled image: add labels .*, or pre-train alone: --stages pretrain"):
+    with pytest.raises(UserError, match="has no labelled image: add labels, .*, or pre-train alone: --stages pretrain"):
         source.require("train")
     with pytest.raises(UserError, match="dataset.json is missing"):
         read_layout("folder", tmp_path, description=tmp_path / "nowhere.json")

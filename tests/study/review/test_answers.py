@@ -14,7 +14,7 @@ from core.data.folder_layout import read_folder
 from core.data.records import Record
 from core.errors import UserError
 from core.formats.geometry import Geometry
-from study.review.__main__ import command_line, opened
+from study.review.__main__ import command_line, opened, recorded_config
 from study.review.answers import Answer, order_of_doubt, read_answers, suggested
 from study.review.pixels import panes, picture
 
@@ -150,3 +150,11 @@ def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, caps
         assert list(found.session.at_start) == ["152"]
     source = read_folder(root, None, root / "dataset.json", ())
     assert [record.id for record in source.labelled] == ["152"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"dataset": {"root": null}}', '{"dataset": {"root": 5}}', "[]"])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json cannot be read") as caught:
+        recorded_config(tmp_path)
+    assert "\n" not in str(caught.value)
