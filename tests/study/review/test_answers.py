@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from core.data.folder_layout import read_folder
 from core.data.records import Record
 from core.errors import UserError
 from core.formats.geometry import Geometry
+from core.runs.best import point_to_best
 from study.review.__main__ import command_line, opened, recorded_config
 from study.review.answers import Answer, order_of_doubt, read_answers, suggested
 from study.review.pixels import panes, picture
@@ -143,6 +145,8 @@ def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, caps
         assert np.allclose(session.answers["152"].points[:, ::-1], one[["x", "y"]], atol=1e-3)
         session.change("152", 0, "accept")
         assert np.allclose(found.labels.read()["152"][:, ::-1], one[["x", "y"]], atol=1e-3)
+        state = found.server.app.test_client().get("/state", headers={"Host": "127.0.0.1"}).json
+        assert state["calibrated"]
     made = (root / "review/predictions.csv").stat().st_mtime_ns
     with opened(arguments(tiny_cell, "--images", images)) as found:
         found.server.server_close()
@@ -158,3 +162,18 @@ def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
     with pytest.raises(UserError, match="config.json cannot be read") as caught:
         recorded_config(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_experiment_stands_for_its_best_run_which_may_not_be_calibrated(tiny_cell, tmp_path, phantom):
+    """The command that trains names the run itself: `best` may lead to another one later."""
+    run = shutil.copytree(tiny_cell, tmp_path / "study/landmarks/ddpm/default" / tiny_cell.name)
+    (run / "calibration.json").unlink()
+    pointer = point_to_best(tmp_path / "study", run)
+    (tmp_path / "scans").mkdir()
+    shutil.copy(phantom / "jpg/151.jpg", tmp_path / "scans")
+    for place in (tmp_path / "study", pointer):
+        with opened(arguments(place, "--images", tmp_path / "scans")) as found:
+            found.server.server_close()
+            state = found.server.app.test_client().get("/state", headers={"Host": "127.0.0.1"}).json
+        assert not state["calibrated"] and f"--config {run}/config.json " in state["train"]
+        assert found.session.run == str(run)
