@@ -8,7 +8,6 @@ other than those expected, messages that do not name the file or key, and damage
 from __future__ import annotations
 
 import argparse
-import encodings.utf_8_sig  # noqa: F401  for the child without rights
 import importlib
 import os
 import random
@@ -32,6 +31,10 @@ from core.files import content_digest
 SECONDS, BYTES, NOBODY = 60, 12 * 2**30, 65534
 REFUSED, FAILED = 2, 1
 ENDS_BY_SIGNAL = 128
+USED_LATE = ("encodings.utf_8_sig", "encodings.idna", "encodings.cp437", "matplotlib.pyplot",
+             "matplotlib.backends.backend_agg", "torchvision.models", "torch._dynamo",
+             "landmarks_finetuning.report.build", "study.report_page", "study.runner", "study.plan", "study.ending",
+             "study.review.server", "tensorboard.summary.writer", "torch.utils.tensorboard")
 
 
 class Outcome(NamedTuple):
@@ -85,6 +88,12 @@ def _obey(mistake: Mistake) -> None:
     os._exit(status)
 
 
+def import_all() -> None:
+    """All that commands import, once for all children: it takes seconds, and a child without rights cannot."""
+    for name in (*(command.module for command in COMMANDS.values()), *USED_LATE):
+        importlib.import_module(name)
+
+
 def put_back(bed: Path, work: Path, own_files: bool = True, open_to_all: bool = False) -> None:
     """The study as it was made, in `work`, which becomes the working folder.
 
@@ -128,6 +137,7 @@ def try_all(chosen: Sequence[Mistake], folder: Path, show: bool, seconds: float
             ) -> list[tuple[Mistake, Outcome, list[str]]]:
     """Make the study, commit each mistake, and say what came of it."""
     bed, work = folder / "bed", folder / "work"
+    import_all()
     child = os.fork()
     if child == 0:  # so that this process keeps no thread, cache or note of it
         os.dup2(os.open(folder / "made.txt", os.O_WRONLY | os.O_CREAT), 1)
@@ -175,13 +185,16 @@ def main() -> None:
                            epilog="example: python -m benchmarks.mistakes --only last.pt")
     parser.add_argument("--only", default="", metavar="TEXT", help="mistakes whose name or command holds this text")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth of them")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="from number K, so that "
+                        "--every N with K = 0 to N - 1 are all of them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop; their order is drawn")
     parser.add_argument("--show", action="store_true", help="print what was right as well")
     arguments = parser.parse_args()
-    chosen = [each for each in mistakes() if arguments.only in f"{each.what} {each.command}"][::max(1, arguments.every)]
+    chosen = [each for each in mistakes() if arguments.only in f"{each.what} {each.command}"]
+    chosen = chosen[max(0, arguments.first)::max(1, arguments.every)]
     random.Random(0).shuffle(chosen)
     if not chosen:
-        raise UserError(f'--only "{arguments.only}": no mistake is called so')
+        raise UserError(f'--only "{arguments.only}" --first {arguments.first}: there is no such mistake')
     before = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)

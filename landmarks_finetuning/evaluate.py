@@ -83,9 +83,9 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         config = detector.config = config.model_copy(update={"dataset": dataset_at(data, config.dataset)})
     check_folds(detector, others)
     if data is not None:
-        source = all_test(load_source(config.dataset))
-    else:
-        source = cell_source(config, header["draw"], header.get("fold"))
+        source = all_test(load_source(config.dataset, keep_draws=False))
+    else:  # a header may name any folder: nothing is written there
+        source = cell_source(config, header["draw"], header.get("fold"), keep_draws=False)
     source = source.ordered(detector.landmark_names)
     settings = scoring_settings(config, header["backbone"], decoder)
     own_data = data is None and has_data_of(run_dir, source, config.dataset)

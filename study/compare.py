@@ -11,9 +11,11 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +39,7 @@ from landmarks_finetuning.statistics import (
 THRESHOLDS = (2.0, 2.5, 3.0, 4.0)
 SHOWN_LANDMARKS = 60
 EMPTY = float("nan")
+T = TypeVar("T")
 SAME_PIXELS = 1e-3  # by which the truth of two tables may differ: they are rounded to 1e-4
 
 
@@ -86,10 +89,14 @@ def read_points(path: Path) -> Points:
     if not names:
         raise UserError(f'{path} is no table of points: it needs the columns image, landmark, x, y, or image and '
                         f"<landmark>_x, <landmark>_y; its columns are {', '.join(header) or 'none'}")
-    rows = {row.image: row for row in read_folder_csv(path, names, dims)}
+    every = read_folder_csv(path, names, dims)
+    rows = {row.image: row for row in every}
+    if len(rows) < len(every):
+        twice = next(row.image for row in every if rows[row.image] is not row)
+        raise UserError(f'{path}: image "{twice}" is there twice; keep one set of landmarks an image')
     axes = [f"truth_{axis}" for axis in "xyz"[:dims][::-1]]
     if "landmark" not in header or not {"error", *axes} <= set(header):
-        return Points(names, rows)
+        return Points(names, by_id(rows))
     errors = {image: np.full((len(names), 1), EMPTY) for image in rows}
     truth = {image: FolderRow(image, np.full((len(names), dims), EMPTY), None, row.patient)
              for image, row in rows.items()}
@@ -100,7 +107,16 @@ def read_points(path: Path) -> Points:
             truth[image].points[index] = [float(line[axis] or EMPTY) for axis in axes]
         except (KeyError, ValueError) as error:
             raise UserError(f"{path}, row {number}: error and truth are no numbers ({error})") from None
-    return Points(names, rows, errors, Points(names, truth), unit_beside(path))
+    return Points(names, by_id(rows), by_id(errors), Points(names, by_id(truth)), unit_beside(path))
+
+
+def by_id(table: dict[str, T]) -> dict[str, T]:
+    """By the images' ids, without the suffix of their files, which the tables of predict have and evaluate's have not.
+
+    As it is where two images would be one.
+    """
+    named = {image_id(image): value for image, value in table.items()}
+    return named if len(named) == len(table) else table
 
 
 def unit_beside(path: Path) -> str:
@@ -313,6 +329,8 @@ def main() -> None:
                         "succeed")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the figures of all and of each landmark")
     arguments = parser.parse_args()
+    if not all(0 < threshold < math.inf for threshold in arguments.thresholds):
+        raise UserError("--thresholds must be finite numbers above 0")
     first, second = read_points(arguments.first), read_points(arguments.second)
     result = compared(first, second, truth_of(arguments), arguments.spacing)
     print("\n".join(report_lines(result, arguments.thresholds)))

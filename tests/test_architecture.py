@@ -1,6 +1,7 @@
 """Rules that the source must keep: the floors of the house, who may import whom, and what no file does."""
 
 import ast
+import re
 
 import pytest
 
@@ -157,6 +158,26 @@ def test_pickles_are_read_with_weights_only_and_nothing_is_swallowed():
         assert not unsafe_loads(tree) and len(broad_handlers(tree)) == wanted, path
 
 
+def obeys(tree: ast.Module) -> bool:
+    """Whether `python -m` of a module does anything: its last statement runs the command where it is not imported."""
+    last = tree.body[-1]
+    return isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'" and any(
+        isinstance(node, ast.Call) for node in ast.walk(last))
+
+
+def test_every_command_runs():
+    """What has a main, and what a page, a config or a message tells to type, is not a module that only defines it."""
+    with_main = {name for name, path in MODULES.items() if not name.startswith("tests")
+                 and any(getattr(node, "name", "") == "main" for node in ast.parse(path.read_text("utf8")).body)}
+    pages = [PROJECT / "README.md", *PROJECT.glob("docs/**/*.md"), *SOURCES]
+    told = {name.rstrip(".") for page in pages if "tests" not in page.parts
+            for name in re.findall(r"python -m ((?:[a-z_]+\.)*[a-z_0-9]+)", page.read_text("utf8"))}
+    told = {f"{name}.__main__" if f"{name}.__main__" in MODULES else name for name in told}
+    commands = with_main | {name for name in told if name.split(".")[0] in PACKAGES}
+    assert commands <= MODULES.keys()
+    assert [name for name in sorted(commands) if not obeys(ast.parse(MODULES[name].read_text("utf8")))] == []
+
+
 def test_the_rules_can_fail():
     bad = ast.parse("def f():\n import ssl_baselines.views\n import_module('core.errors')\n from core import files\n"
                     " from core.data.cache import x\n"
@@ -164,4 +185,5 @@ def test_the_rules_can_fail():
                     " try: pass\n except (OSError, Exception): pass\n except ValueError: pass\n")
     assert imports(bad) == {"ssl_baselines.views", "core.errors", "core.files", "core.data.cache"}
     assert unsafe_loads(bad) == [6, 7] and broad_handlers(bad) == [10]
+    assert not obeys(bad) and not obeys(ast.parse("def main(): pass\nmain()"))
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]

@@ -166,8 +166,8 @@ class Finetune(LossSettings):
     weight_decay: float = setting(0.01, "the optimiser's weight decay", ge=0)
     early_stop_patience: Count | None = setting(None, "validations without improvement that end the training; null = "
                                                 "never")
-    validate_every: Count | None = setting(None, "optimiser steps between validations; null = every epoch",
-                                           acts=[unless("validation", "none")])
+    validate_every: Count | None = setting(None, "optimiser steps between validations; null = every epoch; it may stay "
+                                           "where validation is none")
     accumulation: Count = setting(1, "micro-batches of an optimiser step")
     accumulation_reduction: Literal["mean", "sum"] = setting(
         "mean", "how the micro-batches' gradients are joined", acts=[unless("accumulation", 1)])

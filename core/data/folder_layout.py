@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from core.data.records import (
     own_spacing,
     parse_spacing,
 )
-from core.data.splits import check_keys, check_patients, read_splits
+from core.data.splits import check_keys, check_patients, new_draw, read_splits
 from core.errors import UserError, did_you_mean
 from core.files import parse_json
 from core.formats.images import IMAGE_SUFFIXES, find_images, read_geometry
@@ -37,7 +38,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     Without any label (neither landmarks.csv nor landmarks/) there may be no description either.
     UserError: files missing or contradicting each other, images of different dimensions.
     """
-    settings = read_description(description) if description.exists() or has_labels(root) else {"landmarks": []}
+    described = description.exists() or description.is_symlink() or has_labels(root)
+    settings = read_description(description) if described else {"landmarks": []}
     names = tuple(settings["landmarks"])
     images = [Record(image_id(path.relative_to(root / "images")), path, None, None)
               for path in find_images(root / "images", recursive=True)]
@@ -58,8 +60,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
             spacing=None if record.geometry is None else
             own_spacing(record.geometry, (row and row.spacing) or common, record.image))
     labelled = {key: r for key, r in records.items() if r.landmarks is not None and not np.isnan(r.landmarks).all()}
-    ids = read_splits(settings.get("splits"), {key: r.patient for key, r in labelled.items()}, records, description,
-                      labels.path)
+    wanted = settings.get("splits")
+    ids = read_splits(wanted, {key: r.patient for key, r in labelled.items()}, records, description, labels.path)
     splits = {split: tuple(labelled[key] for key in ids[split]) for split in SPLITS}
     check_patients(splits, description)
     tested = {record.patient for record in splits["test"]} - {None}
@@ -68,7 +70,8 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     default = MM_THRESHOLDS if unit == "mm" else PX_THRESHOLDS
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
     held_back = splits["validation"] or splits["test"]
-    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back)
+    return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back,
+                      new_draw(wanted, ids, description))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if len(set(names)) < len(names) or "spacing" in names:
         raise UserError(f'{path}: landmarks must be different names, and none of them "spacing"')
     if thresholds is not None and not (
-        isinstance(thresholds, list) and thresholds and all(is_number(t) and t > 0 for t in thresholds)
+        isinstance(thresholds, list) and thresholds and all(is_number(t) and 0 < t < math.inf for t in thresholds)
     ):
         raise UserError(f"{path}: sdr_thresholds must be a list of numbers above 0")
     if settings.get("coordinates", "pixel") not in tuple(COORDINATES):

@@ -39,9 +39,9 @@ def fold_source(source: DataSource, folds: int, fold: int, draw: int) -> DataSou
     return replace(source, splits=splits, unlabelled=tuple(r for r in source.unlabelled if r.patient not in patients))
 
 
-def cell_source(config: Config, draw: int, fold: int | None) -> DataSource:
-    """The data set of a run: the config's, or its part where the run is one of a cross-validation."""
-    source = load_source(config.dataset)
+def cell_source(config: Config, draw: int, fold: int | None, keep_draws: bool = True) -> DataSource:
+    """The data set of a run: the config's (`load_source`), or its part where the run is one of a cross-validation."""
+    source = load_source(config.dataset, keep_draws)
     if fold is None:
         return source
     if config.evaluation.folds is None or not 1 <= fold <= config.evaluation.folds:

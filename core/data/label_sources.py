@@ -65,12 +65,21 @@ def find_labels(root: Path, names: tuple[str, ...], images: Sequence[Record], se
 
 def has_labels(root: Path) -> bool:
     """Whether there is a table, a folder or a file of landmarks, or LabelMe's beside the pictures."""
-    return any((root / name).exists() for name in (TABLE, FOLDER, *TOOL_FILES)) or bool(labelme_files(root / "images"))
+    return bool(_of_root(root)) or bool(labelme_files(root / "images"))
+
+
+def _of_root(root: Path) -> list[Path]:
+    """The tables, files and folders of labels that are there; UserError for a link to one that is not."""
+    every = [root / name for name in (TABLE, FOLDER, *TOOL_FILES)]
+    for path in every:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {path.readlink()}, which is not there")
+    return [path for path in every if path.exists()]
 
 
 def _source(root: Path, dims: int) -> Path:
     """The one place that holds labels; LabelMe's files beside the pictures count as well."""
-    there = [root / name for name in (TABLE, FOLDER, *TOOL_FILES) if (root / name).exists()]
+    there = _of_root(root)
     if dims == 2 and labelme_files(root / "images"):
         there.append(root / "images")
     if len(there) == 1:

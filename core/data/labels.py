@@ -78,8 +78,8 @@ class FolderLabels:
         labelled = {key: row.patient or patients.get(key) for key, row in labels.rows.items()
                     if not np.isnan(row.points).all()}
         splits = read_description(self.description).get("splits")
-        return read_splits(splits, labelled, [record.id for record in self._every], self.description, labels.path,
-                           keep=False)["train"]
+        return read_splits(splits, labelled, [record.id for record in self._every], self.description,
+                           labels.path)["train"]
 
     def write(self, key: str, points: np.ndarray) -> None:
         """Replace the labels of image `key`, on disk when this returns, and give it its split.

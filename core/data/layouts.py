@@ -148,9 +148,8 @@ def _check_inside(record: Record, names: Sequence[str]) -> None:
     for index in np.flatnonzero(outside.any(axis=1)).tolist():
         place = ", ".join(f"{value:g}" for value in points[index, ::-1])
         shape = " x ".join(map(str, size[::-1]))
-        raise UserError(
-            f'landmark "{names[index]}" of image {record.image} lies outside: ({place}) in {shape} pixels (x, y order)'
-        )
+        raise UserError(f'{record.labels}: landmark "{names[index]}" of image {record.image} lies outside: ({place}) '
+                        f"in {shape} pixels (x, y order)")
 
 
 def _by_position(records: Sequence[Record], train: int, validation: int) -> dict[str, tuple[Record, ...]]:
@@ -176,7 +175,7 @@ def _cephalo(root: Path, spacing_mm: Any, _description: Path, _excluded: Collect
                 raise UserError(f"image {image} has no label file {root / folder / name}.txt")
         both = np.stack([read_cephalo(labels[name]) for _, labels in files])
         annotators = None if np.array_equal(*both) else both  # a phantom's two files are one truth
-        records.append(Record(name, image, both.mean(axis=0), spacing, annotators=annotators))
+        records.append(Record(name, image, both.mean(axis=0), spacing, labels=files[0][1][name], annotators=annotators))
     splits = _by_position(records, 130, 20)
     return DataSource("cephalo", CEPHALO_NAMES, splits, (), "mm", MM_THRESHOLDS, "cephalo", root)
 
@@ -194,7 +193,8 @@ def _chest(root: Path, spacing_mm: Any, _description: Path, excluded: Collection
         elif label is not None and not name.startswith(tuple(f"CHNCXR_{number}_" for number in CHEST_EXCLUDED)):
             geometry = read_geometry(image)
             spacing = tuple(CHEST_FRAME_PX / length for length in geometry.size)
-            records.append(Record(name, image, read_chest(label, geometry.size), spacing, geometry=geometry))
+            points = read_chest(label, geometry.size)
+            records.append(Record(name, image, points, spacing, geometry=geometry, labels=label))
     splits = _by_position(records, 195, 34)
     return DataSource("chest", CHEST_NAMES, splits, (), "px", PX_THRESHOLDS, "chest", root)
 
@@ -211,7 +211,7 @@ def _hand(root: Path, spacing_mm: Any, _description: Path, _excluded: Collection
             wrist_px = float(np.linalg.norm(points[name][0] - points[name][4]))
             if not 0 < wrist_px < math.inf:
                 raise UserError(f'{table}: wrist points 1 and 5 of image "{name}" give no scale')
-            records.append(Record(name, image, points[name], (HAND_WRIST_MM / wrist_px,) * 2))
+            records.append(Record(name, image, points[name], (HAND_WRIST_MM / wrist_px,) * 2, labels=table))
     idle = sorted(points.keys() - {record.id for record in records})
     if idle:
         note_once(str(table), f'note: {len(idle)} rows of {table} belong to no image of jpg/, such as "{idle[0]}"')

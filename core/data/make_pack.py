@@ -15,7 +15,7 @@ from core.data.cache import WHOLE_NUMBERS, load_one
 from core.data.packs import Loaded
 from core.data.records import Record
 from core.data.source import load_source
-from core.errors import CommandParser, UserError
+from core.errors import CommandParser, UserError, run_command
 from core.files import write_atomically
 from core.formats.images import image_suffix
 
@@ -87,3 +87,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.set)
     count = write_pack(config.dataset, arguments.pack)
     print(f"{count} images in {arguments.pack} ({arguments.pack.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    run_command(main)

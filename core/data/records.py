@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Record:
 
     NaN = not annotated, landmarks None = no labels. `spacing` is reporting units per stored pixel along each tensor
     axis: mm, for chest 256 / size (pixels of a 256x256 frame); None = unknown, errors are then in pixels. `geometry`
-    is the file's own (None in a pack), `labels` the file of the landmarks where each image has its own. `annotators`
+    is the file's own (None in a pack), `labels` the file of its landmarks. `annotators`
     (2, N, D) are the points of two people who marked the image on their own, where that is known. `pixels` (C, *size)
     are those of an image in memory, which lies in no file: `image` is then but its name.
     """
@@ -50,6 +50,13 @@ class Record:
         return self.geometry or read_geometry(self.image)
 
 
+class Draw(NamedTuple):
+    """Splits that were drawn from fractions just now, as an `entry` of the file that keeps them."""
+
+    path: Path
+    entry: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
 class DataSource:
     """A data set as read from disk: its records by split and how errors on it are reported."""
@@ -63,6 +70,7 @@ class DataSource:
     paper_rule: str | None
     root: Path = Path()
     nothing_held_back: bool = False  # by the data set's own splits: every label is for training, none to validate on
+    draw: Draw | None = None  # of these splits, where it is not written down yet
 
     @property
     def unscored(self) -> bool:
@@ -112,8 +120,8 @@ class DataSource:
         if split not in SPLITS:
             raise UserError(f'split "{split}" does not exist; choose from {", ".join(SPLITS)}')
         if not self.labelled:
-            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels "
-                            "(datasets/README.md says where), or pre-train alone: --stages pretrain")
+            raise UserError(f"{self.layout} data set at {self.root} has no labelled image: add labels, such as "
+                            "landmarks.csv (datasets/README.md says where), or pre-train alone: --stages pretrain")
         if not self.splits[split]:
             counts = ", ".join(f"{len(self.splits[name])} {name}" for name in SPLITS)
             raise UserError(

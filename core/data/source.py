@@ -10,22 +10,27 @@ from core.data.cache import check_size
 from core.data.layouts import read_layout
 from core.data.packs import read_pack
 from core.data.records import DataSource
+from core.data.splits import keep_draw
 from core.files import stamp
 from core.phantoms.radiographs import write_phantom_radiographs
 from core.phantoms.volumes import write_phantom_volumes
 
 
-def load_source(config: DatasetConfig) -> DataSource:
+def load_source(config: DatasetConfig, keep_draws: bool = True) -> DataSource:
     """The data set that the config names: a folder in one of the layouts, or a pack (.npz). Phantoms are made here.
 
-    The same object again, for all runs of a process, as long as no file of it changes.
+    The same object again, for all runs of a process, as long as no file of it changes. Splits that are drawn here are
+    written down beside the data's description, unless `keep_draws` is false.
     """
     if config.phantom is not None and Path(config.root).suffix != ".npz":
         phantom = config.phantom
         write = {2: write_phantom_radiographs, 3: write_phantom_volumes}[len(phantom.size)]
         write(Path(config.root), phantom.count, phantom.size, phantom.seed)
     places = [config.root, *config.unlabelled_dirs, *([config.description] if config.description else [])]
-    return _read_source(config, tuple(stamp(Path(place)) for place in places))
+    source = _read_source(config, tuple(stamp(Path(place)) for place in places))
+    if keep_draws and source.draw is not None:
+        keep_draw(source.draw)
+    return source
 
 
 @lru_cache(maxsize=4)

@@ -5,14 +5,13 @@ Fractions are drawn once and written down beside dataset.json: an image stays in
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.data.records import SPLITS, Record, image_id, is_number, patient_group
+from core.data.records import SPLITS, Draw, Record, image_id, is_number, patient_group
 from core.errors import UserError, did_you_mean, note_once
 from core.files import parse_json, write_json
 
@@ -32,10 +31,10 @@ def check_keys(value: Any, allowed: Sequence[str], required: Sequence[str], wher
 
 
 def read_splits(wanted: Any, labelled: Patients, images: Collection[str], description: Path,
-                labels: Path, keep: bool = True) -> dict[str, list[str]]:
+                labels: Path) -> dict[str, list[str]]:
     """Image ids by split, as listed or drawn from fractions; `labelled` maps the ids with landmarks to their patients.
 
-    None wanted: every label is for training. A draw is written down for later unless `keep` is false.
+    None wanted: every label is for training. What is drawn here is written down by `keep_draw`.
 
     UserError: an id that is unknown, without landmarks or listed twice; lists and fractions mixed.
     """
@@ -45,7 +44,7 @@ def read_splits(wanted: Any, labelled: Patients, images: Collection[str], descri
     check_keys(wanted, (*SPLITS, "seed"), (), where)
     given = {split: wanted[split] for split in SPLITS if split in wanted}
     if all(is_number(share) for share in given.values()):
-        return _drawn_splits(given, wanted.get("seed", 0), labelled, description, keep)
+        return _drawn_splits(given, wanted.get("seed", 0), labelled, description)
     if "seed" in wanted or not all(isinstance(ids, list) for ids in given.values()):
         raise UserError(f"{where}: give either a list of image ids per split, or a fraction per split and a seed")
     split_of: dict[str, str] = {}
@@ -67,28 +66,41 @@ def draws_path(description: Path) -> Path:
     return description.with_suffix(".splits.json")
 
 
-def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path, keep: bool
-                  ) -> dict[str, list[str]]:
-    """The splits written down for these fractions and this seed, else newly drawn ones, which are written down.
+def new_draw(wanted: Any, splits: dict[str, list[str]], description: Path) -> Draw | None:
+    """The draw that made `splits` of the fractions `wanted`; None for lists, no labels, or one that is written down."""
+    shares = {split: wanted[split] for split in SPLITS if split in wanted} if isinstance(wanted, dict) else {}
+    if not shares or not all(map(is_number, shares.values())) or not any(splits.values()):
+        return None
+    seed, path = wanted.get("seed", 0), draws_path(description)
+    if _written_draw(_read_draws(path), shares, seed) is not None:
+        return None
+    return Draw(path, {"shares": shares, "seed": seed, "splits": splits})
+
+
+def keep_draw(draw: Draw) -> None:
+    """Write a draw down beside those that are there, or note that its place cannot be written to."""
+    try:
+        write_json(draw.path, [*_read_draws(draw.path), draw.entry])
+    except OSError as error:
+        note_once(f"draw {draw.path}", f"note: {draw.path} cannot be written ({error.strerror}): when labels are "
+                                       "added, the splits will be drawn anew")
+
+
+def _written_draw(draws: list[dict[str, Any]], shares: dict[str, float], seed: Any) -> dict[str, Any] | None:
+    return next((draw for draw in draws if (draw["shares"], draw["seed"]) == (shares, seed)), None)
+
+
+def _drawn_splits(shares: dict[str, float], seed: Any, labelled: Patients, description: Path) -> dict[str, list[str]]:
+    """The splits written down for these fractions and this seed, else newly drawn ones.
 
     Images labelled since then join the split of their patient, or train: pre-training may have seen them. Without any
     label nothing is drawn. UserError for a file that is not what was written.
     """
     if not labelled:
         return {split: [] for split in SPLITS}
-    path = draws_path(description)
-    draws = _read_draws(path)
-    before = next((draw for draw in draws if (draw["shares"], draw["seed"]) == (shares, seed)), None)
+    before = _written_draw(_read_draws(draws_path(description)), shares, seed)
     if before is None:
-        splits = _draw_splits(shares, seed, labelled, f"{description}, splits")
-        if not keep:
-            return splits
-        try:
-            write_json(path, [*draws, {"shares": shares, "seed": seed, "splits": splits}])
-        except OSError as error:
-            print(f"note: {path} cannot be written ({error.strerror}): when labels are added, the splits will be drawn "
-                  "anew", file=sys.stderr)
-        return splits
+        return _draw_splits(shares, seed, labelled, f"{description}, splits")
     split_of = {name: split for split, names in before["splits"].items() for name in names}
     split_of_patient = {labelled[name]: split for name, split in split_of.items() if labelled.get(name)}
     chosen = {name: split_of.get(name) or split_of_patient.get(labelled[name] or "", "train") for name in labelled}

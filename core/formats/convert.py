@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 from core.errors import CommandParser, UserError, run_command
-from core.formats.label_files import FORMATS, Images, lost, read_label_file, resolved, write_label_file
+from core.formats.label_files import FORMATS, Images, lost, outside, read_label_file, resolved, write_label_file
 
 BY_SUFFIX = {".csv": "wide", ".xml": "cvat", ".tps": "tps", ".mrk.json": "slicer", ".fcsv": "fcsv"}
 
 
 def convert(source: Path, target: Path, kind: str | None = None, target_kind: str | None = None,
             folder: Path | None = None, names: list[str] | None = None) -> list[str]:
-    """Read `source`, write `target`, which must not exist, and return in words what is lost on the way.
+    """Read `source`, write `target`, which must not exist, and return in words what to know of it: notes for stderr.
+
+    Those are what is lost on the way, and landmarks that lie beside their image.
 
     `folder` holds the images; where it is given, every image must be there and is called by its path below it.
     UserError: as the reader and the writer, a format that is not clear, a target that is there.
@@ -27,8 +29,10 @@ def convert(source: Path, target: Path, kind: str | None = None, target_kind: st
         labels = resolved(labels, images, source)
     write_label_file(target, labels, target_kind, images)
     gone = [f"{target_kind} cannot hold {', '.join(said)}"] if (said := lost(labels, target_kind)) else []
-    passed = [f"{source} also has {', '.join(labels.passed_over)}"] if labels.passed_over else []
-    return [*gone, *passed]
+    gone += [f"{source} also has {', '.join(labels.passed_over)}"] if labels.passed_over else []
+    beside = outside(labels)
+    return [*([f"not in {target}: {'; '.join(gone)}"] if gone else []),
+            *([f"{source}: {len(beside)} landmarks lie outside their image, such as {beside[0]}"] if beside else [])]
 
 
 def _kind_of_target(path: Path) -> str:
@@ -52,9 +56,8 @@ def main() -> None:
                         help="the images, where a format needs their size or place; names and sizes are then checked")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="the landmarks and their order; TPS has no names")
     given = parser.parse_args()
-    losses = convert(given.source, given.target, given.kind, given.target_kind, given.images, given.names)
-    if losses:
-        print(f"note: not in {given.target}: {'; '.join(losses)}", file=sys.stderr)
+    for note in convert(given.source, given.target, given.kind, given.target_kind, given.images, given.names):
+        print(f"note: {note}", file=sys.stderr)
     print(f"landmarks in {given.target}")
 
 

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from core.errors import UserError, damaged
+from core.errors import UserError, damaged, note_once
 from core.formats.colour import luminance
 from core.formats.dicom import dicom_geometry, has_mark, read_dicom
 from core.formats.geometry import Geometry
@@ -120,6 +120,9 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
             if not entry.is_dir():
                 if image_suffix(entry.name) or (may_be_slice(entry.name) and has_mark(here / entry.name)):
                     images.append((*below, entry.name))
+                elif (target := _flattened_link(here / entry.name)) is not None:
+                    note_once(f"flat {here / entry.name}", f'note: {here / entry.name} holds nothing but "{target}": a '
+                                                           "copy made a file of a link, and what it led to is not read")
             elif is_series(here / entry.name):
                 images.append((*below, entry.name))
             elif recursive and (real := (here / entry.name).resolve()) not in seen:
@@ -132,6 +135,16 @@ def find_images(folder: Path, recursive: bool = False) -> list[Path]:
             links = [link for link in links if link.resolve() not in seen]
             seen |= {link.resolve() for link in links[:1]}
     return [folder.joinpath(*parts) for parts in sorted(images)]
+
+
+def _flattened_link(path: Path) -> str | None:
+    """What a file holds that is nothing but the way to a file or folder that is there: git and copies leave such."""
+    try:
+        text = path.read_bytes().decode() if 0 < path.stat().st_size <= LONGEST_LINK else ""
+        leads = "/" in text and "\n" not in text and (path.parent / text).exists()
+    except (OSError, ValueError):
+        return None
+    return text if leads else None
 
 
 def _passed_over(entry: os.DirEntry[str], folder: Path) -> bool:
@@ -255,6 +268,7 @@ def _deep_colour(path: Path, file: BinaryIO) -> np.ndarray:
 
 
 # of archives of macOS, of Synology's and QNAP's file servers, of Windows, of Unix disks
+LONGEST_LINK = 1024  # bytes
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
                   "recycler", "recycled", "system volume information", "lost+found")  # fmt: skip
 DRAWN = ("overlays", "heatmaps", "markups")  # folders of pictures that belong to a table of predictions

@@ -106,13 +106,23 @@ def read_label_file(path: Path, names: Sequence[str] | None = None, images: Imag
                     kind: str | None = None) -> LabelSet:
     """The landmarks of a file or folder of a labelling tool, of any format, in pixels; images called as it calls them.
 
-    UserError: as the format's own reader.
+    UserError: as the format's own reader, and an image that is there twice.
     """
-    return FORMATS[kind or detect(path)].read(path, names, images or Images())
+    return _once(FORMATS[kind or detect(path)].read(path, names, images or Images()), path)
+
+
+def _once(labels: LabelSet, path: Path) -> LabelSet:
+    """The same labels; UserError where an image has two rows: which of them counts is not ours to say."""
+    seen = set[str]()
+    for row in labels.rows:
+        if row.image in seen:
+            raise UserError(f'{path}: image "{row.image}" is there twice; keep one set of landmarks an image')
+        seen.add(row.image)
+    return labels
 
 
 def resolved(labels: LabelSet, images: Images, path: Path) -> LabelSet:
-    """Rows with the path and size of their image. UserError: an image that is not there, or of another size."""
+    """Rows with the path and size of their image. UserError: an image not there, there twice, or of another size."""
     rows = []
     for row in labels.rows:
         try:
@@ -121,7 +131,18 @@ def resolved(labels: LabelSet, images: Images, path: Path) -> LabelSet:
             raise UserError(f"{path}: {error}") from None
         check_size(row, size, path)
         rows.append(replace(row, image=name, size=size))
-    return replace(labels, rows=tuple(rows))
+    return _once(replace(labels, rows=tuple(rows)), path)
+
+
+def outside(labels: LabelSet) -> list[str]:
+    """In words, the landmarks that lie beside their image; where its size is not known, those at negative numbers."""
+    said = []
+    for row in labels.rows:
+        ends = np.full(row.points.shape[1], np.inf) if row.size is None else np.array(row.size)
+        beside = ((row.points < -0.5) | (row.points > ends - 0.5)).any(axis=1)  # never of NaN
+        for name, point in zip(np.array(labels.names)[beside], row.points[beside, ::-1].tolist(), strict=True):
+            said.append(f'"{name}" of image "{row.image}" at ({", ".join(f"{value:g}" for value in point)})')
+    return said
 
 
 def check_size(row: FolderRow, size: tuple[int, ...], path: Path) -> None:

@@ -44,24 +44,34 @@ def is_labelme(path: Path) -> bool:
 
 def labelme_files(folder: Path) -> list[Path]:
     """LabelMe's files below `folder`, sorted; hidden ones and other .json files are none."""
+    return [path for path in _json_files(folder) if is_labelme(path)]
+
+
+def _json_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*.json"))
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts) and is_labelme(path)]
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def read_labelme(path: Path, names: Sequence[str] | None = None) -> LabelSet:
     """Landmarks of one file, or of all below a folder; an image's name is its path below the folder.
 
-    Shapes of other types are passed over. UserError: not LabelMe's, no file, a point that is not two numbers.
+    Shapes of other types are passed over, and in a folder other .json files. UserError: not LabelMe's, no file, a
+    point that is not two numbers, a .json file in a folder that is none.
     """
     files = labelme_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .json file of LabelMe")
+    strange = sorted({file.relative_to(path).as_posix() for file in _json_files(path)}
+                     - {file.relative_to(path).as_posix() for file in files}) if path.is_dir() else []
+    for name in strange:
+        read_json(path / name)  # what is damaged may have been LabelMe's
     sheets, others = [], list[str]()
     for file in files:
         sheet, passed = _sheet(file, file.parent.relative_to(path).as_posix() if path.is_dir() else ".")
         sheets.append(sheet)
         others += passed
-    return gather(sheets, path, names, passed_over=counted(others))
+    strangers = [f"{len(strange)} files not of LabelMe, such as {strange[0]}"] if strange else []
+    return gather(sheets, path, names, passed_over=(*counted(others), *strangers))
 
 
 def write_labelme(path: Path, labels: LabelSet, images: dict[str, Path] | None = None) -> None:

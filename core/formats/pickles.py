@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,25 @@ import torch
 from safetensors import SafetensorError
 
 from core.errors import UserError
+
+CHUNK = 2**22  # bytes
+
+
+def check_archive(path: Path, told: Callable[[int], object] = lambda count: None) -> None:
+    """Compare the checksums of a zip archive, which torch.load does not; UserError when one differs.
+
+    `told` gets the number of bytes after each part. Files that are no archives, older than torch 1.6, have none.
+    """
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as file:
+                    while chunk := file.read(CHUNK):
+                        told(len(chunk))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:

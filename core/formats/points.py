@@ -64,7 +64,7 @@ def read_chest(path: Path, size: tuple[int, ...]) -> np.ndarray:
 def read_hand(path: Path) -> dict[str, np.ndarray]:
     """Hand `all.csv` (no header; rows `id,x1,y1,...,x37,y37` in pixels) -> points (37, 2) by image id.
 
-    UserError: file missing, wrong number of columns, not a number, an id twice.
+    UserError: file missing, wrong number of columns, not a finite number, half a point, an id twice.
     """
     points: dict[str, np.ndarray] = {}
     for number, line in enumerate(_lines(path), 1):
@@ -76,7 +76,7 @@ def read_hand(path: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{where}: has {len(cells) + 1} columns, not {2 * HAND_POINTS + 1} (id,x1,y1,...,x37,y37)")
         if name in points:
             raise UserError(f'{where}: id "{name}" appears twice')
-        points[name] = np.array([to_number(cell, where) for cell in cells]).reshape(HAND_POINTS, 2)[:, ::-1].copy()
+        points[name] = np.array([_pair(pair, where, "x,y") for pair in zip(cells[::2], cells[1::2], strict=True)])
     return points
 
 
@@ -86,7 +86,7 @@ def read_folder_csv(path: Path, names: Sequence[str], dims: int = 2) -> list[Fol
     Columns: `image`, optional `patient`, optional `spacing_x` and `spacing_y` in mm, `<name>_x` and `<name>_y` for
     each of `names`; where dims is 3 also `spacing_z` and `<name>_z`. Empty cells = not annotated. A table with a
     column `landmark` has a row a landmark, as `predict` writes it.
-    UserError: file missing, wrong columns, not a number, half a point.
+    UserError: file missing, wrong columns, not a finite number, half a point.
     """
     try:
         header, *rows = list(csv.reader(io.StringIO(read_text(path)), skipinitialspace=True)) or [[]]
@@ -223,22 +223,28 @@ def _complete(points: list[tuple[float, float]], count: int, path: Path) -> np.n
     return np.array(points, dtype=np.float64)
 
 
-def _pair(cells: list[str], where: str, form: str) -> tuple[float, float]:
-    """Two cells x, y -> (y, x)."""
+def _pair(cells: Sequence[str], where: str, form: str) -> tuple[float, float]:
+    """Two cells x, y -> (y, x), both NaN or none."""
     if len(cells) != 2:
         raise UserError(f'{where}: expected "{form}"')
     x, y = (to_number(cell, where) for cell in cells)
+    if math.isnan(x) != math.isnan(y):
+        raise UserError(f'{where}: "{cells[0]}" and "{cells[1]}" are half a point; give both numbers, or neither')
     return y, x
 
 
 def to_number(text: str, where: str) -> float:
-    """The number a cell holds; UserError, which begins with `where`, if it is none, or one of Python's 1_000."""
+    """The number a cell holds, NaN where it says so; UserError, which begins with `where`, for anything else.
+
+    Python's 1_000, and what is infinite, as 1e400 is, are no numbers.
+    """
     try:
-        if "_" not in text:
-            return float(text)
+        value = float("" if "_" in text else text)
     except ValueError:
-        pass
-    raise UserError(f'{where}: "{text.strip()}" is not a number')
+        raise UserError(f'{where}: "{text.strip()}" is not a number') from None
+    if math.isinf(value):
+        raise UserError(f'{where}: "{text.strip()}" is not a finite number')
+    return value
 
 
 def _cells(line: str, where: str) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import atomic_file
-from core.formats.pickles import read_pickle
+from core.formats.pickles import check_archive, read_pickle
+from core.networks.checksums import checksum_of, seal
 from core.networks.convolutions import CONV
 from core.networks.unet import UNet
-from core.networks.weights import PUBLISHED_NAMES, Weights, full_header, published_network
+from core.networks.weights import CHECKSUM, PUBLISHED_NAMES, Weights, full_header, published_network
 
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them
     "features.conv0.weight": ("densenet161", "densenet121", "densenet169", "densenet201"),
@@ -31,7 +31,6 @@ HEADS = ("classifier.", "fc.")  # what torchvision puts behind an encoder
 DATASETS, METHODS = ("cephalo", "chest", "hand"), ("ddpm", "dino", "mocov3", "simclrv2")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-CHUNK = 2**22  # bytes
 
 
 def convert(source: Path, out: Path, dtype: str) -> dict[str, Any]:
@@ -46,31 +45,14 @@ def convert(source: Path, out: Path, dtype: str) -> dict[str, Any]:
         raise UserError(f"{source} is a safetensors file already; convert takes a published .pt or .pth")
     archive = source.is_file() and zipfile.is_zipfile(source)
     if archive:
-        check_archive(source)
+        with _byte_bar("checking", source.stat().st_size) as bar:
+            check_archive(source, bar.update)
     tensors, header = recognise(source, read_pickle(source, mmap=archive))
     try:
         write_safetensors(out, tensors, DTYPES[dtype], header, source)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     return header
-
-
-def check_archive(path: Path) -> None:
-    """Read a zip archive once and compare its checksums, which torch.load does not; UserError when one differs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            with _byte_bar("checking", sum(entry.file_size for entry in entries)) as bar:
-                for entry in entries:
-                    _read_through(archive, entry, bar)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
-
-
-def _read_through(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, bar: tqdm) -> None:
-    with archive.open(entry) as file:
-        while chunk := file.read(CHUNK):
-            bar.update(len(chunk))
 
 
 def recognise(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,29 +137,41 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
     foreign = next((name for name in stored if stored[name] not in SAFETENSORS_NAMES), None)
     if foreign is not None:
         raise UserError(f"{source}: {foreign} is of type {stored[foreign]}, which no published file has")
-    layout: dict[str, Any] = {"__metadata__": {"header": json.dumps(header)}}
+    text = json.dumps(header)
+    layout: dict[str, Any] = {"__metadata__": {"header": text, CHECKSUM: seal("", {})}}
     order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))  # wide types first keep all aligned
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * stored[name].itemsize
         layout[name] = {"dtype": SAFETENSORS_NAMES[stored[name]], "shape": list(tensors[name].shape),
                         "data_offsets": [start, end]}
+    checksums = dict[str, int]()
+    with atomic_file(path) as file, _byte_bar("writing", end) as bar:
+        file.write(_head(layout))
+        for name in order:
+            values = _as_stored(name, tensors[name], stored[name], source)
+            checksums[name] = checksum_of(values)
+            bar.update(file.write(values.reshape(-1).view(torch.uint8).numpy().data))
+        layout["__metadata__"][CHECKSUM] = seal(text, checksums)  # as long as the one in its place
+        file.seek(0)
+        file.write(_head(layout))
+
+
+def _head(layout: dict[str, Any]) -> bytes:
+    """What a safetensors file begins with: its length in 8 bytes, and the JSON, padded to a multiple of 8 bytes."""
     head = json.dumps(layout).encode()
     head += b" " * (-len(head) % 8)
-    with atomic_file(path) as file, _byte_bar("writing", end) as bar:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in order:
-            bar.update(file.write(_stored_bytes(name, tensors[name], stored[name], source)))
+    return len(head).to_bytes(8, "little") + head
 
 
-def _stored_bytes(name: str, tensor: Tensor, dtype: torch.dtype, source: Path) -> memoryview:
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype, source: Path) -> Tensor:
     values = tensor.detach().to(dtype).contiguous()
     if not values.isfinite().all():
         if tensor.isfinite().all():
             raise UserError(f"{source}: {name} reaches {tensor.abs().max():.3g}, too large for "
                             f"{str(dtype).removeprefix('torch.')}; choose --dtype bfloat16 or float32")
         raise UserError(f"{source}: {name} holds values that are not finite: damaged, or its training failed")
-    return values.reshape(-1).view(torch.uint8).numpy().data
+    return values
 
 
 def _folder_among(path: Path, names: tuple[str, ...]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config.starts import ENCODER_LEVELS
 from core.errors import UserError, did_you_mean
-from core.formats.pickles import read_pickle
+from core.formats.pickles import check_archive, read_pickle
 from core.networks.imagenet import HUB_FILES
 from core.networks.weights import read_tensors
 
@@ -109,6 +109,7 @@ def read_encoder(path: Path, name: str) -> dict[str, Tensor]:
         if description != f"encoder {name}":
             raise UserError(f"{path} holds {description}, finetune.encoder is {name}")
         return tensors
+    check_archive(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         kind = f"a dict of {sorted(map(str, content))[:6]}" if isinstance(content, dict) else type(content).__name__

@@ -1,4 +1,4 @@
-"""Training states that survive crashes, weights as safetensors, and the published checkpoint format."""
+"""Weights as safetensors, of which one changed bit is noticed, and the published checkpoint format."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from core.background import snapshot, written
 from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
 from core.files import code_version, parse_json, write_atomically
-from core.formats.pickles import read_pickle
+from core.formats.pickles import check_archive, read_pickle
+from core.networks.checksums import checksum_of, seal
 from core.networks.unet import UNet
 
 FORMAT = "landmark-unet-1"
+CHECKSUM = "checksum"  # beside the header in a file's metadata; older files, and those of others, have none
 MAX_CHANNELS = 10_000
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
@@ -55,7 +57,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any],
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors_bytes(stored, metadata={"header": json.dumps(header)}))
+    text = json.dumps(header)
+    sealed = seal(text, {name: checksum_of(tensor) for name, tensor in stored.items()})
+    write_atomically(path, safetensors_bytes(stored, metadata={"header": text, CHECKSUM: sealed}))
 
 
 def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any
 def load_weights(path: Path, networks: Sequence[str] = ("unet",)) -> Weights:
     """Read our .safetensors of one of `networks`, or a published .pt, as float32; UserError for anything else."""
     if path.suffix == ".pt" and path.is_file():
+        check_archive(path)
         return published_network(path, read_pickle(path))
     tensors, header = read_tensors(path)
     network = header.get("network", "unet")
@@ -103,20 +108,27 @@ def _check_sizes(path: Path, tensors: dict[str, Tensor], unet: UNetConfig, outpu
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (float32) and header of our .safetensors, whatever its network; UserError for anything else."""
+    """Tensors (float32) and header of our .safetensors, whatever its network; UserError for anything else.
+
+    A file that does not have the checksum it was saved with is refused; without one it is read as it is.
+    """
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            header = parse_json((file.metadata() or {}).get("header", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
-                       for name, tensor in tensors.items()}
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = parse_json(metadata.get("header", "null"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")
-    return tensors, header
+    if CHECKSUM in metadata:
+        checksums = {name: checksum_of(tensor) for name, tensor in stored.items()}
+        if metadata[CHECKSUM] != seal(metadata["header"], checksums):
+            raise UserError(f"{path} is damaged: what it holds does not have the checksum that was saved with it; copy "
+                            "it again, or make it anew")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}, header
 
 
 def published_network(path: Path, content: Any) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def _file_named(values: dict[str, Any], key: str) -> tuple[str, Path | None]:
     value: Any = values
     for name in key.split("."):
         value = None if value is None else value.get(name)
-    return key, None if value is None else Path(value).resolve()
+    return key, None if value is None else Path(os.path.realpath(value))
 
 
 def cell_dir(config: Config, cell: Cell) -> Path:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from core.background import snapshot, written
 from core.errors import UserError
 from core.files import atomic_file
 from core.formats.pickles import read_pickle
+from core.networks.checksums import checksum_of
 
 CHECKSUM = "checksum"  # of all else in a state; older ones have none
 
@@ -61,20 +60,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     if checksum not in (None, checksum_of(state)):
         raise UserError(f"{path} is damaged: what it holds does not have the checksum that was saved with it")
     return state
-
-
-def checksum_of(values: Any, before: int = 0) -> int:
-    """CRC-32 of nested `values`: keys, numbers and the bytes of tensors, going on from that of what came `before`."""
-    if isinstance(values, Tensor):
-        before = zlib.crc32(f"{values.dtype} {list(values.shape)}".encode(), before)
-        return zlib.crc32(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, before)
-    if isinstance(values, dict):
-        values = list(values.items())
-    if isinstance(values, list | tuple):
-        for value in values:
-            before = checksum_of(value, zlib.crc32(b",", before))
-        return zlib.crc32(b";", before)
-    return zlib.crc32(repr(values).encode(), before)
 
 
 def check_identity(path: Path, state: Mapping[str, Any], identity: str, made_with: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import shlex
 import signal
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from werkzeug.serving import BaseWSGIServer
 from core.data.labels import FolderLabels, new_data_set
 from core.data.records import image_id
 from core.errors import CommandParser, UserError, run_command
+from core.files import parse_json
 from core.formats.images import find_images, read_geometry
 from core.runs.best import run_folder
 from core.runs.claims import claim
@@ -31,10 +31,12 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
     """The values of a run's config.json. UserError: it is not there."""
     path = run_dir / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
+        values = parse_json(path.read_text(encoding="utf8"))
         if not isinstance(values, dict) or not all(isinstance(values.get(key, {}), dict)
                                                    for key in ("dataset", "experiment")):
             raise ValueError("it holds no settings of a study")
+        if not isinstance(values.get("dataset", {}).get("root", ""), str):
+            raise ValueError("its dataset.root is no text")
         return values
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); RUN is the folder of a trained run, such as "

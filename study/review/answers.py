@@ -44,7 +44,8 @@ def read_answers(path: Path, records: Mapping[str, Record], names: Sequence[str]
     """The rows of a predictions.csv of images in `records`, by image id; others are passed over.
 
     With `told` distances are in mm where a record has a spacing; else where the image file itself says one.
-    UserError: no such table, a column missing, a landmark that is none of `names`, no image of `records` at all.
+    UserError: no such table, a column missing, a row of another length, a landmark that is none of `names` or that an
+    image has twice, half a point, no image of `records` at all.
     """
     rows = list(csv.DictReader(io.StringIO(read_text(path))))
     dims = len(next(iter(records.values())).file_geometry().size)
@@ -54,8 +55,14 @@ def read_answers(path: Path, records: Mapping[str, Record], names: Sequence[str]
         raise UserError(f'{path} has no column "{missing[0]}", or no row; it must be a predictions.csv of '
                         "landmarks_finetuning.predict")
     cells = {key: np.full((len(names), dims + 2), np.nan) for key in records}
-    seen = set()
+    seen, told_of = set(), set()
     for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {number}: does not have the {len(rows[0])} cells of the header")
+        if (row["image"], row["landmark"]) in told_of:
+            raise UserError(f'{path}, row {number}: landmark "{row["landmark"]}" of image "{row["image"]}" appears '
+                            "twice")
+        told_of.add((row["image"], row["landmark"]))
         key = row["image"] if row["image"] in records else image_id(row["image"])
         if row["landmark"] not in names:
             raise UserError(f'{path}, row {number}: landmark "{row["landmark"]}" is none of the data set\'s: '
@@ -64,6 +71,8 @@ def read_answers(path: Path, records: Mapping[str, Record], names: Sequence[str]
             seen.add(key)
             cells[key][names.index(row["landmark"])] = [
                 to_number(row[column], f"{path}, row {number}") if row[column] else math.nan for column in columns[2:]]
+            if len({math.isnan(value) for value in cells[key][names.index(row["landmark"])][:dims].tolist()}) > 1:
+                raise UserError(f"{path}, row {number}: holds half a point")
     if not seen:
         raise UserError(f'{path} has none of the images, such as "{next(iter(records))}"; it was made for others')
     answers = {}

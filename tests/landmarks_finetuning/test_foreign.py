@@ -1,6 +1,7 @@
 """Files that others made say what they hold, never where this program writes."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -8,6 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from core.config.dataset import Dataset
+from core.data.source import load_source
 from landmarks_finetuning.report.build import build_report
 from tests.landmarks_finetuning.report.test_report import write_run
 
@@ -51,6 +54,48 @@ def test_a_header_makes_no_phantoms(foreign, tmp_path, run_main):
     run = foreign(root=str(root), phantom={"count": 152, "size": [96, 78], "seed": 0})
     status, _, said = run_main("landmarks_finetuning.evaluate", run)
     assert status == 2 and said.count("\n") == 1 and str(root) in said and not root.parent.exists()
+
+
+def test_a_header_draws_no_splits(foreign, phantom, tmp_path, run_main):
+    """A folder that a header, or --data, names is read and never written into; the same splits are scored."""
+    root = tmp_path / "theirs"
+    names = [f"L{number}" for number in range(1, 20)]
+    (root / "images").mkdir(parents=True)
+    rows = ["image," + ",".join(f"{name}_x,{name}_y" for name in names)]
+    for number in range(1, 9):
+        shutil.copy(phantom / f"jpg/{number:03}.jpg", root / "images")
+        lines = (phantom / f"400_senior/{number:03}.txt").read_text().splitlines()[:19]
+        rows.append(f"{number:03}," + ",".join(lines))
+    (root / "landmarks.csv").write_text("\n".join(rows) + "\n")
+    (root / "dataset.json").write_text(json.dumps({"landmarks": names, "spacing_mm": 0.1,
+                                                   "splits": {"train": 0.5, "test": 0.5, "seed": 0}}))
+    run = foreign(root=str(root), layout="folder", phantom=None)
+    with safe_open(run / "best.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, run / "best.safetensors", metadata={"header": json.dumps(header | {"landmark_names": names})})
+    before = sorted(root.rglob("*"))
+    for more in ((), ("--data", root)):
+        out = tmp_path / f"out{len(more)}"
+        status, said, error = run_main("landmarks_finetuning.evaluate", run, "--out", out, *more)
+        assert (status, sorted(root.rglob("*"))) == (0, before), error
+        assert said.startswith("4 test images")
+    load_source(Dataset(root=str(root), image_size=(32, 32)))  # a study's own draws are kept
+    kept = json.loads((root / "dataset.splits.json").read_text())[0]["splits"]["test"]
+    assert sorted(set(pd.read_csv(tmp_path / "out0/predictions.csv", dtype=str)["image"])) == kept
+
+
+def test_names_that_break_output(tiny_cell, phantom, tmp_path, run_main):
+    """Bytes that are no UTF-8, as an old zip leaves them, and names as long as a file system allows."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in (os.fsdecode(b"M\xfcller.jpg"), "n" * 251 + ".jpg"):
+        shutil.copy(phantom / "jpg/001.jpg", folder / name)
+    status, _, error = run_main("landmarks_finetuning.predict", tiny_cell, folder, "--out", tmp_path / "out")
+    assert status == 0, error
+    images = set(pd.read_csv(tmp_path / "out/predictions.csv", encoding="utf8")["image"])
+    assert images == {r"M\udcfcller.jpg", "n" * 251 + ".jpg"}
+    assert len(list((tmp_path / "out/overlays").iterdir())) == 2
 
 
 def test_a_name_in_metrics_makes_no_path(tmp_path):

@@ -298,7 +298,7 @@ def test_predict_gives_the_points_of_evaluate(study, tmp_path):
     for name, points in predicted_alone(study.cell, study.data, ("case_010", "case_008"), tmp_path / "out").items():
         np.testing.assert_allclose(points, points_of(table, name), atol=1e-3)
         assert positions(tmp_path / f"out/markups/{name}.mrk.json").keys() == set(table.landmark)
-        assert (tmp_path / f"out/overlays/{name}.nii.gz.png").exists()
+        assert (tmp_path / f"out/overlays/{name}.png").exists()
 
 
 def test_a_killed_predict_leaves_no_half_table(study, tmp_path, monkeypatch):

@@ -33,6 +33,20 @@ def long(path, rows):
     return path
 
 
+def test_tables_of_predict_and_of_evaluate(tmp_path, run_main):
+    """One names files, the other ids: the same images. Two files of one id stay two, and one image twice is refused."""
+    one = long(tmp_path / "a.csv", {"p1.png": [(0, 0), (5, 5)], "p2.nii.gz": [(1, 1), (6, 6)]})
+    other = long(tmp_path / "b.csv", {"p1": [(3, 4), (5, 5)], "p2": [(1, 1), (6, 6)]})
+    status, out, _ = run_main(COMPARE, one, other, "--spacing", "1")
+    assert status == 0 and "2 images" in out
+    both = long(tmp_path / "c.csv", {"p1.png": [(0, 0), (5, 5)], "p1.tif": [(1, 1), (6, 6)]})
+    assert "no image in common" in run_main(COMPARE, both, other)[2]
+    path = wide(tmp_path / "d.csv", {"p1": [(0, 0), (5, 5)]})
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    status, _, said = run_main(COMPARE, path, other)
+    assert status == 2 and f'{path}: image "p1" is there twice' in said
+
+
 def figures(path):
     with path.open(newline="") as file:
         return {row["landmark"]: row for row in csv.DictReader(file)}

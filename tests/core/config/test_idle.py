@@ -28,7 +28,6 @@ def message(path, *overrides, **options):
 @pytest.mark.parametrize("setting, because, beside", [
     ("finetune.plateau_factor=0.3", 'finetune.scheduler is "cosine" and acts only with "plateau"', []),
     ("finetune.plateau_patience=3", 'finetune.scheduler is "cosine"', []),
-    ("finetune.validate_every=7", 'finetune.validation is "none"', ["finetune.validation=none"]),
     ("finetune.shape_prior=0.1", 'finetune.decoder is "contour_centroid"', ["finetune.decoder=contour_centroid"]),
     ("finetune.clip.limit=2", 'finetune.clip.mode is "none"', []),
     ("ddpm.clip.limit=2", 'ddpm.clip.mode is "none"', ["ddpm.clip.mode=none"]),
@@ -76,6 +75,7 @@ def test_settings_that_cannot_act(tmp_path, setting, because, beside):
     ["dataset.percentiles=[5,95]", "dataset.intensity=percentile"], ['dataset.exclude=["a"]', PACK],
     ["evaluation.window_overlap=0.25", "dataset.resample_mm=1.0"], ["dataset.check_geometry=false", *VOLUMES],
     ["finetune.warmup_iterations=5", "finetune.scheduler=plateau"],
+    ["finetune.validate_every=7", "finetune.validation=none"],
 ])  # fmt: skip
 def test_settings_that_act_or_say_nothing(tmp_path, overrides):
     load_config(write(tmp_path / "c.json"), overrides)

@@ -101,7 +101,7 @@ def test_images_alone_are_a_data_set(tmp_path):
         picture(tmp_path / "images" / f"{name}.png")
     source = read_layout("folder", tmp_path)
     assert ids(source.pretraining_records()) == ["a", "x/b"] and source.landmark_names == ()
-    with pytest.raises(UserError, match="has no labelled image: add labels .*, or pre-train alone: --stages pretrain"):
+    with pytest.raises(UserError, match="has no labelled image: add labels, .*, or pre-train alone: --stages pretrain"):
         source.require("train")
     with pytest.raises(UserError, match="dataset.json is missing"):
         read_layout("folder", tmp_path, description=tmp_path / "nowhere.json")
@@ -111,6 +111,17 @@ def test_images_alone_are_a_data_set(tmp_path):
     (tmp_path / "landmarks.csv").write_text("image,tip_x,tip_y\na,1,2\nx/b,3,4\n")
     assert {split: len(some) for split, some in read_layout("folder", tmp_path).splits.items()} == {
         "train": 1, "validation": 0, "test": 1}
+
+
+@pytest.mark.parametrize("name", ["landmarks.csv", "landmarks", "landmarks.json", "dataset.json"])
+def test_a_link_to_nowhere_is_named(tmp_path, name):
+    """Labels on a disk that is not mounted are no data set without labels."""
+    picture(tmp_path / "images/a.png")
+    for target in ("nowhere/x", name):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=name):
+            read_layout("folder", tmp_path)
 
 
 def test_labelled_image_in_no_split_is_not_used(tmp_path):
@@ -162,7 +173,8 @@ def test_drawn_splits_keep_patients_together(tmp_path):
         ({"rows": ROWS | {"c": "p1,0,0,1,1"}}, 'patient "p1" is in both train and test'),
         ({"rows": ROWS | {"c": "p3,0,0,19.6,9.5"}}, r'landmark "base" of image .*c.png lies outside: \(19.6, 9.5\)'),
         ({"rows": ROWS | {"c": "p3,0,-0.6,1,1"}}, 'landmark "tip" of image .*c.png lies outside'),
-        ({"rows": ROWS | {"c": "p3,inf,0,1,1"}}, 'landmark "tip" of image .*c.png lies outside'),
+        ({"rows": ROWS | {"c": "p3,inf,0,1,1"}}, 'landmarks.csv, row 4, column tip_x: "inf" is not a finite number'),
+        ({"rows": ROWS | {"c": "p3,1e400,0,1,1"}}, 'csv, row 4, column tip_x: "1e400" is not a finite number'),
     ],
 )
 def test_inconsistent_folder(tmp_path, settings, message):

@@ -58,6 +58,21 @@ def test_linked_folders_are_entered_once(tmp_path):
     assert ids(collect_images([tmp_path / "data"], tmp_path / "out"))[0] == "images/a.png"
 
 
+@pytest.mark.parametrize("text, leads", [
+    ("../../site", True), ("../../site/s.png", True), ("../../nowhere", False), ("site", False),
+    ("../../site\n", False), ("", False)])
+def test_a_link_that_a_copy_made_a_file_of_is_noted(tmp_path, capsys, monkeypatch, text, leads):
+    monkeypatch.setattr(errors, "_NOTED", set())
+    for place in ("data/images/a.png", "site/s.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / place)
+    link = tmp_path / "data/images/link"
+    link.write_text(text)
+    assert [path.name for path in find_images(tmp_path / "data/images", recursive=True)] == ["a.png"]
+    said = capsys.readouterr().err
+    assert said.startswith(f'note: {link} holds nothing but "{text}"') if leads else said == ""
+
+
 @pytest.mark.parametrize("folder", ["@eaDir/a.png", "#recycle", "$RECYCLE.BIN/S-1-5", "__MACOSX", "@Recycle",
                                     "System Volume Information", ".Trash"])  # fmt: skip
 def test_folders_of_file_servers_are_passed_over(tmp_path, folder):
@@ -322,6 +337,12 @@ def test_more_suffixes(tmp_path, suffix):
     Image.fromarray(smooth).save(tmp_path / f"a{suffix}", **kind)
     assert np.abs(read_image(tmp_path / f"a{suffix}")[0] - smooth).max() <= 3
     assert find_images(tmp_path) == [tmp_path / f"a{suffix}"]
+
+
+def test_a_film_of_196_million_pixels_is_a_picture(tmp_path, recwarn):
+    """14 x 14 inches at 1000 dpi: a data set of one's own is no attack, and nothing warns of one."""
+    Image.new("1", (14000, 14000)).save(tmp_path / "film.png")
+    assert read_geometry(tmp_path / "film.png").size == (14000, 14000) and not recwarn.list
 
 
 def test_too_large_images_are_refused_by_their_header(tmp_path):

@@ -1,6 +1,8 @@
 """The command that converts: every pair of formats, what is lost, one line for a mistake."""
 
 import csv
+import json
+import re
 from dataclasses import replace
 from itertools import permutations
 
@@ -117,6 +119,57 @@ def test_a_volume_of_slicers_older_list(tmp_path, capsys, monkeypatch):
     assert row.points[[0, 2]] == pytest.approx(np.array([[1, 4, 2], [5, 0, 0]])) and np.isnan(row.points[1]).all()
     same(read_label_file(tmp_path / "one/w.mrk.json", ["a, b", "c", "d"], Images(tmp_path)), LabelSet(
         ("a, b", "c", "d"), (FolderRow("w", row.points),)), hidden=False)
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_what_is_not_finite_is_refused(tmp_path, images, kind, run_main):
+    """By the file and what it calls the image or the place in itself, in every format."""
+    at = replace(LABELS, rows=tuple(replace(row, points=np.array([[5.0, 12.25], [8, 9], [1, 2]]), size=(40, 60),
+                                            hidden=None) for row in LABELS.rows))
+    path = tmp_path / FORMATS[kind].place
+    write_label_file(path, at, kind)
+    file = sorted(path.rglob("*.json"))[0] if path.is_dir() else path
+    number = {"wide": "12.25", "long": "12.25", "coco": "12.25", "label-studio": "21.25"}.get(kind, "12.75")
+    assert number in file.read_text()  # x of a landmark as the format counts it
+    file.write_text(file.read_text().replace(number, "1e400", 1))
+    status, out, error = run_main("core.formats.convert", path, tmp_path / "new.csv", "--images", images, "--names",
+                                  *NAMES, "--from", kind)
+    assert (status, out, error.count("\n")) == (2, "", 1) and "finite" in error and not (tmp_path / "new.csv").exists()
+    assert error.startswith(f"error: {file}")
+    assert re.search(r"(line|row|shape|task|annotation) \d|image \"a/001", error.removeprefix(f"error: {file}"))
+
+
+def test_an_image_that_is_there_twice_is_refused(tmp_path, images):
+    """In the table itself, and under two names of one image."""
+    write_label_file(tmp_path / "l.csv", LABELS, "wide")
+    lines = (tmp_path / "l.csv").read_text().splitlines(keepends=True)
+    for again, folder in ((lines[1], None), (lines[1].replace("a/001.png", "a/001"), images)):
+        (tmp_path / "t.csv").write_text("".join(lines) + again)
+        with pytest.raises(UserError, match='t.csv: image "a/001.png" is there twice; keep one set of landmarks an im'):
+            convert(tmp_path / "t.csv", tmp_path / "m.csv", folder=folder)
+    marks = {"markups": [{"type": "Fiducial", "coordinateSystem": "LPS", "controlPoints": [
+        {"label": "a", "position": [1, 1, 1], "positionStatus": "defined"}]}]}
+    (tmp_path / "v").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), tmp_path / "v/c0.nii.gz")
+    (tmp_path / "s").mkdir()
+    for name in ("c0.mrk.json", "c0.nii.gz.mrk.json"):
+        (tmp_path / "s" / name).write_text(json.dumps(marks))
+    with pytest.raises(UserError, match='s: image "c0.nii.gz" is there twice'):
+        convert(tmp_path / "s", tmp_path / "m.csv", folder=tmp_path / "v")
+
+
+def test_landmarks_beside_their_image_are_noted(tmp_path, images, run_main):
+    """Past the border of an image that is at hand; at negative numbers where it is not. On the border is inside."""
+    points = np.array([[-0.5, -0.5], [39.5, 59.5], [5, 60]])
+    labels = replace(LABELS, rows=(replace(LABELS.rows[0], points=points), LABELS.rows[1]))
+    write_label_file(tmp_path / "l.csv", labels, "wide")
+    status, out, error = run_main("core.formats.convert", tmp_path / "l.csv", tmp_path / "m.csv", "--images", images)
+    assert status == 0 and error == (f'note: {tmp_path}/l.csv: 1 landmarks lie outside their image, such as '
+                                     f'"{NAMES[2]}" of image "a/001.png" at (60, 5)\n')
+    assert convert(tmp_path / "l.csv", tmp_path / "n.csv") == []
+    points[0] = -1, 7
+    write_label_file(tmp_path / "k.csv", labels, "wide")
+    assert f'"{NAMES[0]}" of image "a/001.png" at (7, -1)' in convert(tmp_path / "k.csv", tmp_path / "o.csv")[0]
 
 
 def test_labels_of_a_smaller_copy_are_refused(tmp_path, images):

@@ -54,6 +54,20 @@ def test_round_trip(tmp_path):
     same(read_labelme(tmp_path / "out", LABELS.names), hidden=False)
 
 
+def test_other_json_files_of_a_folder_are_named(tmp_path):
+    """One that is no JSON may be a damaged file of LabelMe: it is refused; another one is passed over by its name."""
+    write_labelme(tmp_path / "out", LABELS)
+    (tmp_path / "out/a/settings.json").write_text("{}")
+    assert read_labelme(tmp_path / "out").passed_over == ("1 files not of LabelMe, such as a/settings.json",)
+    whole = (tmp_path / "out/a/001.json").read_bytes()
+    for damaged in (b"", whole[:1], bytes(len(whole)), whole[:5], b"<html></html>", '{"a": 1}'.encode("utf-16"),
+                    whole.replace(b'"', b'"\xff', 1), b"[" * 100_000):
+        (tmp_path / "out/a/001.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="out/a/001.json") as caught:
+            read_labelme(tmp_path / "out")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"shapes": 3}, "shapes must be a list of objects"),
     ({"imagePath": None}, "imagePath must be a text, not null"),

@@ -30,6 +30,8 @@ def test_cephalo_reads_19_points_and_ignores_the_classes(tmp_path):
         (["1,2"] * 18, "a.txt has 18 of 19 points"),
         (["1,2"] * 18 + ["3"], 'a.txt, line 19: expected "x,y"'),
         (["1,two"] + ["1,2"] * 18, 'a.txt, line 1: "two" is not a number'),
+        (["1,1e400"] + ["1,2"] * 18, 'a.txt, line 1: "1e400" is not a finite number'),
+        (["1,nan"] + ["1,2"] * 18, 'a.txt, line 1: "1" and "nan" are half a point'),
         ([], "a.txt has 0 of 19 points"),
     ],
 )
@@ -59,6 +61,7 @@ def test_chest_fractions(tmp_path):
         (["6"] + ["0 0"] * 5, "a.txt has 5 of 6 points"),
         (["6"] + ["0 0"] * 7, "a.txt has 7 of 6 points"),
         (["6"] + ["0,0"] * 6, 'line 2: expected "x y"'),
+        (["6"] + ["0 0"] * 5 + ["-inf 0"], 'line 7: "-inf" is not a finite number'),
         ([], "the number of points must be 6"),
     ],
 )
@@ -77,6 +80,8 @@ def test_hand(tmp_path):
     "lines, message",
     [
         (["1," + ",".join("5" * 73)], r"line 1: has 74 columns, not 75"),
+        (["1,1e400," + ",".join("5" * 73)], 'line 1: "1e400" is not a finite number'),
+        (["1,5,nan," + ",".join("5" * 72)], 'line 1: "5" and "nan" are half a point; give both numbers, or neither'),
         (["1," + ",".join("5" * 74)] * 2, 'line 2: id "1" appears twice'),
         (["1,x," + ",".join("5" * 73)], 'line 1: "x" is not a number'),
     ],

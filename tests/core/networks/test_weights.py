@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
 from core.files import atomic_file, write_atomically, write_json
 from core.formats.pickles import read_pickle
+from core.networks.convert_weights import write_safetensors
+from core.networks.encoders import read_encoder
 from core.networks.unet import UNet
-from core.networks.weights import load_weights, save_weights
+from core.networks.weights import full_header, load_weights, read_tensors, save_weights
 from core.training.state import load_state, save_state
 from tests.conftest import error_of
 
@@ -117,6 +120,75 @@ def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
         else:
             assert state["step"] == 40 and torch.equal(state["tensor"], saved["tensor"])
     assert refused > 100
+
+
+def of_every_kind(folder):
+    """A file by each writer of weights: of a U-Net in float32, and of an encoder converted to bfloat16."""
+    model = UNet(TINY, 1, 2, (8, 8))
+    save_weights(folder / "unet.safetensors", model, {"unet": TINY.model_dump(mode="json")}, {"iteration": 4})
+    tensors = {"b.weight": torch.randn(3, 5), "a.counter": torch.tensor(7), "c.bias": torch.randn(0)}
+    write_safetensors(folder / "converted.safetensors", tensors, torch.bfloat16, full_header({}, {"source": "x"}),
+                      folder / "x.pt")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_every_flipped_bit_of_weights_is_noticed(tmp_path):
+    """Wherever it is, in the header or in a tensor, the file is refused in one line, or reads as it was."""
+    for path in of_every_kind(tmp_path):
+        whole, (tensors, header) = path.read_bytes(), read_tensors(path)
+        refused, places = 0, random.Random(0).sample(range(8 * len(whole)), 400)
+        for place in places:
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            try:
+                read, said = read_tensors(path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+                refused += 1
+            else:
+                assert said == header and read.keys() == tensors.keys()
+                assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+        assert refused > 0.9 * len(places)
+        path.write_bytes(whole)
+
+
+def test_the_checksum_of_weights_is_that_of_their_bytes(tmp_path):
+    """By another way: zlib over the bytes as the file holds them, whatever the order."""
+    path = of_every_kind(tmp_path)[0]
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    layout = json.loads(whole[8:8 + length])
+    metadata, body = layout.pop("__metadata__"), whole[8 + length:]
+    words = {"F32": "torch.float32", "BF16": "torch.bfloat16", "I64": "torch.int64"}
+    text = f",{metadata['header']!r},"
+    for name, of in sorted(layout.items()):
+        start, end = of["data_offsets"]
+        said = f"{words[of['dtype']]} {of['shape']}".encode()
+        text += f",,{name!r},{zlib.crc32(said + body[start:end])};"
+    assert metadata["checksum"] == f"{zlib.crc32((text + ';;').encode()):08x}"
+
+
+def test_weights_without_a_checksum_are_read(tmp_path):
+    """Those that were written before, and those of others."""
+    path = of_every_kind(tmp_path)[1]
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()["header"]
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(save(tensors, metadata={"header": header}))
+    assert torch.equal(read_tensors(path)[0]["init_conv.weight"], tensors["init_conv.weight"])
+
+
+def test_a_flipped_bit_of_a_published_file_is_noticed(tmp_path):
+    """torch.load reads over it; zip's own checksums tell."""
+    path = tmp_path / "x.pt"
+    torch.save({"model_state_dict": {"w": torch.randn(400)}}, path)
+    whole = path.read_bytes()
+    place = whole.find(b"data/0") + 1000
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+    assert read_pickle(path)["model_state_dict"]["w"].shape == (400,)
+    assert re.fullmatch(rf"{path} is damaged \(.+\); fetch it again", error_of(load_weights, path))
+    assert re.fullmatch(rf"{path} is damaged \(.+\); fetch it again", error_of(read_encoder, path, "resnet50"))
 
 
 def test_missing_states(tmp_path):

@@ -12,10 +12,12 @@ from PIL import Image
 
 from benchmarks.reviewing import write_data_set
 from core.data.folder_layout import read_folder
+from core.data.records import Record
+from core.errors import UserError
 from core.formats.geometry import Geometry
 from core.runs.best import point_to_best
-from study.review.__main__ import command_line, opened
-from study.review.answers import Answer, order_of_doubt, suggested
+from study.review.__main__ import command_line, opened, recorded_config
+from study.review.answers import Answer, order_of_doubt, read_answers, suggested
 from study.review.pixels import panes, picture
 
 REVIEW = "study.review.__main__"
@@ -109,6 +111,24 @@ def test_mistakes_are_one_line(mine, given, message, run_main, monkeypatch):
     assert status == 2 and message in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda text: text[:-9], "row 4: does not have the 7 cells of the header"),
+    (lambda text: text.replace("5,6,1,", "5,,1,"), "row 3: holds half a point"),
+    (lambda text: text.replace("5,6,1,", "1e400,6,1,"), 'row 3: "1e400" is not a finite number'),
+    (lambda text: text + text.splitlines()[1] + "\n", 'row 5: landmark "tip" of image "a.png" appears twice'),
+])  # fmt: skip
+def test_a_table_that_is_cut_or_edited_is_refused(tmp_path, change, said):
+    text = ("image,patient,landmark,x,y,expected_error,radius90\na.png,,tip,3,4,1,2\na.png,,base,5,6,1,2\n"
+            "b.png,,tip,1,2,1,44.2322\n")
+    records = {key: Record(key, tmp_path / f"{key}.png", None, (1.0, 1.0), geometry=Geometry((9, 9), None, None))
+               for key in "ab"}
+    (tmp_path / "p.csv").write_text(text)
+    assert read_answers(tmp_path / "p.csv", records, ["tip", "base"])["a"].points[1].tolist() == [6, 5]
+    (tmp_path / "p.csv").write_text(change(text))
+    with pytest.raises(UserError, match=f"p.csv, {said}"):
+        read_answers(tmp_path / "p.csv", records, ["tip", "base"])
+
+
 def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, capsys):
     """Images that lie in no data set get one; answers are those of `predict`, and kept."""
     from landmarks_finetuning.predict import predict
@@ -134,6 +154,14 @@ def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, caps
         assert list(found.session.at_start) == ["152"]
     source = read_folder(root, None, root / "dataset.json", ())
     assert [record.id for record in source.labelled] == ["152"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"dataset": {"root": null}}', '{"dataset": {"root": 5}}', "[]"])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json cannot be read") as caught:
+        recorded_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_experiment_stands_for_its_best_run_which_may_not_be_calibrated(tiny_cell, tmp_path, phantom):
