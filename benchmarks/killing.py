@@ -2,8 +2,8 @@
 
 A moment is a number of writes since the start (files opened for writing, renamed or deleted, folders made), which an
 audit hook of the interpreter counts, and a time after that. So most moments lie where files are being written, and no
-code of the command is changed. Children are forked from a process that has imported everything; workers of a launcher
-are started by it as always.
+code of the command is changed. Children are forked from a process that has imported everything, and so are a launcher's
+workers: an interpreter that starts would take most of the time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from typing import Any, Literal, NamedTuple
 
 from core.errors import UserError, run_command
 from core.files import LEFT_BEHIND, walk
+from core.formats.pickles import read_pickle
 from core.runs.claims import LOCK
-from study import runner
+from core.training.state import CHECKSUM
+from study import runner, workers
 
-STRIKES, PR_SET_CHILD_SUBREAPER = "BENCHMARK_STRIKES", 36
+PR_SET_CHILD_SUBREAPER = 36
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 SECONDS, PATIENCE_SECONDS, CRASHED = 120.0, 20.0, 70
 TIMED = {"seconds", "images_per_second", "time", "mtime_ns"}
@@ -72,7 +74,8 @@ def arm(strike: Strike, counted: Callable[[], int]) -> None:
         if (event in CHANGES or (event == "open" and _writes(*arguments))) and counted() == strike.writes:
             begin()
 
-    sys.addaudithook(hook)
+    own = os.getpid()
+    sys.addaudithook(lambda event, arguments: hook(event, arguments) if os.getpid() == own else None)
     if not strike.writes:
         begin()
 
@@ -82,12 +85,30 @@ def _writes(path: Any, _mode: Any, flags: Any) -> bool:
     return bool(new) and isinstance(path, str | os.PathLike) and "__pycache__" not in os.fspath(path)
 
 
-def arm_worker() -> None:
-    """In a worker of a launcher that was begun with a strike for it."""
-    for values in json.loads(os.environ.get(STRIKES, "[]")):
-        strike, writes = Strike(*values), count()
-        if multiprocessing.current_process().name.startswith(strike.process):
-            arm(strike, lambda writes=writes: next(writes) + 1)  # type: ignore[misc]
+class ForkedWorkers:
+    """In place of study.workers' multiprocessing: workers are forked, and armed by their names."""
+
+    def __init__(self, strikes: Sequence[Strike]) -> None:
+        self.strikes = strikes
+
+    def get_context(self, _method: str) -> ForkedWorkers:
+        """Where a launcher asks how to start workers."""
+        return self
+
+    def Process(self, target: Callable[..., None], name: str, args: tuple[Any, ...]) -> Any:  # noqa: N802
+        """One of them, not started."""
+        return multiprocessing.get_context("fork").Process(target=self.obey, name=name, args=(target, args))
+
+    def obey(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """What it does."""
+        for strike in self.strikes:
+            writes = count(1)
+            if strike.process and multiprocessing.current_process().name.startswith(strike.process):
+                arm(strike, lambda writes=writes: next(writes))  # type: ignore[misc]
+        target(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
 
 
 class Ended(NamedTuple):
@@ -122,7 +143,7 @@ class Child:
             os.dup2(file.fileno(), 2)
         runner.POLL_SECONDS = 0.2
         sys.argv = [module, *arguments]
-        os.environ[STRIKES] = json.dumps([strike for strike in strikes if strike.process])
+        workers.multiprocessing = ForkedWorkers(strikes)  # type: ignore[assignment]
         arm(next((strike for strike in strikes if not strike.process), NEVER), self._counted)
         status = 0
         try:
@@ -197,7 +218,24 @@ def contents(*folders: Path) -> dict[str, Any]:
     return found
 
 
+def same(found: Any, whole: Any) -> bool:
+    """Whether a file holds the same; an older state is one, too: who has its last weights does not save once more."""
+    if isinstance(found, State) and isinstance(whole, State):
+        return found.step < whole.step or found == whole
+    return bool(found == whole)
+
+
+class State(NamedTuple):
+    """What a last.pt holds: the checksum is of all of it."""
+
+    step: int
+    checksum: int
+
+
 def _content(path: Path) -> Any:
+    if path.suffix == ".pt":
+        state = read_pickle(path)
+        return State(state["step"], state[CHECKSUM])
     if path.suffix == ".jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text().splitlines()]
     return _untimed(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()

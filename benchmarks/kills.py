@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +31,11 @@ from benchmarks.killing import (
     Strike,
     Whom,
     adopt_orphans,
-    arm_worker,
     contents,
     copy_of,
     left_over,
     orphans,
+    same,
 )
 from core.errors import CommandParser, UserError, run_command
 from core.files import JUST_SECONDS
@@ -52,7 +52,7 @@ PREDICT = ("landmarks_finetuning.predict", "trained", "data/images", "--out", "p
            "labelme", "tps")
 WORKERS = ("--workers", "2")
 FAULTS = ("lost", "mismatched", "stuck", "left over", "traceback")
-AT_MOST = 9  # kills of one study
+AT_MOST = 12  # kills of one study
 SHOWN = 300  # characters of what went wrong
 
 
@@ -189,8 +189,9 @@ class Killing:
         found = contents(*folders)
         for path, content in whole.results.items():
             if path not in found:
-                self.fault("lost", path)
-            elif found[path] != content:
+                if not path.endswith("previous.pt"):
+                    self.fault("lost", path)
+            elif not same(found[path], content):
                 self.fault("mismatched", path)
         for path in found.keys() - whole.results.keys() - set(left_over(*folders)):
             self.fault("left over", path)
@@ -221,9 +222,10 @@ def make_bed(bed: Path) -> None:
     labels = resolved(read_label_file(table, images=images), images, table)
     for kind in ("coco", "wide"):
         write_label_file(Path("labels") / FORMATS[kind].place, labels, kind, images)
-    Path("study.json").write_text(json.dumps(STUDY))
+    study = {**STUDY, "finetune": {**STUDY["finetune"], "self_training": {"rounds": 0}}}
+    Path("study.json").write_text(json.dumps(study))
     data = {"layout": "cephalo", "root": "phantom", "phantom": {"count": 152, "size": [96, 78]}, "spacing_mm": 2.5}
-    Path("phantom.json").write_text(json.dumps({**STUDY, "dataset": {**data, "image_size": [32, 32]}}))
+    Path("phantom.json").write_text(json.dumps({**study, "dataset": {**data, "image_size": [32, 32]}}))
     ended = Child(Path("log.txt"), *LAUNCH).wait()
     if ended.status:
         raise UserError(f"the study was not made: {ended.said[-SHOWN:]}")
@@ -291,7 +293,5 @@ def main() -> None:
         sys.exit(1)
 
 
-if __name__ == "__mp_main__":  # in a worker of a launcher
-    arm_worker()
 if __name__ == "__main__":
     run_command(main)

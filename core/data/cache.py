@@ -40,7 +40,7 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
         if pack.size != config.whole_size:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, and {list(config.whole_size)} are asked "
                             "for (dataset.image_size, or the finer ones of finetune.refine)")
-        return pack.images[record.id]
+        return pack.load(record.id)
     grid = _grid_of(record, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
     digest = image_digest(record, config)
@@ -162,7 +162,7 @@ def is_packed(record: Record, config: DatasetConfig) -> bool:
 def image_digest(record: Record, config: DatasetConfig) -> str | None:
     """Of the content of the image's file, or of all slices of its series; None in a pack made without."""
     if is_packed(record, config):
-        return open_pack(Path(config.root)).images[record.id].digest
+        return open_pack(Path(config.root)).digest(record.id)
     if not record.image.exists():
         raise UserError(f"image {record.image} does not exist")
     return content_digest(*(dicom_files(record.image) if record.image.is_dir() else [record.image]))[:32]

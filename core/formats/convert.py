@@ -26,8 +26,9 @@ def convert(source: Path, target: Path, kind: str | None = None, target_kind: st
     labels = read_label_file(source, names, images, kind)
     if folder is not None:
         labels = resolved(labels, images, source)
-    if not Path(FORMATS[target_kind].place).suffix and not target.name.endswith(".mrk.json"):  # a folder: all or nothing
-        with atomic_folder(target) as part:
+    folder_of_files = not Path(FORMATS[target_kind].place).suffix and not target.name.endswith(".mrk.json")
+    if folder_of_files:
+        with atomic_folder(target) as part:  # all of them or none
             write_label_file(part, labels, target_kind, images)
     else:
         write_label_file(target, labels, target_kind, images)
