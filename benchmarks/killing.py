@@ -141,6 +141,7 @@ class Child:
         with self.log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: PTH123, SIM115
         runner.POLL_SECONDS = 0.2
         sys.argv = [module, *arguments]
         workers.multiprocessing = ForkedWorkers(strikes)  # type: ignore[assignment]

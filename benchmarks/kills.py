@@ -158,13 +158,14 @@ class Killing:
         elif ended.status is None or not (ended.killed or ended.status in allowed):
             self.fault("stuck", f"status {ended.status}: {ended.said.strip()}")
 
-    def one(self, command: tuple[str, ...], most: int) -> None:
-        """One study, killed at most so many times, then compared."""
+    def one(self, command: tuple[str, ...], most: int, until: float) -> None:
+        """One study, killed at most so many times, and before `until`; then done and compared."""
         whole = self.uninterrupted(command)
         self.fresh()
         for number in range(AT_MOST + 2):
             done = self.counts["kills"]
-            strikes = self.strikes(whole) if number < min(most, AT_MOST) else []
+            struck = number < min(most, AT_MOST) and time.monotonic() < until
+            strikes = self.strikes(whole) if struck else []
             if self.name == "convert":
                 time.sleep(1.1 * JUST_SECONDS)  # a person is no faster
             if self.done_before(command) or (self.run(command, strikes).status == 0 and self.counts["kills"] == done):
@@ -252,7 +253,7 @@ def kill_all(folder: Path, names: list[str], kills: int, seconds: float, seed: i
         begun, left = time.monotonic(), sum(KINDS[each].share for each in names[number:])
         until = begun + (end - begun) * KINDS[name].share / left  # its share of the time that is left
         while killing.counts["kills"] < wanted and time.monotonic() < until:
-            killing.one(next(order), wanted - killing.counts["kills"])
+            killing.one(next(order), wanted - killing.counts["kills"], until)
             killing.counts["rounds"] += 1
         counts[name] = killing.counts
         print(f"{name}: {dict(killing.counts)} in {time.monotonic() - begun:.0f} s", flush=True)

@@ -28,7 +28,7 @@ JUST_SECONDS = 1.0  # between a temporary file's making and its mark
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends well (fsync, rename), and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_once(path.parent.absolute())
+    clear_once(path.parent.absolute())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # machines that share a folder share pids
     try:
         with temporary.open("wb") as file:
@@ -48,7 +48,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     OSError where `path` is there by then and is not an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_once(path.parent.absolute())
+    clear_once(path.parent.absolute())
     part = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
     part.mkdir()
     descriptor = os.open(part, os.O_RDONLY)
@@ -62,11 +62,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _clear_once(folder: Path) -> None:
-    """Delete what killed writers have left in `folder` itself, when this process writes there first."""
-    for entry in os.scandir(folder):
-        if LEFT_BEHIND.fullmatch(entry.name):
-            drop_if_left(Path(entry.path))
+def clear_once(folder: Path) -> None:
+    """Delete what killed writers have left in `folder` itself, an absolute path, the first time a process asks."""
+    with suppress(OSError):  # no such folder yet, or one that nobody may read
+        for entry in os.scandir(folder):
+            if LEFT_BEHIND.fullmatch(entry.name):
+                drop_if_left(Path(entry.path))
 
 
 def hold(descriptor: int) -> bool:

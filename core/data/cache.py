@@ -18,7 +18,7 @@ from core.data.packs import Loaded, open_pack
 from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
-from core.files import content_digest, write_atomically
+from core.files import clear_once, content_digest, write_atomically
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
 from core.formats.series import dicom_files
@@ -46,6 +46,7 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
     digest = image_digest(record, config)
     if config.cache_dir is None:
         return Loaded(_decoded(record, grid)[0], grid.geometry.size, grid.map, digest)
+    clear_once(Path(config.cache_dir).absolute())
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     pixels = _read_entry(cached, grid.size)
     if pixels is None:

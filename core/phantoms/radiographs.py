@@ -19,7 +19,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.ndimage import gaussian_filter
 
 from core.errors import UserError
-from core.files import atomic_folder, parse_json
+from core.files import atomic_folder, clear_once, parse_json
 
 LANDMARK_NAMES: tuple[str, ...] = (
     "sella", "nasion", "orbitale", "porion", "subspinale", "supramentale", "pogonion", "menton", "gnathion", "gonion",
@@ -332,6 +332,7 @@ def write_phantom_radiographs(root: Path, count: int, size: tuple[int, ...] = (3
     if count < 1 or min(size) < _MIN_SIZE or seed < 0:
         raise UserError(f"phantom: count >= 1, sides >= {_MIN_SIZE} px, seed >= 0 needed, got {count}, {size}, {seed}")
     recipe = {"count": count, "size": list(size), "seed": seed, "version": _VERSION}
+    clear_once(root.parent.absolute())
     if _already_there(root, recipe):
         return
     try:
