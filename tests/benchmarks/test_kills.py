@@ -72,6 +72,8 @@ def test_what_is_left_and_what_is_compared(tmp_path):
 def test_an_older_state_is_no_other_state():
     assert same(State(2, 5), State(4, 7)) and same(State(4, 7), State(4, 7))
     assert not same(State(4, 5), State(4, 7)) and not same(b"a", b"b")
+    more = [{"step": 2}, {"step": 3}, {"step": 4}]
+    assert same(more, more[::2]) and not same(more, [{"step": 1}]) and not same(more[:2], more[::2])
 
 
 @pytest.fixture
