@@ -2,9 +2,13 @@
 
 Errors of simulated patients: log-normal, the landmarks of a patient sharing a factor; in three tenths of the
 patients 7 % of the landmarks jump to another structure (8 times the error). Mean and rates are known in closed form.
+With `--folds` the patients are those of a cross-validation: those of a fold share one detector, whose quality differs
+from the other folds' by a factor, so that they are not independent.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 from scipy.stats import norm
@@ -18,38 +22,42 @@ PATIENT_SPREAD, LANDMARK_SPREAD = 0.4, 0.5  # standard deviations of the log
 JUMPING_PATIENTS, JUMPING_LANDMARKS, JUMP = 0.3, 0.07, 8.0
 SPREAD = float(np.hypot(PATIENT_SPREAD, LANDMARK_SPREAD))
 THRESHOLDS = (2.0, 4.0, 8.0, 20.0)
+FOLD_SPREADS = (0.0, 0.1, 0.2)  # standard deviations of the log of the quality of a fold's detector
 
 
-def simulate(patients: int, sets: int, seed: int) -> np.ndarray:
-    """Errors (patients, sets, 19 landmarks)."""
+def simulate(patients: int, sets: int, seed: int, folds: int = 0, fold_spread: float = 0.0) -> np.ndarray:
+    """Errors (patients, sets, 19 landmarks); of `folds` folds the log of a detector's quality has that spread."""
     rng = np.random.default_rng(seed)
     shape = (patients, sets, len(LANDMARKS))
     logs = LANDMARKS + PATIENT_SPREAD * rng.normal(size=(*shape[:2], 1)) + LANDMARK_SPREAD * rng.normal(size=shape)
+    if folds:
+        logs += fold_spread * rng.normal(size=(folds, sets, 1))[np.arange(patients) % folds]
     jumps = (rng.random((*shape[:2], 1)) < JUMPING_PATIENTS) & (rng.random(shape) < JUMPING_LANDMARKS)
     return np.exp(logs) * np.where(jumps, JUMP, 1.0)
 
 
-def true_mean() -> float:
+def true_mean(fold_spread: float = 0.0) -> float:
     """The expected error: of a log-normal exp(mu + sigma^2 / 2), times the jumps' mean factor."""
     factor = 1 + (JUMP - 1) * JUMPING_PATIENTS * JUMPING_LANDMARKS
-    return float(np.exp(LANDMARKS + SPREAD**2 / 2).mean() * factor)
+    return float(np.exp(LANDMARKS + (SPREAD**2 + fold_spread**2) / 2).mean() * factor)
 
 
-def true_rate(threshold: float) -> float:
+def true_rate(threshold: float, fold_spread: float = 0.0) -> float:
     """The expected rate, in percent, of errors within `threshold`."""
-    share = JUMPING_PATIENTS * JUMPING_LANDMARKS
-    usual, jumped = (norm.cdf((np.log(threshold / factor) - LANDMARKS) / SPREAD).mean() for factor in (1.0, JUMP))
+    share, spread = JUMPING_PATIENTS * JUMPING_LANDMARKS, np.hypot(SPREAD, fold_spread)
+    usual, jumped = (norm.cdf((np.log(threshold / factor) - LANDMARKS) / spread).mean() for factor in (1.0, JUMP))
     return float(100 * ((1 - share) * usual + share * jumped))
 
 
-def coverage(patients: int, sets: int, seed: int) -> dict[str, float]:
+def coverage(patients: int, sets: int, seed: int, folds: int = 0, fold_spread: float = 0.0) -> dict[str, float]:
     """Percent of the simulated data sets whose interval holds the truth: {"MRE": 94.9, "SDR 2": ...}."""
-    errors = simulate(patients, sets, seed)
+    errors = simulate(patients, sets, seed, folds, fold_spread)
     counts = np.full(errors.shape[:2], float(errors.shape[2]))
-    coverages = {"MRE": _held(studentised_interval(errors.sum(axis=2), counts, seed=0), true_mean())}
+    interval = studentised_interval(errors.sum(axis=2), counts, seed=0)
+    coverages = {"MRE": _held(interval, true_mean(fold_spread))}
     for threshold in THRESHOLDS:
         hits = within(errors, threshold).sum(axis=2)
-        coverages[f"SDR {threshold:g}"] = _held(rate_interval(hits, counts), true_rate(threshold))
+        coverages[f"SDR {threshold:g}"] = _held(rate_interval(hits, counts), true_rate(threshold, fold_spread))
     return coverages
 
 
@@ -78,7 +86,11 @@ def main() -> None:
     parser = CommandParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--patients", nargs="+", type=int, default=[6, 12, 24, 50, 150])
     parser.add_argument("--sets", type=int, default=1000, help="simulated data sets (default: %(default)s)")
+    parser.add_argument("--folds", nargs="+", type=int, help="of a cross-validation; 0 = one fold for each patient")
     arguments = parser.parse_args()
+    if arguments.folds:
+        _print_folds(arguments.patients, arguments.folds, arguments.sets)
+        return
     rates = ", ".join(f"SDR {t:g} is {true_rate(t):.1f} %" for t in THRESHOLDS)
     print(f"truth: MRE {true_mean():.3f}, {rates}\n")
     print("| patients | intervals | MRE |" + "".join(f" SDR {t:g} |" for t in THRESHOLDS) + " false positives |")
@@ -88,6 +100,17 @@ def main() -> None:
         for name, function, last in (("the report's", coverage, positives), ("percentiles", percentile_coverage, "")):
             cells = " | ".join(f"{value:.1f}" for value in function(patients, arguments.sets, patients).values())
             print(f"| {patients} | {name} | {cells} | {last} |", flush=True)
+
+
+def _print_folds(patients: list[int], folds: list[int], sets: int) -> None:
+    """A row for each number of patients, of folds, and spread between the detectors of the folds."""
+    print("| patients | folds | spread of the folds' detectors | MRE |" + "".join(f" SDR {t:g} |" for t in THRESHOLDS))
+    print("|" + "---|" * (4 + len(THRESHOLDS)))
+    for count, parts, spread in itertools.product(patients, folds, FOLD_SPREADS):
+        if parts <= count:
+            values = coverage(count, sets, count, parts or count, spread).values()
+            cells = " | ".join(f"{value:.1f}" for value in values)
+            print(f"| {count} | {parts or count} | {100 * spread:g} % | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

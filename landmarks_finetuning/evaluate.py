@@ -40,6 +40,7 @@ from core.runs.inputs import (
 from core.runs.places import Cell, cell_dir, choosing_path, variant
 from core.runs.record import write_run_config
 from core.training.run_log import logged_below
+from core.training.threads import use_threads
 from landmarks_finetuning.calibration import calibrate, read_calibration, write_calibration
 from landmarks_finetuning.coverage import coverage_order
 from landmarks_finetuning.inference import TrainedDetector, as_trained, trained_detector
@@ -101,6 +102,8 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
         out = run_dir / "evaluations" / re.sub(r"[^\w.=-]+", "-", "_".join(parts)) if parts else run_dir
     use, records = answered_records(source, config.evaluation, config.dataset)
     answered = load_images(records, config.dataset) if records else None
+    if detector.device.type == "cpu":
+        use_threads()
     validation = validation_images(detector, source) if own_data else None
     if validation is None:
         errors, calibration = None, None if own_data else read_calibration(run_dir, detector, decoder)

@@ -19,6 +19,7 @@ from core.formats.labels import LabelSet
 from core.formats.points import FolderRow
 from core.formats.series import is_series
 from core.runs.best import run_folder
+from core.training.threads import use_threads
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
 from landmarks_finetuning.pictures.cases import draw_predictions
@@ -121,7 +122,9 @@ def _write_formats(out: Path, labels: LabelSet, images: dict[str, Path], formats
 
 def predictions_of(detector: TrainedDetector, records: Sequence[Record], calibration: Calibration | None,
                    progress: bool = True) -> Iterator[Predictions]:
-    """What `detector` finds in `records`, batch by batch, with a progress bar."""
+    """What `detector` finds in `records`, batch by batch, with a progress bar, by as many threads as are fastest."""
+    if detector.device.type == "cpu":
+        use_threads()
     some = detector.config.evaluation.batch_size
     for first in tqdm(range(0, len(records), some), "batches", disable=not progress):
         images = load_images(records[first : first + some], detector.config.dataset)

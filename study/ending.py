@@ -18,8 +18,11 @@ MOST_ROWS = 12
 HEAD = ("who", "labels", "error", "95 % interval")
 
 
-def ending(experiment_dir: Path, page: Path) -> list[str]:
-    """The lines; experiment_dir/best leads to the best run from now on."""
+def ending(experiment_dir: Path, page: Path, images: Path | None = None) -> list[str]:
+    """The lines; experiment_dir/best leads to the best run from now on.
+
+    `images` is a data set whose labels a review of that run can add to.
+    """
     summary, best = (read_table(page.parent / "tables" / f"{name}.csv") for name in ("summary", "best"))
     lines = []
     for (dataset, split), rows in by_data_set(summary).items():
@@ -34,6 +37,9 @@ def ending(experiment_dir: Path, page: Path) -> list[str]:
             lines += [f"best run: {pointer} -> {best[0]['run']}", f"  {best[0]['reason']}"]
             where = shlex.quote(str(experiment_dir))
             lines.append(f"next: {interpreter()} -m landmarks_finetuning.predict {where} NEW_IMAGES --out predictions")
+            if images is not None:
+                lines.append(f"or look, correct, label: {interpreter()} -m study.review {where} --images "
+                             f"{shlex.quote(str(images))}")
     return lines
 
 

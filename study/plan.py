@@ -41,6 +41,10 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
             elif source.unscored:
                 print("note  every label is for training (dataset.json gives no splits): a fixed schedule, and "
                       "predictions on unlabelled images in place of a score")
+                labels, shots = len(source.splits["train"]), max(config.finetune.shots)
+                if shots < labels:
+                    print(f"note  {shots} of the {labels} labels train, as finetune.shots says; --shots {labels} takes "
+                          "all")
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
     if source is not None:

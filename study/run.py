@@ -52,7 +52,8 @@ def run_study(config: Config, stages: tuple[str, ...], do: Do | None = None,
         page = report_page(config.experiment_dir) if "report" in stages and worth else None
         reported = True
         if page is not None:
-            print("\n".join(ending(config.experiment_dir, page)), flush=True)
+            own = Path(config.dataset.root) if config.dataset.layout == "folder" else None
+            print("\n".join(ending(config.experiment_dir, page, own)), flush=True)
     finally:
         if failed and not reported:  # what ends the report does not hide them
             print(failures, file=sys.stderr, flush=True)

@@ -375,6 +375,16 @@ def test_predict(tiny_cell, run_main, tmp_path, phantom):
     assert status == 0 and [path.name for path in (tmp_path / "bare").iterdir()] == ["predictions.csv"]
 
 
+def test_answers_are_computed_by_the_threads_that_are_fastest(tiny_cell, run_main, tmp_path, phantom, monkeypatch):
+    """As in training: beside a busy process two threads may take ten times as long as one."""
+    asked = []
+    for module in ("predict", "evaluate"):
+        monkeypatch.setattr(f"landmarks_finetuning.{module}.use_threads", lambda module=module: asked.append(module))
+    assert run_main(PREDICTING, tiny_cell, phantom / "jpg/151.jpg", "--out", tmp_path / "out")[0] == 0
+    assert run_main(EVALUATING, tiny_cell, "--out", tmp_path / "scored")[0] == 0
+    assert asked == ["predict", "evaluate"]
+
+
 def test_predict_without_the_data_set(tiny_cell, run_main, tmp_path, phantom):
     """The run folder alone is enough: its config.json and the training data may be gone."""
     run_dir = tmp_path / "moved"

@@ -17,7 +17,7 @@ from core.formats.geometry import apply_maps, inverse, upright, upright_map
 from core.formats.images import read_image
 from landmarks_finetuning.heatmaps import draw_target, probability_maps
 from landmarks_finetuning.inference import TrainedDetector
-from landmarks_finetuning.pictures.overlays import Doubt
+from landmarks_finetuning.pictures.overlays import HALF_MAXIMUM, OF_FIRST_STAGE, Doubt
 from landmarks_finetuning.pictures.volume_overlays import draw_case
 from landmarks_finetuning.predictions import NAME_BYTES, Predictions, printable
 
@@ -105,8 +105,10 @@ def draw_predictions(path: Path, predictions: Predictions, index: int, title: st
     case, record = case_of(predictions, index), predictions.images.records[index]
     geometry = record.geometry
     sides = geometry is not None and geometry.affine is not None
+    refined = predictions.detector is not None and predictions.detector.second is not None
     picture = draw_case(case.pixels, case.found, None if errors is None else case.truth, predictions.names,
-                        case.probabilities, title, case.spacing, errors, sides, case.doubt)
+                        case.probabilities, title, case.spacing, errors, sides, case.doubt,
+                        OF_FIRST_STAGE if refined else HALF_MAXIMUM)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = PngInfo()
     text.add_itxt(ID_KEY, printable(record.id))

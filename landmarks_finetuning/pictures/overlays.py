@@ -29,6 +29,8 @@ CROSS_HALF_LENGTH = 5.0
 CIRCLE_RADIUS = 8.0
 CONTOUR_OVERSAMPLING = 3
 CIRCLE = "90 % circle"
+HALF_MAXIMUM = "half maximum"
+OF_FIRST_STAGE = "half maximum, first stage"
 DASHES = 24  # of a 90 % circle
 
 
@@ -42,11 +44,12 @@ class Doubt(NamedTuple):
 
 
 def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
-                 heatmaps: np.ndarray | None, title: str, width: int = 900, doubt: Doubt | None = None) -> Image.Image:
+                 heatmaps: np.ndarray | None, title: str, width: int = 900, doubt: Doubt | None = None,
+                 contours: str = HALF_MAXIMUM) -> Image.Image:
     """One picture, `width` pixels wide: a title strip of TITLE_HEIGHT, the image, a legend with the landmarks' names.
 
     `image` (C, H, W) of any range is shown min-max; `predicted` and `truth` (N, 2) are (y, x) pixels of it, NaN where
-    there is none; `heatmaps` (N, h, w) get a contour at half of each one's maximum;
+    there is none; `heatmaps` (N, h, w) get a contour at half of each one's maximum, which the legend calls `contours`;
     `doubt` is shown as thin dashed circles and beside the names.
     """
     size = np.array(image.shape[-2:])
@@ -64,7 +67,7 @@ def draw_overlay(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | N
         draw_marks(canvas, point, target)
     picture = as_image(canvas)
     draw_numbers(picture, drawn, drawn_truth)
-    legend = legend_strip(width, truth is not None, heatmaps is not None, circles=doubt is not None)
+    legend = legend_strip(width, truth is not None, "" if heatmaps is None else contours, circles=doubt is not None)
     if doubt is not None:
         names = [f"{name}  {note}" for name, note in zip(names, doubt.notes, strict=True)]
     return stacked([title_strip(title, width), picture, legend, names_strip(names, width)])
@@ -233,10 +236,10 @@ def title_strip(title: str, width: int) -> Image.Image:
     return strip
 
 
-def legend_strip(width: int, has_truth: bool, has_maps: bool, hollow: str = "", circles: bool = False) -> Image.Image:
-    """The symbols of the pictures and their meaning; `hollow` is that of a hollow cross, empty where there is none."""
+def legend_strip(width: int, has_truth: bool, contours: str, hollow: str = "", circles: bool = False) -> Image.Image:
+    """The symbols of the pictures and their meaning; `contours` and `hollow`, of a hollow cross, empty without any."""
     face, texts = font(13), ["prediction", *[hollow] * bool(hollow), *["truth", "error"] * has_truth,
-                             *["half maximum"] * has_maps, *[CIRCLE] * circles]
+                             *[contours] * bool(contours), *[CIRCLE] * circles]
     places: list[tuple[float, int]] = []
     x: float = MARGIN
     y = 22

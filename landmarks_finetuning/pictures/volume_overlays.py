@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from landmarks_finetuning.pictures.overlays import (
     FAINT,
+    HALF_MAXIMUM,
     INK,
     MARGIN,
     PAPER,
@@ -50,21 +51,24 @@ MOST_VOXELS = 1_000_000  # that the percentiles are taken of
 
 def draw_case(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
               heatmaps: np.ndarray | None, title: str, spacing: Sequence[float] | None = None,
-              errors: np.ndarray | None = None, sides: bool = False, doubt: Doubt | None = None) -> Image.Image:
+              errors: np.ndarray | None = None, sides: bool = False, doubt: Doubt | None = None,
+              contours: str = HALF_MAXIMUM) -> Image.Image:
     """The picture of one case: `draw_overlay` of an image (C, H, W), `draw_volume_overlay` of a volume (C, D, H, W)."""
     if image.ndim == 3:
-        return draw_overlay(image, predicted, truth, names, heatmaps, title, doubt=doubt)
-    return draw_volume_overlay(image, predicted, truth, names, heatmaps, title, spacing, errors, sides, doubt=doubt)
+        return draw_overlay(image, predicted, truth, names, heatmaps, title, doubt=doubt, contours=contours)
+    return draw_volume_overlay(image, predicted, truth, names, heatmaps, title, spacing, errors, sides, doubt=doubt,
+                               contours=contours)
 
 
 def draw_volume_overlay(volume: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str],
                         heatmaps: np.ndarray | None, title: str, spacing: Sequence[float] | None,
                         errors: np.ndarray | None = None, sides: bool = False, width: int = 1200,
-                        doubt: Doubt | None = None) -> Image.Image:
+                        doubt: Doubt | None = None, contours: str = HALF_MAXIMUM) -> Image.Image:
     """One picture, `width` pixels wide: a title, three maximum projections with all points, close-ups, a legend.
 
     `volume` (C, D, H, W) of any range has axes up, back and to the patient's left; `predicted` and `truth` (N, 3) are
-    (z, y, x) pixels of it, truth NaN where there is none; `heatmaps` (N, d, h, w) of any size cover the same field.
+    (z, y, x) pixels of it, truth NaN where there is none; `heatmaps` (N, d, h, w) of any size cover the same field; the
+    legend calls their lines `contours`.
     `spacing` is (z, y, x) mm per voxel, without one voxels are taken as cubes; `sides`: the patient's are known.
     `errors` (N,) are in mm, or pixels without spacing; None: distances of `predicted` from `truth`. Each close-up is
     the slice through the truth, or the prediction where there is none, at the nearest voxel; dashed in it is where the
@@ -76,8 +80,8 @@ def draw_volume_overlay(volume: np.ndarray, predicted: np.ndarray, truth: np.nda
     note = f"Slices through the {'prediction' if truth is None else 'truth'} at the nearest voxel: " \
            f"{', '.join(PLANES)}, {2 * half:.3g} {unit} wide" + ("" if truth is None else ", the largest error first")
     note += ". Sides as the file's header names them" if sides else ". The axes are the file's"
-    legend = legend_strip(width, truth is not None, heatmaps is not None, "" if truth is None else hollow,
-                          doubt is not None)
+    legend = legend_strip(width, truth is not None, "" if heatmaps is None else contours,
+                          "" if truth is None else hollow, doubt is not None)
     return stacked([title_strip(title, width), _projections(case, width), _note_strip(note, width),
                     _cards(case, names, width), legend])
 

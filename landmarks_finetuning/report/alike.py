@@ -61,7 +61,9 @@ def _difference(folder: Path, metrics: dict[str, Any], record: dict[str, Any] | 
             if changes:
                 return f"it was made from other labels than newer runs of this draw: {'; '.join(changes)} since"
         elif reference != value:
-            return {"test": "it was scored on other test images or labels than newer runs",
+            test = ("it answered other unlabelled images than newer runs, as labels were added or changed since"
+                    if key[-1] == "unlabelled" else "it was scored on other test images or labels than newer runs")
+            return {"test": test,
                     "start": "it started from other weights than newer runs of its kind"}[key[0]]
     for key, value in own.items():
         references.setdefault(key, value)

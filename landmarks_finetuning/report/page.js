@@ -91,7 +91,7 @@ function showFilters() {
 
 function prepareFilters() {
   const form = document.getElementById("filters");
-  form.hidden = false;
+  form.hidden = !all(".results tr[data-labels]").length;  // predictions without a score have nothing to choose from
   form.onsubmit = () => false;
   form.onchange = event => change(() => toggle(state[event.target.name], event.target.value));
   document.getElementById("reset").onclick = () => change(() => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (folder / "check.txt").write_text("\n".join(found.lines(None)) + "\n", encoding="utf8")
     print("\n".join(found.lines()))
     print(f"page: {page}")
+    launch = ["./launch_experiments.sh", "--config", str(given.config), *(["--set", *given.set] if given.set else [])]
+    print(f"next: {shlex.join(launch)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 A step that would take long is timed on one image and counted up to its batch. What the process prints is read up to
 the time limit, so that nothing here can hold a launch up for longer, nor take a GPU's memory from it.
+
+On a CPU that other programs use, too, a step of half a second may take ten: the clock tells how busy the machine is at
+this moment, and the days that a study then seems to need are not those it takes. So the figure is the time that the
+step was computed, and how many times longer the clock said is told beside it.
 """
 
 from __future__ import annotations
@@ -35,15 +39,27 @@ KIND_SECONDS, MOST_STEPS, WARM = 4.0, 20, 2  # of a kind; steps at most; left ou
 SLOW = 2.0  # seconds of a step of one image, from which on its batch is not tried
 VERY_SLOW = 40.0  # seconds of the first step, from which on no second one is waited for
 LONG_ON_CPU = 24 * 3600.0
+BUSY = 1.5  # times as long by the clock as computed, from which on it is said
 STAND_INS = {"unet": "scratch", "encoder_unet": "random"}  # the same network, whose weights need not be there yet
 
 
+class Pace(NamedTuple):
+    """Seconds a step with the machine to itself, and by the clock, with all that runs beside it."""
+
+    alone: float
+    clock: float
+
+
 class Cost(NamedTuple):
-    """Steps to come of each kind, and seconds a step, None where it could not be timed; `device`: cpu or cuda."""
+    """Steps to come of each kind, and seconds a step, None where it could not be timed; `device`: cpu or cuda.
+
+    `slowed`: how many times as long the steps that were timed took by the clock, for other programs on the machine.
+    """
 
     device: str
     steps: dict[str, int]
     seconds: dict[str, float | None]
+    slowed: float = 1.0
 
     @property
     def total(self) -> float:
@@ -61,9 +77,12 @@ class Cost(NamedTuple):
                 if parts else f"cost  on this machine's {self.device}: not known"]
         if unknown:
             said[0] += f" (not timed: {', '.join(unknown)})"
+        if self.slowed > BUSY:
+            said.append(f"busy  other programs run here: as now, steps take {self.slowed:.2g} times as long, in all "
+                        f"{duration(self.total * self.slowed)}")
         if self.device == "cpu" and self.total > LONG_ON_CPU:
             said.append(f"long  {duration(self.total)} on a CPU: this config is meant for a GPU; configs/cpu.json has "
-                        "settings for a CPU")
+                        "settings for a CPU, configs/quick.json takes minutes")
         return said
 
 
@@ -78,9 +97,13 @@ def cost_of(config: Config, stages: tuple[str, ...], runs: Sequence[Run]) -> Cos
     steps, _ = _unknown(runs)
     seconds = {kind: seconds_per_step(kind, list(runs)) for kind in steps}
     missing = [kind for kind, value in seconds.items() if value is None]
+    slowed = 1.0
     if missing and sum(steps.values()) >= WORTH_TIMING:
-        seconds |= timed_apart(config, stages, missing)
-    return Cost(device, steps, seconds)
+        paces = timed_apart(config, stages, missing)
+        seconds |= {kind: pace.alone for kind, pace in paces.items()}
+        alone, clock = (sum(steps[kind] * getattr(pace, by) for kind, pace in paces.items()) for by in Pace._fields)
+        slowed = clock / alone if alone else 1.0
+    return Cost(device, steps, seconds, slowed)
 
 
 def _unknown(runs: Sequence[Run]) -> tuple[dict[str, int], dict[str, float | None]]:
@@ -93,48 +116,60 @@ def _unknown(runs: Sequence[Run]) -> tuple[dict[str, int], dict[str, float | Non
     return steps, dict.fromkeys(steps)
 
 
-def timed_apart(config: Config, stages: tuple[str, ...], kinds: Sequence[str]) -> dict[str, float]:
-    """Seconds a step of each of `kinds` that could be timed within SECONDS, by a process that ends then."""
+def timed_apart(config: Config, stages: tuple[str, ...], kinds: Sequence[str]) -> dict[str, Pace]:
+    """The pace of each of `kinds` that could be timed within SECONDS, by a process that ends then."""
     asked = json.dumps({"config": config.plain(), "stages": stages, "kinds": list(kinds)})
     command = [sys.executable, "-m", "study.check.cost"]
     try:
         said = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=SECONDS, check=False).stdout
     except subprocess.TimeoutExpired as late:
         said = late.stdout or b""
-    found: dict[str, float] = {}
+    found: dict[str, Sequence[float]] = {}
     for line in said.splitlines():
         with suppress(ValueError):  # of a library that speaks, too
             value = parse_json(line)
             found |= value if isinstance(value, dict) else {}
-    return {kind: float(found[kind]) for kind in kinds if kind in found}
+    return {kind: Pace(*map(float, found[kind])) for kind in kinds if kind in found}
 
 
-def seconds_a_step(run: Run, folder: Path) -> float:
+def pace_of(run: Run, folder: Path) -> Pace:
     """Of one optimiser step of `run`, timed here; `folder` is for what a training may write."""
     one = _training(run, folder, 1)
     first = _timed(one, 1)
-    if first < VERY_SLOW:  # the first step of a process also waits for much that later ones have
+    if first.clock < VERY_SLOW:  # the first step of a process also waits for much that later ones have
         first = min(first, _timed(one, 1))
     config = run.config
     section: DDPM | SSL | Finetune = (config.ddpm if run.stage == "pretrain" else config.ssl if run.stage == "ssl"
                                       else _recipe(run).finetune)
     images = section.batch_size * section.accumulation
     if images == 1 or run.stage == "ssl":
-        return _timed(one, MOST_STEPS) if first < SLOW else first
-    if first > SLOW or first * images > KIND_SECONDS * 4:
-        return first * images
+        return _timed(one, MOST_STEPS) if first.alone < SLOW else first
+    if first.alone > SLOW or first.alone * images > KIND_SECONDS * 4:
+        return Pace(first.alone * images, first.clock * images)
     return _timed(_training(run, folder, None), MOST_STEPS)
 
 
-def _timed(training: Any, most: int) -> float:
-    """The median of up to `most` steps within KIND_SECONDS, the first ones left out where there are more."""
-    seconds: list[float] = []
-    while len(seconds) < most and sum(seconds) < KIND_SECONDS:
-        begun = time.perf_counter()
+def _timed(training: Any, most: int) -> Pace:
+    """The medians of up to `most` steps within KIND_SECONDS, the first ones left out where there are more."""
+    paces: list[Pace] = []
+    while len(paces) < most and sum(pace.clock for pace in paces) < KIND_SECONDS:
+        clock, computed = time.perf_counter(), time.process_time()
         training.optimiser_step()
         training.check_losses()  # waits for a GPU
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[WARM:] or seconds[-1:])
+        clock, computed = time.perf_counter() - clock, time.process_time() - computed
+        paces.append(Pace(alone(clock, computed, training.settings.device.type), clock))
+    counted = paces[WARM:] or paces[-1:]
+    return Pace(*(statistics.median(each) for each in zip(*counted, strict=True)))
+
+
+def alone(clock: float, computed: float, device: str) -> float:
+    """Seconds of a step that took `clock` and was `computed` for so many, all threads together, if nothing else ran.
+
+    The threads share the work, and one that waits for another counts as computing. On a GPU the clock alone tells.
+    """
+    import torch
+
+    return clock if device != "cpu" else min(clock, computed / torch.get_num_threads())
 
 
 def _recipe(run: Run) -> Config:
@@ -209,15 +244,18 @@ def _landmarks(run: Run, source: Any, folder: Path, batch: int | None) -> Any:
 
 def main() -> None:
     """What is asked for comes as JSON from stdin, every answer leaves as a line of JSON as soon as it is known."""
+    from core.training.threads import use_threads
+
     asked = parse_json(sys.stdin.buffer.read())
+    use_threads()  # as a training will
     config = parse_recorded_config(asked["config"], "stdin")
     runs = study_runs(config, tuple(asked["stages"]))
-    known: dict[tuple[str, str], float] = {}
+    known: dict[tuple[str, str], Pace] = {}
     for kind in asked["kinds"]:
         run = next(run for run in runs if run.kind == kind and run.steps)
         network = run.stage, _stand_in(run.arguments[0].backbone) if run.stage == "finetune" else kind
         with tempfile.TemporaryDirectory() as folder, suppress(UserError, ValueError, RuntimeError):
-            known[network] = known.get(network) or seconds_a_step(run, Path(folder))
+            known[network] = known.get(network) or pace_of(run, Path(folder))
             print(json.dumps({kind: known[network]}), flush=True)
 
 

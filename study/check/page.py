@@ -22,6 +22,7 @@ from study.check.overview import Overview
 
 SIDE = 256  # pixels of a picture on the page
 MOST_PICTURES = 200  # a page stays below a few MB
+SHOWN_LABELS = 12  # labelled images that are shown where nothing is wrong with them
 PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Check of {{ name }}</title>
@@ -31,6 +32,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; p
 table { border-collapse: collapse } td { padding: .2rem .8rem .2rem 0; vertical-align: top; overflow-wrap: anywhere }
 section { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }
 section div { flex: 1 1 16rem; overflow-wrap: anywhere } img { max-width: 100%; background: #000 }
+figure { margin: 0 }
 </style>
 <h1>Check of {{ name }}</h1>
 <table>{% for what, how in facts %}<tr><td><b>{{ what }}</b><td>{{ how }}{% endfor %}</table>
@@ -42,6 +44,12 @@ the first one is larger.</p>{% endif %}
 {% for name, data in pictures %}<figure><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 <figcaption>{{ name }}</figcaption></figure>{% endfor %}</section>
 {% endfor %}
+{% if labels %}<h2>The labels</h2>
+<p>The first {{ labels|length }} labelled images, as they were read. What is wrong in most images raises no alarm: it is
+seen here.
+{% for name in names %}{{ loop.index }} {{ name }}{{ ", " if not loop.last else "." }}{% endfor %}</p>
+<section>{% for name, data in labels %}<figure><img alt="{{ name }}, labelled" src="data:image/png;base64,{{ data }}">
+<figcaption>{{ name }}</figcaption></figure>{% endfor %}</section>{% endif %}
 </html>
 """)
 
@@ -54,8 +62,11 @@ def write_page(path: Path, config: Config, source: DataSource, found: Overview) 
         pictures = [(name, picture(records[name], config)) for name in alarm.images[: max(0, left)]]
         left -= len(pictures)
         shown.append((alarm, [(name, data) for name, data in pictures if data is not None]))
+    seen = [(record.id, picture(record, config)) for record in source.labelled[:SHOWN_LABELS]]
+    labels = [(name, data) for name, data in seen if data is not None]
     cost = [tuple(line.split("  ", 1)) for line in found.cost.lines()] if found.cost else []
-    text = PAGE.render(name=config.dataset.name, facts=[*found.facts, *cost], alarms=shown)
+    text = PAGE.render(name=config.dataset.name, facts=[*found.facts, *cost], alarms=shown,
+                       labels=labels, names=source.landmark_names)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
     return path
@@ -82,9 +93,11 @@ def picture(record: Record, config: Config) -> str | None:
 
 
 def _draw(drawn: Image.Image, points: Sequence[Sequence[float]] | np.ndarray, scale: float) -> None:
-    """Landmarks (N, 2), y, x, as dots."""
+    """Landmarks (N, 2), y, x, as dots with their numbers from 1."""
     pen = ImageDraw.Draw(drawn)
     for number, (y, x) in enumerate(points):
         if np.isfinite(y + x):
             radius = 4 if number == 0 else 2
             pen.ellipse([x * scale - radius, y * scale - radius, x * scale + radius, y * scale + radius], fill="red")
+            pen.text((x * scale + 5, y * scale - 5), str(number + 1), fill="yellow", stroke_width=1,
+                     stroke_fill="black")

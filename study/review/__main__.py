@@ -18,8 +18,9 @@ from core.data.labels import FolderLabels, new_data_set
 from core.data.records import image_id
 from core.errors import CommandParser, UserError, run_command
 from core.formats.images import find_images, read_geometry
+from core.runs.best import run_folder
 from core.runs.claims import claim
-from study.review.answers import find_answers, order_of_doubt, read_answers, suggested
+from study.review.answers import are_calibrated, find_answers, order_of_doubt, read_answers, suggested
 from study.review.server import HOST, review_server
 from study.review.session import Review
 
@@ -105,13 +106,15 @@ class Opened(NamedTuple):
     keys: list[str]
     labels: FolderLabels
     config: dict[str, Any]
+    run_dir: Path
 
 
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
     """A review whose data set is held against others while the block runs. UserError: arguments that do not fit."""
-    config = recorded_config(arguments.run_dir)
-    labels = find_labels(arguments.images, arguments.labels, config, arguments.run_dir)
+    run_dir = run_folder(arguments.run_dir)
+    config = recorded_config(run_dir)
+    labels = find_labels(arguments.images, arguments.labels, config, run_dir)
     keys = chosen_images(labels, arguments.images)
     records = {key: labels.records[key] for key in keys}
     folder = labels.root / "review"
@@ -119,11 +122,13 @@ def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
         if arguments.predictions:
             answers = read_answers(arguments.predictions, records, labels.names, told=False)
         else:
-            answers = find_answers(arguments.run_dir, records, labels.names, folder, tuple(arguments.set))
-        session = Review(labels, answers, folder, arguments.who, str(arguments.run_dir))
-        order = order_of_doubt(keys, answers, suggested(arguments.run_dir), session.at_start)
-        command = training_command(arguments.run_dir, config, labels)
-        yield Opened(session, review_server(session, order, arguments.port, command), keys, labels, config)
+            answers = find_answers(run_dir, records, labels.names, folder, tuple(arguments.set))
+        session = Review(labels, answers, folder, arguments.who, str(run_dir))
+        order = order_of_doubt(keys, answers, suggested(run_dir), session.at_start)
+        command = training_command(run_dir, config, labels)
+        calibrated = bool(arguments.predictions) or are_calibrated(folder)  # of a table nothing is known
+        server = review_server(session, order, arguments.port, command, calibrated)
+        yield Opened(session, server, keys, labels, config, run_dir)
 
 
 def review(arguments: argparse.Namespace) -> None:
@@ -138,7 +143,7 @@ def review(arguments: argparse.Namespace) -> None:
         found.server.serve_forever()
         with session.lock:  # a change that is being made is finished
             print(f"\nstopped; changed in reviews: {len(session.changed())} images. To train with the labels:")
-            print(f"  {training_command(arguments.run_dir, found.config, labels)}")
+            print(f"  {training_command(found.run_dir, found.config, labels)}")
 
 
 def _stop(*_: object) -> NoReturn:
@@ -149,9 +154,8 @@ def command_line() -> CommandParser:
     """The arguments of the command."""
     parser = CommandParser(
         prog="python -m study.review", description=__doc__,
-        epilog="example: python -m study.review runs/mine/landmarks/ddpm/default/shots010_draw0_seed0 "
-               "--images datasets/mine/images")
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+        epilog="example: python -m study.review runs/mine --images datasets/mine")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or an experiment's for its best run")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR",
                         help="a folder data set, or a folder of images in it or elsewhere")
     parser.add_argument("--labels", type=Path, metavar="DIR", help="the folder data set that labels go to; default: "

@@ -105,6 +105,11 @@ def find_answers(run_dir: Path, records: Mapping[str, Record], names: Sequence[s
     return read_answers(table, records, names)
 
 
+def are_calibrated(folder: Path) -> bool:
+    """Whether the errors of the answers that `find_answers` keeps in `folder` were calibrated on validation labels."""
+    return bool(json.loads((folder / "predictions.json").read_text(encoding="utf8"))["calibrated"])
+
+
 def suggested(run_dir: Path) -> list[str]:
     """The images that `suggest` named, the first one first; empty where the study of `run_dir` has asked for none."""
     folder = next((parent for parent in run_dir.resolve().parents if (parent / "suggest/suggest.csv").is_file()), None)

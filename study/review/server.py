@@ -33,10 +33,12 @@ class _Quiet(WSGIRequestHandler):
         """Say nothing."""
 
 
-def review_server(review: Review, order: Sequence[str], port: int, train: str = "") -> BaseWSGIServer:
+def review_server(review: Review, order: Sequence[str], port: int, train: str = "", calibrated: bool = True
+                  ) -> BaseWSGIServer:
     """A server on the loopback interface that is ready to serve; port 0: any free one. UserError: the port is taken.
 
-    `order` is that of the images on the page, `train` the command that it names for training with the new labels.
+    `order` is that of the images on the page, `train` the command that it names for training with the new labels. The
+    page says so where expected errors are known not to be `calibrated`.
     """
     try:
         listening = socket.create_server((HOST, port))
@@ -44,11 +46,11 @@ def review_server(review: Review, order: Sequence[str], port: int, train: str = 
         raise UserError(f"--port {port} cannot be listened on ({error}); choose another, or 0 for any free one"
                         ) from None
     with listening:  # the server has a descriptor of its own
-        return make_server(HOST, port, review_app(review, order, train), threaded=True, request_handler=_Quiet,
-                           fd=listening.fileno())
+        app = review_app(review, order, train, calibrated)
+        return make_server(HOST, port, app, threaded=True, request_handler=_Quiet, fd=listening.fileno())
 
 
-def review_app(review: Review, order: Sequence[str], train: str = "") -> Flask:
+def review_app(review: Review, order: Sequence[str], train: str = "", calibrated: bool = True) -> Flask:
     """The application. Changes come as JSON and to this host by name, which other sites' pages cannot send."""
     app, pictures = Flask(__name__, static_folder=None), Pictures()
     keys = list(order)
@@ -71,7 +73,7 @@ def review_app(review: Review, order: Sequence[str], train: str = "") -> Flask:
     app.register_error_handler(UserError, refused)
     for address, name in FILES.items():
         app.add_url_rule(f"/{address}", name, partial(_file, PAGE / name))
-    app.add_url_rule("/state", "state", lambda: _state(review, keys, train))
+    app.add_url_rule("/state", "state", lambda: _state(review, keys, train, calibrated))
     app.add_url_rule("/image/<int:number>", "image", lambda number: _image(review, _key(keys, number)))
     app.add_url_rule("/pixels/<int:number>", "pixels", lambda number: _pixels(review, pictures, _key(keys, number)))
     app.add_url_rule("/change/<int:number>", "change", lambda number: _change(review, _key(keys, number)),
@@ -89,10 +91,10 @@ def _file(path: Path) -> Response:
     return Response(path.read_bytes(), content_type=f"{KINDS[path.suffix]}; charset=utf-8")
 
 
-def _state(review: Review, keys: Sequence[str], train: str) -> dict[str, Any]:
+def _state(review: Review, keys: Sequence[str], train: str, calibrated: bool) -> dict[str, Any]:
     """The images in their order, and what is the same for all of them."""
     return {"data_set": str(review.labels.root), "who": review.who, "names": review.labels.names, "train": train,
-            "images": [_brief(review, key) for key in keys]}
+            "calibrated": calibrated, "images": [_brief(review, key) for key in keys]}
 
 
 def _brief(review: Review, key: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_markups_only_where_voxels_have_a_place(tmp_path):
 def pictures(monkeypatch):
     """What is given to `draw_case`, in place of a picture."""
     given = []
-    keys = ("pixels", "found", "truth", "names", "maps", "title", "spacing", "errors", "sides", "doubt")
+    keys = ("pixels", "found", "truth", "names", "maps", "title", "spacing", "errors", "sides", "doubt", "contours")
 
     def draw_case(*arguments):
         given.append(SimpleNamespace(**dict(zip(keys, arguments, strict=True))))
@@ -180,6 +180,9 @@ def test_pictures_show_the_stored_volume_upright(tmp_path, pictures, dataset):
     assert (seen.title, seen.errors.tolist(), (tmp_path / "out/a.png").exists()) == ("title", [3], True)
     draw_predictions(tmp_path / "out/b.png", found, 0, "title")
     assert pictures[1].truth is None and pictures[1].errors is None
+    detector.second = detector
+    draw_predictions(tmp_path / "out/c.png", found, 0, "title")
+    assert [each.contours for each in pictures[1:]] == ["half maximum", "half maximum, first stage"]
 
 
 def test_pictures_of_a_pack_show_the_network_image(tmp_path, pictures):

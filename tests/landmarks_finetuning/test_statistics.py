@@ -41,6 +41,15 @@ def test_intervals_hold_the_truth_in_95_percent_of_1000_data_sets_of_50_patients
         assert 93 <= held <= 97, name
 
 
+def test_intervals_of_leave_one_out_hold_the_truth_though_every_patient_has_a_detector_of_his_own():
+    errors = simulate(50, 1000, seed=1, folds=50, fold_spread=0.2)
+    assert errors.mean() == pytest.approx(true_mean(0.2), rel=0.01)
+    assert 100 * within(errors, 2.0).mean() == pytest.approx(true_rate(2.0, 0.2), abs=0.5)
+    alone, shared = (coverage(50, 1000, seed=50, folds=folds, fold_spread=0.2) for folds in (50, 5))
+    assert 92 <= alone["MRE"] <= 97
+    assert shared["MRE"] < 88  # ten patients share a detector: the interval speaks of these five detectors
+
+
 @pytest.mark.parametrize("patients", [10, 50], ids=["all sign patterns", "drawn ones"])
 def test_the_paired_test_finds_nothing_in_95_percent_of_1000_null_data_sets(patients):
     assert 3 <= false_positives(patients, 1000, seed=patients) <= 7

@@ -51,6 +51,20 @@ def test_two_doctors_by_hand(run_main, tmp_path):
     assert float(figures(tmp_path / "f.csv")["nasion"]["distance"]) == pytest.approx(0.4)
 
 
+def test_images_are_the_same_with_and_without_their_suffix(run_main, tmp_path):
+    """Predictions name files, labels need not; two files of one name stay apart."""
+    first = long(tmp_path / "a.csv", {"b/p1.png": [(0, 0), (1, 1)], "q1.png": [(3, 0), (1, 1)]})
+    second = long(tmp_path / "b.csv", {"b/p1.png": [(0, 5), (1, 1)], "q1.png": [(3, 0), (1, 1)]})
+    truth = wide(tmp_path / "truth.csv", {"b/p1": [(0, 0), (1, 1)], "q1": [(3, 2), (1, 1)]})
+    status, out, error = run_main(COMPARE, first, second, "--truth", truth, "--spacing", "1")
+    assert status == 0 and "2 images of 2 patients, 2 landmarks, 4 pairs" in out, error
+    fewer = wide(tmp_path / "fewer.csv", {"q1": [(3, 2), (1, 1)]})
+    assert "left out: 1 images are not in all tables\n" in run_main(COMPARE, first, second, "--truth", fewer)[1]
+    twice = long(tmp_path / "c.csv", {"q1.png": [(0, 0), (1, 1)], "q1.jpg": [(3, 0), (1, 1)]})
+    status, _, error = run_main(COMPARE, twice, truth)
+    assert status == 2 and "no image in common: they begin with q1.png, b/p1" in error
+
+
 def test_two_detectors_against_a_truth(run_main, tmp_path):
     """Eight patients: A is always 3 px off, B 1 px, but for one patient of 5 px: the exact test of scipy."""
     images = [f"{letter}1" for letter in "abcdefgh"]

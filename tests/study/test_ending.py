@@ -45,6 +45,8 @@ def test_the_lines(experiment, monkeypatch):
         "  From scratch, 10 labels: lowest of 3 by the error on the 2 validation images, not on test images: 1.90 mm",
         f"next: .venv/bin/python -m landmarks_finetuning.predict '{experiment}' NEW_IMAGES --out predictions",
     ]
+    assert ending(experiment, page, Path("my data"))[-1] == (
+        f"or look, correct, label: .venv/bin/python -m study.review '{experiment}' --images 'my data'")
     assert run_folder(experiment).samefile(experiment / best)
     assert f"<code>{best}</code> (From scratch, 10 labels: lowest of 3" in page.read_text(encoding="utf8")
 

@@ -53,6 +53,9 @@ def test_every_label_trains_and_unlabelled_images_are_answered(ten, make_values,
     status, out, err = run_main(LAUNCH, "--config", path)
     assert status == 0, err
     assert "10 train, 0 validation, 0 test" in out and "note  every label is for training" in out
+    assert "labels train, as" not in out
+    fewer = run_main(LAUNCH, "--config", path, "--dry-run", "--shots", "2", "7")
+    assert "note  7 of the 10 labels train, as finetune.shots says; --shots 10 takes all\n" in fewer[1]
     run = next(ten.glob("runs/tiny/landmarks/scratch/*/shots010_draw0_seed0"))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["training_images"] == [f"{number:02d}" for number in range(10)]

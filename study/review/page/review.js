@@ -140,7 +140,7 @@ function describe() {
   brief.open = image.landmarks.filter((each) => each.state === "open").length;
   $("name").textContent = document.title = image.id;
   $("place").textContent = `${number + 1} of ${state.images.length}`;
-  $("doubt").textContent = brief.doubt === null ? "" : `expected error ${brief.doubt.toFixed(1)} ${brief.unit}`;
+  $("doubt").textContent = brief.doubt === null ? "" : `expected error ${brief.doubt.toFixed(1)} ${brief.unit}${state.calibrated ? "" : ", not calibrated"}`;
   $("count").textContent = brief.open ? `${brief.open} of ${image.landmarks.length} open` : "all looked at";
   listImages();
   listLandmarks();
@@ -478,7 +478,7 @@ window.addEventListener("focus", () => { if (state.image && !queue.length) refre
 window.addEventListener("beforeunload", (event) => { if (queue.length) event.preventDefault(); });
 
 ask("state").then(({ values }) => {
-  state.images = values.images;
+  Object.assign(state, { images: values.images, calibrated: values.calibrated });
   $("train").textContent = values.train;
   const wanted = Number(location.hash.slice(1)) - 1;
   open(wanted > 0 && wanted < state.images.length ? wanted : 0);

@@ -43,6 +43,17 @@ def test_an_older_run_of_other_data_stands_apart(tmp_path, change, reason):
     assert "1 run is left out of every figure" in page and reason.partition(":")[0] in page
 
 
+def test_runs_without_a_score_answer_other_images_once_there_are_more_labels(tmp_path):
+    folders = [write(tmp_path / "study", time, "ddpm", draw, [[1, 1]], scored_on=images)
+               for time, draw, images in ((100, 0, "t0"), (200, 1, "t1"))]
+    for folder, time in zip(folders, (100, 200), strict=True):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"split": "unlabelled"}))
+        os.utime(folder / "metrics.json", (time, time))
+    assert [(run.folder, run.reason) for run in set_apart(folders)] == [
+        (folders[0], "it answered other unlabelled images than newer runs, as labels were added or changed since")]
+
+
 def test_alike_and_unrecorded_runs_stay(tmp_path):
     """Other draws have other images; runs held out otherwise have other splits of the draw; old runs say nothing."""
     root = tmp_path / "study"

@@ -4,7 +4,7 @@ import pytest
 
 from core.config.load import load_config
 from study.check import cost
-from study.check.cost import Cost, cost_of
+from study.check.cost import Cost, Pace, cost_of
 from study.runs import study_runs
 
 
@@ -16,6 +16,34 @@ def test_the_total_is_steps_times_seconds_and_days_on_a_cpu_are_named():
     assert second.startswith("long  257.8 h on a CPU")
     assert len(long._replace(device="cuda").lines()) == 1
     assert "not timed: ddpm" in Cost("cpu", {"ddpm": 60}, {"ddpm": None}).lines()[0]
+
+
+def test_a_busy_machine_is_told_apart_from_a_long_study():
+    """100 steps of 2 s take 200 s, here 6 times as long, 20 min; a machine that is hardly busy says nothing."""
+    busy = Cost("cpu", {"ddpm": 100}, {"ddpm": 2.0}, slowed=6.0)
+    assert busy.lines() == ["cost  on this machine's cpu: about 3 min of training, ddpm 100 steps x 2 s = 3 min",
+                            "busy  other programs run here: as now, steps take 6 times as long, in all 20 min"]
+    assert len(busy._replace(slowed=1.4).lines()) == 1
+
+
+@pytest.mark.parametrize("clock, computed, threads, device, seconds", [
+    (10.0, 0.5, 1, "cpu", 0.5),  # it waited for its core
+    (10.0, 8.0, 4, "cpu", 2.0),
+    (1.0, 3.0, 2, "cpu", 1.0),  # threads of the data beside those that are counted
+    (10.0, 0.5, 1, "cuda", 10.0)])
+def test_a_step_alone(monkeypatch, clock, computed, threads, device, seconds):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert cost.alone(clock, computed, device) == seconds
+
+
+def test_paces_are_weighed_by_their_steps(config_file, monkeypatch):
+    """60 steps of 1 s that took 2, 120 of 3 s that took 3: 420 s alone, 480 by the clock."""
+    monkeypatch.setattr(cost, "timed_apart", lambda *_: {"pretrain": Pace(1.0, 2.0), "ddpm": Pace(3.0, 3.0)})
+    config = load_config(config_file(ddpm={"iterations": 60, "checkpoint_iterations": [60]}, finetune={
+        "iterations": 120, "backbones": ["ddpm"]}))
+    stages = ("pretrain", "finetune")
+    found = cost_of(config, stages, study_runs(config, stages))
+    assert found.total == 420 and found.slowed == pytest.approx(480 / 420)
 
 
 def test_steps_are_timed_in_a_process_of_their_own(config_file):
@@ -42,3 +70,6 @@ def test_the_command_writes_a_page_and_a_text(run_main, config_file, tmp_path):
     assert "130 train, 20 validation, 4 test" in said and "page: " in said
     page = (tmp_path / "out/index.html").read_text()
     assert "130 train" in page and (tmp_path / "out/check.txt").is_file()
+    assert said.endswith(f"next: ./launch_experiments.sh --config {tmp_path / 'tiny.json'}\n")
+    assert page.count("<figure>") == 12 and "labelled images, as they were read" in page
+    assert "1 sella, 2 nasion, 3 orbitale" in " ".join(page.split()) and '<img alt="001, labelled"' in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from PIL import Image
 from benchmarks.reviewing import write_data_set
 from core.data.folder_layout import read_folder
 from core.formats.geometry import Geometry
+from core.runs.best import point_to_best
 from study.review.__main__ import command_line, opened
 from study.review.answers import Answer, order_of_doubt, suggested
 from study.review.pixels import panes, picture
@@ -123,6 +125,8 @@ def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, caps
         assert np.allclose(session.answers["152"].points[:, ::-1], one[["x", "y"]], atol=1e-3)
         session.change("152", 0, "accept")
         assert np.allclose(found.labels.read()["152"][:, ::-1], one[["x", "y"]], atol=1e-3)
+        state = found.server.app.test_client().get("/state", headers={"Host": "127.0.0.1"}).json
+        assert state["calibrated"]
     made = (root / "review/predictions.csv").stat().st_mtime_ns
     with opened(arguments(tiny_cell, "--images", images)) as found:
         found.server.server_close()
@@ -130,3 +134,18 @@ def test_a_run_answers_and_is_not_asked_again(tiny_cell, tmp_path, phantom, caps
         assert list(found.session.at_start) == ["152"]
     source = read_folder(root, None, root / "dataset.json", ())
     assert [record.id for record in source.labelled] == ["152"]
+
+
+def test_an_experiment_stands_for_its_best_run_which_may_not_be_calibrated(tiny_cell, tmp_path, phantom):
+    """The command that trains names the run itself: `best` may lead to another one later."""
+    run = shutil.copytree(tiny_cell, tmp_path / "study/landmarks/ddpm/default" / tiny_cell.name)
+    (run / "calibration.json").unlink()
+    pointer = point_to_best(tmp_path / "study", run)
+    (tmp_path / "scans").mkdir()
+    shutil.copy(phantom / "jpg/151.jpg", tmp_path / "scans")
+    for place in (tmp_path / "study", pointer):
+        with opened(arguments(place, "--images", tmp_path / "scans")) as found:
+            found.server.server_close()
+            state = found.server.app.test_client().get("/state", headers={"Host": "127.0.0.1"}).json
+        assert not state["calibrated"] and f"--config {run}/config.json " in state["train"]
+        assert found.session.run == str(run)
