@@ -222,8 +222,8 @@ def contents(*folders: Path) -> dict[str, Any]:
 def same(found: Any, whole: Any) -> bool:
     """Whether a file holds the same.
 
-    An older state is one, too: who has its last weights does not save once more. A worker whose launcher is killed saves
-    at another step, and logs that: a log with more lines must have all steps.
+    An older state is one, too: who has its last weights does not save once more. A worker whose launcher is killed
+    saves at another step, and logs that: a log with more lines must have all steps.
     """
     if isinstance(found, list) and isinstance(whole, list) and len(found) > len(whole):
         return {line["step"] for line in whole} <= {line["step"] for line in found}

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from http.client import HTTPException
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +114,7 @@ class Writer(threading.Thread):
                 if values["version"] > versions[number]:
                     self.answered.append(change)
                 versions[number] = values["version"]
-        except OSError:
+        except (OSError, HTTPException):  # none, or half an answer
             return
 
 
