@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bed import STUDY, VOLUMES, write_hand, write_pictures, write_volumes
+from benchmarks.predict_suite import write_detector
 from core.config.load import load_config
 from core.data.folder_layout import read_description
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.formats.images import read_geometry, read_image
 from core.formats.label_files import FORMATS, Images, read_label_file, resolved, write_label_file
+from landmarks_finetuning.inference import WEIGHTS, TrainedDetector
 
 SECONDS, BYTES, SHOWN = 20, 8 * 2**30, 20
+MOST_MIB = 1024  # that one file may take
 EXTREME = (b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80",
            b"-1", b"1e999", b"NaN", b"99999999999999999999", b"null", b"[[[[", b"\x00", b"\xed\xa0\x80", b'"')
 
@@ -81,16 +84,20 @@ def readers(root: Path) -> list[tuple[Path, Callable[[Path], Any]]]:
     kinds: list[tuple[Path, Callable[[Path], Any]]] = [(path, read_picture) for path in pictures]
     for kind in FORMATS:
         path = Path("labels") / FORMATS[kind].place
-        if kind not in ("slicer", "labelme"):
+        if kind != "slicer":
             write_label_file(path, labels, kind, images)
             names = list(labels.names) if kind == "tps" else None
-            kinds.append((path, lambda path, names=names: read_label_file(path, names, images)))  # type: ignore[misc]
+            file = sorted(path.iterdir())[0] if path.is_dir() else path  # of LabelMe's one a picture
+            kinds.append((file, lambda path, names=names: read_label_file(path, names, images)))  # type: ignore[misc]
     for path in sorted(Path("volumes/landmarks").iterdir())[-2:]:
         kinds.append((path, lambda path: read_label_file(path, None, Images(Path("volumes/images")))))
     for name, values in (("study", STUDY), ("volumes", VOLUMES)):
         write_json(Path(f"{name}.json"), values)
         kinds.append((Path(f"{name}.json"), load_config))
     kinds.append((Path("data/dataset.json"), read_description))
+    size = argparse.Namespace(side=16, base=8, device="cpu")
+    Path("run").mkdir()
+    kinds.append((write_detector(Path("run"), size, None, ["a", "b"]) / WEIGHTS, TrainedDetector))
     return kinds
 
 
@@ -103,8 +110,11 @@ def tried(number: int, kinds: list[tuple[Path, Callable[[Path], Any]]], contents
     path = source.with_name(f"fuzzed{''.join(source.suffixes)}")
     path.write_bytes(mutated(contents[index], contents[rng.choice(alike)], rng))
     signal.alarm(SECONDS)
+    before = _peak_mib()
     try:
         read(path)
+        if _peak_mib() - before > MOST_MIB:
+            return "memory", f"took {_peak_mib() - before:.0f} MiB"
     except UserError as error:
         return ("refused", "") if "fuzzed" in str(error) and "\n" not in str(error) else ("unnamed", str(error))
     except TimeoutError as error:
@@ -119,6 +129,10 @@ def tried(number: int, kinds: list[tuple[Path, Callable[[Path], Any]]], contents
         signal.alarm(0)
         path.unlink()
     return "read", ""
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _late(*_: object) -> None:
@@ -154,9 +168,8 @@ def main() -> None:
                       flush=True)
             number += 1
         os.chdir("/")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{number - arguments.first} mutations of {len(kinds)} files in {time.process_time() - start:.0f} s of CPU: "
-          f"{dict(counts)}; peak {peak:.0f} MiB")
+          f"{dict(counts)}; peak {_peak_mib():.0f} MiB")
     if counts.keys() - {"read", "refused"}:
         sys.exit(1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from benchmarks.measuring import table, wait_for
 from core.config.load import CONFIG_DIR, load_config
 from core.data.dataset import load_images
 from core.data.resize import resize
+from core.files import write_json
 from core.formats.images import read_image
 from core.networks.weights import save_weights
 from landmarks_finetuning.decoding import locate
@@ -30,19 +31,23 @@ from landmarks_finetuning.predict import collect_images, predict
 from landmarks_finetuning.predictions import Predictions, append_rows, table_rows
 
 LANDMARKS = 19  # of a cephalogram
+NAMES = tuple(f"L{n}" for n in range(LANDMARKS))
 PARTS = ("decode files", "resize", "hash, read cache", "network", "decode heatmaps", "write")
 
 
-def write_detector(folder: Path, options: argparse.Namespace, cache: Path) -> Path:
-    """An untrained detector with as many landmarks as a cephalogram has; returns its run's folder."""
+def write_detector(folder: Path, options: argparse.Namespace, cache: Path | None, names: Sequence[str] = NAMES) -> Path:
+    """An untrained detector of landmarks `names`; returns its run's folder."""
     config = load_config(CONFIG_DIR / "config.json", [
         f"dataset.image_size=[{options.side},{options.side}]", f"unet.base_channels={options.base}",
-        f"dataset.cache_dir={cache}", f"experiment.device={options.device}", "finetune.shape_prior=null"])
+        f"dataset.cache_dir={'null' if cache is None else cache}", f"experiment.device={options.device}",
+        "finetune.shape_prior=null", "finetune.refine.zoom=null"])
     torch.manual_seed(0)
-    model = HeatmapUNet(config.unet, 1, LANDMARKS, config.dataset.image_size)
+    model = HeatmapUNet(config.unet, 1, len(names), config.dataset.image_size)
     save_weights(folder / "best.safetensors", model, config.plain(), {
-        "kind": "detector", "landmark_names": [f"L{n}" for n in range(LANDMARKS)], "dataset": "benchmark",
-        "iteration": 0, **model.identity})
+        "kind": "detector", "landmark_names": list(names), "dataset": "benchmark", "iteration": 0,
+        "backbone": "scratch", "shots": 1, "draw": 0, "seed": 0, "training_images": [], "validation_labels": 0,
+        **model.identity})
+    write_json(folder / "config.json", config.plain())
     return folder
 
 

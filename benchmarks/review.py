@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from http.client import HTTPException
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -33,6 +35,7 @@ from benchmarks.reviewing import (
     write_coded_images,
     write_data_set,
 )
+from core.files import JUST_SECONDS, LEFT_BEHIND
 from core.phantoms.radiographs import render_radiograph
 from study.review.__main__ import command_line, opened
 
@@ -111,11 +114,26 @@ class Writer(threading.Thread):
                 if values["version"] > versions[number]:
                     self.answered.append(change)
                 versions[number] = values["version"]
-        except OSError:
+        except (OSError, HTTPException):  # none, or half an answer
             return
 
 
-def kills(folder: Path, count: int) -> str:
+class Killed(NamedTuple):
+    """What came of kills among `answered` changes.
+
+    `lost` of them; images whose labels, journal and splits disagree after the next start (`wrong`); starts that
+    finished a change which was cut between its files (`mended`); temporary files that were there after that (`left`).
+    """
+
+    kills: int
+    answered: int
+    lost: int
+    wrong: int
+    mended: int
+    left: int
+
+
+def kill_reviews(folder: Path, count: int, seed: int = 0, longest: float = 2.0) -> Killed:
     """`count` times: changes as fast as they are answered, kill -9 at a random moment, start again, compare."""
     root, images = folder / "mine", 20
     (root / "images").mkdir(parents=True)
@@ -124,14 +142,14 @@ def kills(folder: Path, count: int) -> str:
         Image.fromarray(np.zeros((254, 254), np.uint8)).save(root / f"images/{number:03d}.png")
         points[f"{number:03d}"] = np.array([[10.0, 20], [30, 40]])
     run = write_data_set(root, ["tip", "base"], points, splits={"train": []})
-    pick, answered, mended, lost, wrong = random.Random(0), list[str](), 0, 0, 0
-    for seed in range(count):
+    pick, answered, mended, lost, wrong = random.Random(seed), list[str](), 0, 0, 0
+    for number in range(count):
         review = Forked(run, root)
-        writer = Writer(review, images, seed)
+        writer = Writer(review, images, 1000 * seed + number)
         writer.start()
         while not writer.answered:
             time.sleep(0.01)
-        time.sleep(pick.uniform(0, 2))
+        time.sleep(pick.uniform(0, longest))
         review.kill()
         writer.join()
         answered += writer.answered
@@ -142,16 +160,26 @@ def kills(folder: Path, count: int) -> str:
         lost += len(set(answered) - {json.loads(line)["change"] for line in lines})
         saved = saved_points(root / "landmarks.csv")
         listed = json.loads((root / "dataset.json").read_text(encoding="utf8"))["splits"]["train"]
-        for number in range(images):
-            image = again.ask(f"image/{number}")[1]
+        for index in range(images):
+            image = again.ask(f"image/{index}")[1]
             at = [each["at"] or [np.nan, np.nan] for each in image["landmarks"]]
             labelled = bool(np.isfinite(at).any())
             same = np.array_equal(saved.get(image["id"], np.full((2, 2), np.nan)), at, equal_nan=True)
             wrong += not same or labelled != (image["id"] in listed)
         again.kill()
-    return (f"kill -9: {count} times at random moments among {len(answered)} answered changes: {lost} of them lost, "
-            f"{wrong} images whose labels, journal and splits disagree after the next start; {mended} times that start "
-            "finished a change that was cut between its files")
+    time.sleep(2 * JUST_SECONDS)  # before that nothing counts as left behind
+    Forked(run, root).kill()
+    left = sum(bool(LEFT_BEHIND.fullmatch(path.name)) for path in root.rglob(".*"))
+    return Killed(count, len(answered), lost, wrong, mended, left)
+
+
+def kills(folder: Path, count: int) -> str:
+    """kill_reviews, in words."""
+    done = kill_reviews(folder, count)
+    return (f"kill -9: {done.kills} times at random moments among {done.answered} answered changes: {done.lost} of "
+            f"them lost, {done.wrong} images whose labels, journal and splits disagree after the next start; "
+            f"{done.mended} times that start finished a change that was cut between its files; {done.left} temporary "
+            "files are left")
 
 
 def paging(folder: Path, count: int, most: int) -> str:

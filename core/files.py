@@ -28,6 +28,7 @@ JUST_SECONDS = 1.0  # between a temporary file's making and its mark
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends well (fsync, rename), and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_once(path.parent.absolute())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # machines that share a folder share pids
     try:
         with temporary.open("wb") as file:
@@ -38,6 +39,35 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    OSError where `path` is there by then and is not an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_once(path.parent.absolute())
+    part = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
+    part.mkdir()
+    descriptor = os.open(part, os.O_RDONLY)
+    hold(descriptor)
+    try:
+        yield part
+        part.rename(path)
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@lru_cache(maxsize=1 << 12)
+def clear_once(folder: Path) -> None:
+    """Delete what killed writers have left in `folder` itself, an absolute path, the first time a process asks."""
+    with suppress(OSError):  # no such folder yet, or one that nobody may read
+        for entry in os.scandir(folder):
+            if LEFT_BEHIND.fullmatch(entry.name):
+                drop_if_left(Path(entry.path))
 
 
 def hold(descriptor: int) -> bool:

@@ -18,7 +18,7 @@ from core.data.packs import Loaded, open_pack
 from core.data.records import Record
 from core.data.resize import resize
 from core.errors import UserError
-from core.files import content_digest, write_atomically
+from core.files import clear_once, content_digest, write_atomically
 from core.formats.geometry import Geometry, compose, resampling_map, upright, upright_axes, upright_map
 from core.formats.images import image_suffix, read_image
 from core.formats.series import dicom_files
@@ -40,12 +40,13 @@ def load_one(record: Record, config: DatasetConfig) -> Loaded:
         if pack.size != config.whole_size:
             raise UserError(f"{config.root} holds images of {list(pack.size)}, and {list(config.whole_size)} are asked "
                             "for (dataset.image_size, or the finer ones of finetune.refine)")
-        return pack.images[record.id]
+        return pack.load(record.id)
     grid = _grid_of(record, config)
     shape = "_".join("x".join(f"{value:g}" for value in values) for values in (grid.size, grid.ratio))
     digest = image_digest(record, config)
     if config.cache_dir is None:
         return Loaded(_decoded(record, grid)[0], grid.geometry.size, grid.map, digest)
+    clear_once(Path(config.cache_dir).absolute())
     cached = Path(config.cache_dir) / f"{digest}_{shape}_v{CACHE_VERSION}.npy"
     pixels = _read_entry(cached, grid.size)
     if pixels is None:
@@ -162,7 +163,7 @@ def is_packed(record: Record, config: DatasetConfig) -> bool:
 def image_digest(record: Record, config: DatasetConfig) -> str | None:
     """Of the content of the image's file, or of all slices of its series; None in a pack made without."""
     if is_packed(record, config):
-        return open_pack(Path(config.root)).images[record.id].digest
+        return open_pack(Path(config.root)).digest(record.id)
     if not record.image.exists():
         raise UserError(f"image {record.image} does not exist")
     return content_digest(*(dicom_files(record.image) if record.image.is_dir() else [record.image]))[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import tokenize
 import zipfile
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.bounds import require_memory
 from core.config.dataset import Dataset as DatasetConfig
 from core.data.records import SPLITS, DataSource, Record
 from core.errors import UserError
@@ -34,34 +36,61 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """A whole data set, resized, as `python -m core.data.make_pack --pack` leaves it."""
+    """A whole data set, resized, as `python -m core.data.make_pack --pack` leaves it: `rows` by id, arrays by row."""
 
     size: tuple[int, ...]
-    images: dict[str, Loaded]
+    rows: dict[str, int]
+    levels: np.ndarray  # (M, C, *size), whole numbers
+    ranges: np.ndarray  # (M, 2), the intensities of the first and the last level
+    original_sizes: list[tuple[int, ...]]
+    maps: np.ndarray  # (M, D, D + 1)
+    digests: list[str]
     description: dict
+
+    def load(self, name: str) -> Loaded:
+        """One image; KeyError where there is none of this name."""
+        row = self.rows[name]
+        low, high = self.ranges[row].tolist()
+        step = np.float32((high - low) / np.iinfo(self.levels.dtype).max)
+        return Loaded(self.levels[row] * step + np.float32(low), self.original_sizes[row], self.maps[row],
+                      self.digest(name))
+
+    def digest(self, name: str) -> str | None:
+        """Of the file's content."""
+        return self.digests[self.rows[name]] or None
 
 
 @lru_cache(maxsize=4)
 def open_pack(path: Path) -> Pack:
-    """Read a pack, once per process. UserError for a missing or damaged one."""
+    """Read a pack, once per process. UserError for a missing, a damaged, or one that is larger than the memory."""
     if not path.is_file():
         raise UserError(f"dataset.root {path} does not exist")
     try:
+        shape, bytes_ = _announced(path)
+        require_memory(f"dataset.root {path}, a pack of {shape[0]} images,", bytes_,
+                       "make dataset.root the folder itself, or a pack of fewer images (dataset.exclude)")
         with np.load(path) as file:
-            ids, pixels, size = file["ids"].tolist(), file["pixels"], tuple(file["size"].tolist())
+            ids, levels, size = file["ids"].tolist(), file["pixels"], tuple(file["size"].tolist())
             sizes = [tuple(size) for size in file["original_sizes"].tolist()]
             digests = file["digests"].tolist() if "digests" in file else [""] * len(ids)
             ranges = file["ranges"] if "ranges" in file else np.array([(0.0, float(file["peak"]))] * len(ids))
-            if pixels.shape[2:] != size or file["maps"].shape[1:] != (len(size), len(size) + 1) or not (
-                    np.isfinite(ranges).all() and len(set(ids)) == len(ids)):
+            rows, maps = {name: row for row, name in enumerate(ids)}, file["maps"]
+            if (levels.shape[2:] != size or maps.shape[1:] != (len(size), len(size) + 1) or len(rows) < len(ids)
+                    or ranges.shape[1:] != (2,) or not np.isfinite(ranges).all() or levels.dtype.kind != "u"
+                    or {len(each) for each in (levels, ranges, sizes, maps, digests)} != {len(ids)}):
                 raise ValueError("its arrays do not fit each other")
-            top = np.iinfo(pixels.dtype).max
-            images = {name: Loaded(image * np.float32((high - low) / top) + np.float32(low), size, map_, digest or None)
-                      for name, image, (low, high), size, map_, digest
-                      in zip(ids, pixels, ranges, sizes, file["maps"], digests, strict=True)}
-            return Pack(size, images, parse_json(str(file["description"])))
+            return Pack(size, rows, levels, ranges, sizes, maps, digests, parse_json(str(file["description"])))
     except PACK_DAMAGE as error:
         raise _damaged(path, error) from None
+
+
+def _announced(path: Path) -> tuple[tuple[int, ...], int]:
+    """Shape of a pack's pixels and their bytes, as its header has them, before they are read."""
+    with zipfile.ZipFile(path) as pack, pack.open("pixels.npy") as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError("its pixels are no array of version 1.0")
+        shape, _, kind = np.lib.format.read_array_header_1_0(member)
+    return shape, math.prod(shape) * kind.itemsize
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -95,7 +124,7 @@ def _source(pack: Pack, config: DatasetConfig) -> DataSource:
 
     groups = {name: tuple(record(e) for e in entries) for name, entries in description["groups"].items()}
     for each in (each for group in groups.values() for each in group):
-        if each.id not in pack.images:
+        if each.id not in pack.rows:
             raise ValueError(f"it has no pixels of image {each.id}")
     if not all(name.isprintable() for name in description["landmark_names"]):
         raise ValueError("a landmark's name cannot be shown")

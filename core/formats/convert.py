@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from core.errors import CommandParser, UserError, run_command
+from core.files import atomic_folder
 from core.formats.label_files import FORMATS, Images, lost, outside, read_label_file, resolved, write_label_file
 
 BY_SUFFIX = {".csv": "wide", ".xml": "cvat", ".tps": "tps", ".mrk.json": "slicer", ".fcsv": "fcsv"}
@@ -27,7 +28,12 @@ def convert(source: Path, target: Path, kind: str | None = None, target_kind: st
     labels = read_label_file(source, names, images, kind)
     if folder is not None:
         labels = resolved(labels, images, source)
-    write_label_file(target, labels, target_kind, images)
+    folder_of_files = not Path(FORMATS[target_kind].place).suffix and not target.name.endswith((".mrk.json", ".fcsv"))
+    if folder_of_files:
+        with atomic_folder(target) as part:  # all of them or none
+            write_label_file(part, labels, target_kind, images)
+    else:
+        write_label_file(target, labels, target_kind, images)
     gone = [f"{target_kind} cannot hold {', '.join(said)}"] if (said := lost(labels, target_kind)) else []
     gone += [f"{source} also has {', '.join(labels.passed_over)}"] if labels.passed_over else []
     beside = outside(labels)

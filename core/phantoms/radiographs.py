@@ -7,11 +7,7 @@ something that is drawn. Attenuation of all parts adds up (Beer-Lambert) before 
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +19,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.ndimage import gaussian_filter
 
 from core.errors import UserError
-from core.files import drop_if_left, hold, parse_json
+from core.files import atomic_folder, clear_once, parse_json
 
 LANDMARK_NAMES: tuple[str, ...] = (
     "sella", "nasion", "orbitale", "porion", "subspinale", "supramentale", "pogonion", "menton", "gnathion", "gonion",
@@ -336,28 +332,19 @@ def write_phantom_radiographs(root: Path, count: int, size: tuple[int, ...] = (3
     if count < 1 or min(size) < _MIN_SIZE or seed < 0:
         raise UserError(f"phantom: count >= 1, sides >= {_MIN_SIZE} px, seed >= 0 needed, got {count}, {size}, {seed}")
     recipe = {"count": count, "size": list(size), "seed": seed, "version": _VERSION}
-    for left in root.parent.glob(f".{glob.escape(root.name)}.partial-*"):
-        drop_if_left(left)
+    clear_once(root.parent.absolute())
     if _already_there(root, recipe):
         return
-    part = root.parent / f".{root.name}.partial-{secrets.token_hex(8)}"
-    part.mkdir(parents=True)
-    folder = os.open(part, os.O_RDONLY)
-    hold(folder)
     try:
-        for name in ("jpg", "400_junior", "400_senior"):
-            (part / name).mkdir()
-        for i in range(1, count + 1):
-            image, landmarks = render_radiograph(size, np.random.default_rng([seed, i]))
-            Image.fromarray(image).save(part / "jpg" / f"{i:03d}.jpg", quality=92)
-            for rater in ("400_junior", "400_senior"):
-                (part / rater / f"{i:03d}.txt").write_text("".join(f"{x:.2f},{y:.2f}\n" for y, x in landmarks))
-        (part / "phantom.json").write_text(json.dumps(recipe) + "\n")
-        try:
-            part.rename(root)
-        except OSError:
-            if not _already_there(root, recipe):  # another process may have been first
-                raise
-    finally:
-        os.close(folder)
-        shutil.rmtree(part, ignore_errors=True)
+        with atomic_folder(root) as part:
+            for name in ("jpg", "400_junior", "400_senior"):
+                (part / name).mkdir()
+            for i in range(1, count + 1):
+                image, landmarks = render_radiograph(size, np.random.default_rng([seed, i]))
+                Image.fromarray(image).save(part / "jpg" / f"{i:03d}.jpg", quality=92)
+                for rater in ("400_junior", "400_senior"):
+                    (part / rater / f"{i:03d}.txt").write_text("".join(f"{x:.2f},{y:.2f}\n" for y, x in landmarks))
+            (part / "phantom.json").write_text(json.dumps(recipe) + "\n")
+    except OSError:
+        if not _already_there(root, recipe):  # another process may have been first
+            raise

@@ -192,7 +192,8 @@ def draw_numbers(picture: Image.Image, drawn: np.ndarray, truth: np.ndarray, siz
     """
     draw, face = ImageDraw.Draw(picture), font(size)
     marks = [p for p in (*drawn, *truth) if np.isfinite(p).all()]
-    taken = [*avoid, *((p[1] - gap / 3, p[0] - gap / 3, p[1] + gap / 3, p[0] + gap / 3) for p in marks)]
+    around = [(p[1] - gap / 3, p[0] - gap / 3, p[1] + gap / 3, p[0] + gap / 3) for p in marks]
+    taken = np.array([*avoid, *around]).reshape(-1, 4)
     for number, (point, target) in enumerate(zip(drawn, truth, strict=True), start=1):
         anchor = point if np.isfinite(point).all() else target
         if not np.isfinite(anchor).all():
@@ -203,17 +204,18 @@ def draw_numbers(picture: Image.Image, drawn: np.ndarray, truth: np.ndarray, siz
         low, high = np.minimum(half + 2, np.array(picture.size) / 2), np.array(picture.size) - half - 2
         steps = np.array(places) * (gap + half[0], gap)
         centres = np.clip(anchor[::-1] + steps, low, np.maximum(low, high))
-        boxes = [(*(centre - half), *(centre + half)) for centre in centres]
-        best = int(np.argmin([sum(_overlap(box, other) for other in taken) for box in boxes]))
-        taken.append(boxes[best])
+        boxes = np.hstack([centres - half, centres + half])
+        best = int(np.argmin(_overlaps(taken, boxes).sum(axis=0)))
+        taken = np.vstack([taken, boxes[best]])
         draw.text(tuple(centres[best]), str(number), fill=INK, font=face, anchor="mm", stroke_width=2,
                   stroke_fill=(0, 0, 0))
 
 
-def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """The area that two (left, top, right, bottom) share."""
-    width, height = (min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1))
-    return max(width, 0) * max(height, 0)
+def _overlaps(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The areas (M, N) that boxes (M, 4) and (N, 4), each (left, top, right, bottom), share."""
+    low, high = (reach(some[:, None, part], others[:, part]) for reach, part in (
+        (np.maximum, slice(0, 2)), (np.minimum, slice(2, 4))))
+    return np.clip(high - low, 0, None).prod(axis=2)
 
 
 def stacked(strips: Sequence[Image.Image]) -> Image.Image:

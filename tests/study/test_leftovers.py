@@ -3,10 +3,15 @@
 import os
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from core.config.dataset import Dataset
 from core.config.load import load_config
-from core.files import atomic_file, drop_left_behind
+from core.data.cache import load_one
+from core.data.records import Record
+from core.files import atomic_file, clear_once, drop_left_behind
 from core.runs.claims import LOCK, claim
 from study.run import run_study
 from study.runs import study_runs
@@ -69,6 +74,22 @@ def test_partial_phantoms_go(tmp_path):
     os.utime(part, (0, 0))
     write_phantom_radiographs(tmp_path / "ph", 1, (96, 78))
     assert [path.name for path in tmp_path.iterdir()] == ["ph"]
+    clear_once.cache_clear()  # as in another process
+    old(part / "jpg" / "001.jpg")
+    os.utime(part, (0, 0))
+    write_phantom_radiographs(tmp_path / "ph", 1, (96, 78))  # is there already
+    assert [path.name for path in tmp_path.iterdir()] == ["ph"]
+
+
+def test_who_reads_the_cache_clears_it(tmp_path):
+    """Also where every image is there, as for a plan after a plan that was killed."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    config = Dataset(cache_dir=str(tmp_path / "cache"), image_size=(8, 8))
+    load_one(Record("a", tmp_path / "a.png", None, None), config)
+    left = old(tmp_path / "cache" / TMP)
+    clear_once.cache_clear()
+    load_one(Record("a", tmp_path / "a.png", None, None), config)
+    assert not left.exists() and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_lost_weights_are_no_dead_end(study, capsys):

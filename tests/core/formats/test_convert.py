@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
+from core.files import write_json
 from core.formats.convert import convert, main
 from core.formats.label_files import FLAT, FORMATS, Images, detect, match_image, read_label_file, write_label_file
 from core.formats.labels import LabelSet
@@ -207,3 +208,24 @@ def test_mistakes_are_one_line(tmp_path, run_main, arguments, message):
     (tmp_path / "l.json").write_text('[{"image": "i.png"}]')
     status, _, error = run_main("core.formats.convert", *(each.format(tmp_path) for each in arguments))
     assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_conversion_that_is_cut_leaves_no_part_of_a_folder(tmp_path, monkeypatch):
+    """So that the same command goes on: a folder that is there is refused."""
+    source, target = tmp_path / "landmarks.csv", tmp_path / "new" / "labelme"
+    write_label_file(source, LABELS, "wide")
+    written = []
+
+    def cut(path, values):
+        if written:
+            raise MemoryError
+        written.append(path)
+        write_json(path, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("core.formats.labelme.write_json", cut)
+        with pytest.raises(MemoryError):
+            convert(source, target, target_kind="labelme")
+    assert written and not list(target.parent.iterdir())
+    convert(source, target, target_kind="labelme")
+    assert len(list(target.rglob("*.json"))) == len(LABELS.rows)
