@@ -19,7 +19,7 @@ from PIL import Image
 from core.config.load import load_config
 from core.data.make_pack import write_pack
 from core.errors import Interrupted
-from core.formats.label_files import FORMATS, Images, read_label_file, resolved, write_label_file
+from core.formats.label_files import FORMATS, IN_SPACE, Images, read_label_file, resolved, write_label_file
 from landmarks_finetuning import predict, train
 from study import launch
 
@@ -55,7 +55,7 @@ def make_bed(place: Path) -> None:
     table, images = Path("data/landmarks.csv"), Images(Path("data/images"))
     labels = resolved(read_label_file(table, images=images), images, table)
     for kind in FORMATS:
-        if kind != "slicer":
+        if kind not in IN_SPACE:
             write_label_file(Path("labels") / FORMATS[kind].place, labels, kind, images)
     call(launch, "--config", "study.json")
     run = next(Path("runs/study/landmarks/scratch").glob("*/shots*"))

@@ -22,12 +22,14 @@ from typing import Any
 
 from benchmarks.bed import STUDY, VOLUMES, write_hand, write_pictures, write_volumes
 from benchmarks.predict_suite import write_detector
+from core.config.dataset import Dataset
 from core.config.load import load_config
+from core.data.cache import check_size
 from core.data.folder_layout import read_description
 from core.errors import CommandParser, UserError, run_command
 from core.files import write_json
 from core.formats.images import read_geometry, read_image
-from core.formats.label_files import FORMATS, Images, read_label_file, resolved, write_label_file
+from core.formats.label_files import FORMATS, IN_SPACE, Images, read_label_file, resolved, write_label_file
 from landmarks_finetuning.inference import WEIGHTS, TrainedDetector
 
 SECONDS, BYTES, SHOWN = 20, 8 * 2**30, 20
@@ -66,8 +68,9 @@ def mutated(content: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 def read_picture(path: Path) -> None:
-    """Geometry, then pixels, as every command does."""
-    read_geometry(path)
+    """Geometry, its size against dataset.max_megapixels, then pixels, as every command does."""
+    size = read_geometry(path).size
+    check_size(path, size, Dataset(root="data", image_size=(8,) * len(size)))
     read_image(path)
 
 
@@ -84,7 +87,7 @@ def readers(root: Path) -> list[tuple[Path, Callable[[Path], Any]]]:
     kinds: list[tuple[Path, Callable[[Path], Any]]] = [(path, read_picture) for path in pictures]
     for kind in FORMATS:
         path = Path("labels") / FORMATS[kind].place
-        if kind != "slicer":
+        if kind not in IN_SPACE:
             write_label_file(path, labels, kind, images)
             names = list(labels.names) if kind == "tps" else None
             file = sorted(path.iterdir())[0] if path.is_dir() else path  # of LabelMe's one a picture

@@ -39,7 +39,7 @@ from benchmarks.killing import (
 )
 from core.errors import CommandParser, UserError, run_command
 from core.files import JUST_SECONDS
-from core.formats.label_files import FORMATS, Images, read_label_file, resolved, write_label_file
+from core.formats.label_files import FORMATS, IN_SPACE, Images, read_label_file, resolved, write_label_file
 
 PRELOADED = ("torch._dynamo", "tensorboard.compat.tensorflow_stub", "matplotlib.pyplot", "landmarks_finetuning.train",
              "landmarks_finetuning.evaluate", "ddpm_pretraining.train", "landmarks_finetuning.predict",
@@ -207,8 +207,8 @@ def commands(name: str) -> Iterator[tuple[str, ...]]:
     if name != "convert":
         return cycle([KINDS[name].command])
     sources = sorted(path for path in Path("labels").iterdir())
-    targets = [FORMATS[kind].place for kind in FORMATS if kind != "slicer"]
-    kinds = [kind for kind in FORMATS if kind != "slicer"]
+    targets = [FORMATS[kind].place for kind in FORMATS if kind not in IN_SPACE]
+    kinds = [kind for kind in FORMATS if kind not in IN_SPACE]
     return cycle([("core.formats.convert", str(Path("labels") / source), f"converted/{place}", "--to", kind,
                    "--images", "data/images", "--names", "a", "b", "c")
                   for source in ("coco.json", "landmarks.csv") if Path("labels", source) in sources

@@ -24,6 +24,7 @@ from core.formats.tables import is_long, read_table, write_long, write_wide
 from core.formats.tps import read_tps, write_tps
 
 FLAT = ("coco", "labelme", "cvat", "label-studio", "tps")  # they count in the pixels of a picture
+IN_SPACE = ("slicer", "fcsv")  # in mm of the patient
 
 
 class Images:
