@@ -16,7 +16,7 @@ from core.data.records import Record
 from landmarks_finetuning.calibration import calibrate
 from landmarks_finetuning.detectors.registry import DETECTORS
 from landmarks_finetuning.predictions import find_landmarks
-from landmarks_finetuning.refinement import decode_crops, first_errors, guessed_errors, refine, run_crops
+from landmarks_finetuning.refinement import CropMaps, decode_crops, first_errors, guessed_errors, refine, run_crops
 from landmarks_finetuning.running import run_batched
 from landmarks_finetuning.uncertainty import Calibration
 
@@ -92,6 +92,16 @@ def test_each_crop_knows_where_it_lies(dotted):
             assert np.abs(dot - [row, column]).max() <= 0.5
         points = decode_crops(crops, 1.0, config).points
         assert points.shape == (len(crops.image), 1, 2)
+
+
+@pytest.mark.parametrize(("away", "expected"), [(4, 12.0), (5, 10.0)])
+def test_an_answer_is_the_mean_about_its_peak(dotted, away, expected):
+    """Mass of 0.5 + and of 0.5 - four pixels further: half way between, 12; five further does not count."""
+    config, _ = dotted
+    outputs = torch.full((1, 1, 32, 32), -100.0)
+    outputs[0, 0, 10, 20], outputs[0, 0, 10 + away, 20] = 1e-4, 0.0
+    crops = CropMaps(np.zeros(1, int), np.zeros(1, int), outputs, np.eye(2, 3)[None], np.zeros((1, 1, 2)))
+    assert decode_crops(crops, 1.0, config).points[0, 0] == pytest.approx([expected, 20], abs=1e-3)
 
 
 def test_crops_measure_in_mm_at_their_landmarks_temperature(dotted):
