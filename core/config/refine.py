@@ -40,7 +40,7 @@ class Refine(Section):
     start: Literal["images", "crops"] = setting(
         "images", "what the second network of backbone ddpm starts from: the pre-training on whole images, or one on "
         "crops of the unlabelled images", slug="fine", backbones=("ddpm",), acts=[ON])
-    sigma: float = setting(0.5, "width of the target's Gaussian in the second stage's pixels", slug="fine-sigma", gt=0,
+    sigma: float = setting(1.5, "width of the target's Gaussian in the second stage's pixels", slug="fine-sigma", gt=0,
                            acts=[ON])
     prior: Rate | None = setting(
         1.5, "width of the Gaussian by which the first stage's answer weighs on the second one's, in root mean square "
