@@ -16,10 +16,10 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import atomic_file
 from core.formats.pickles import check_archive, read_pickle
-from core.networks.checksums import checksum_of, seal
+from core.networks.checksums import checksum_of, sealed
 from core.networks.convolutions import CONV
 from core.networks.unet import UNet
-from core.networks.weights import CHECKSUM, PUBLISHED_NAMES, Weights, full_header, published_network
+from core.networks.weights import PUBLISHED_NAMES, Weights, full_header, published_network
 
 ENCODERS = {  # by the name of their first convolution: the authors' choices, as torchvision calls them
     "features.conv0.weight": ("densenet161", "densenet121", "densenet169", "densenet201"),
@@ -138,7 +138,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
     if foreign is not None:
         raise UserError(f"{source}: {foreign} is of type {stored[foreign]}, which no published file has")
     text = json.dumps(header)
-    layout: dict[str, Any] = {"__metadata__": {"header": text, CHECKSUM: seal("", {})}}
+    layout: dict[str, Any] = {"__metadata__": {"header": sealed(text, {})}}
     order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))  # wide types first keep all aligned
     end = 0
     for name in order:
@@ -152,7 +152,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
             values = _as_stored(name, tensors[name], stored[name], source)
             checksums[name] = checksum_of(values)
             bar.update(file.write(values.reshape(-1).view(torch.uint8).numpy().data))
-        layout["__metadata__"][CHECKSUM] = seal(text, checksums)  # as long as the one in its place
+            del values  # before the next one is made
+        layout["__metadata__"]["header"] = sealed(text, checksums)  # as long as the one in its place
         file.seek(0)
         file.write(_head(layout))
 

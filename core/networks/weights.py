@@ -17,11 +17,10 @@ from core.config.unet import UNet as UNetConfig
 from core.errors import UserError
 from core.files import code_version, parse_json, write_atomically
 from core.formats.pickles import check_archive, read_pickle
-from core.networks.checksums import checksum_of, seal
+from core.networks.checksums import CHECKED, CHECKSUM, checksum_of, is_sealed, sealed
 from core.networks.unet import UNet
 
 FORMAT = "landmark-unet-1"
-CHECKSUM = "checksum"  # beside the header in a file's metadata; older files, and those of others, have none
 MAX_CHANNELS = 10_000
 PUBLISHED_HEADS, PUBLISHED_HEAD_CHANNELS, PUBLISHED_GROUPS = 4, 32, 4  # not recoverable from tensor shapes
 PUBLISHED_NAMES = {"init_conv.weight", "final_conv.weight", "ups.0.0.block1.proj.weight"}
@@ -58,8 +57,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any],
 def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header)
-    sealed = seal(text, {name: checksum_of(tensor) for name, tensor in stored.items()})
-    write_atomically(path, safetensors_bytes(stored, metadata={"header": text, CHECKSUM: sealed}))
+    checksums = {name: checksum_of(tensor) for name, tensor in stored.items()}
+    write_atomically(path, safetensors_bytes(stored, metadata={"header": sealed(text, checksums)}))
 
 
 def full_header(config: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +122,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is truncated or not a weights file of this project ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path} is not a weights file of this project: its header does not say {FORMAT}")
-    if CHECKSUM in metadata:
+    if [entry for entry in (CHECKED, CHECKSUM) if header.pop(entry, None) is not None]:
         checksums = {name: checksum_of(tensor) for name, tensor in stored.items()}
-        if metadata[CHECKSUM] != seal(metadata["header"], checksums):
+        if not is_sealed(metadata["header"], checksums):
             raise UserError(f"{path} is damaged: what it holds does not have the checksum that was saved with it; copy "
                             "it again, or make it anew")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}, header

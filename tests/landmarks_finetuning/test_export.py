@@ -98,7 +98,7 @@ def test_the_file_says_what_it_is(runs, exported):
     first, fine = settings["model.onnx"], settings["model.fine.onnx"]
     assert (first["size"], first["second_stage"], first["spacing_mm"]) == ([48, 48], "model.fine.onnx", 2.5)
     assert first["shape_prior"]["width"] == 0.3 and first["names"] == list(Detector.load(runs["two stages"]).names)
-    assert (fine["size"], fine["crop"], fine["sigma"]) == ([96, 96], [32, 32], 1.5) and fine["prior_px"] > 0
+    assert (fine["size"], fine["crop"], fine["sigma"]) == ([96, 96], [32, 32], 4) and fine["prior_px"] > 0
     assert "triangle filter" in fine["preprocessing"] and "softmax" in fine["postprocessing"]
 
 
