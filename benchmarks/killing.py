@@ -184,10 +184,15 @@ def adopt_orphans() -> None:
         raise UserError("this system has no PR_SET_CHILD_SUBREAPER: orphans cannot be counted")
 
 
-def orphans() -> int:
-    """How many adopted processes have not ended after a while; those are killed."""
+def children() -> set[int]:
+    """The processes that this one has made or adopted."""
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def orphans(own: set[int]) -> int:
+    """How many adopted processes, all but the `own` ones, have not ended after a while; those are killed."""
     end = time.monotonic() + PATIENCE_SECONDS
-    while living := _living():
+    while living := [pid for pid in children() - own if os.waitpid(pid, os.WNOHANG)[0] == 0]:
         if time.monotonic() > end:
             for pid in living:
                 os.kill(pid, signal.SIGKILL)
@@ -195,11 +200,6 @@ def orphans() -> int:
             return len(living)
         time.sleep(0.02)
     return 0
-
-
-def _living() -> list[int]:
-    path = Path(f"/proc/self/task/{os.getpid()}/children")
-    return [pid for pid in map(int, path.read_text().split()) if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
 def left_over(*folders: Path) -> list[str]:

@@ -31,6 +31,7 @@ from benchmarks.killing import (
     Strike,
     Whom,
     adopt_orphans,
+    children,
     contents,
     copy_of,
     left_over,
@@ -95,6 +96,7 @@ class Killing:
 
     def __init__(self, name: str, bed: Path, work: Path, rng: random.Random) -> None:
         self.name, self.kind, self.bed, self.work, self.rng = name, KINDS[name], bed, work, rng
+        self.own = children()  # such as what multiprocessing keeps
         self.counts: Counter[str] = Counter()
         self.whole: dict[tuple[str, ...], Whole] = {}
 
@@ -178,7 +180,7 @@ class Killing:
 
     def compare(self, command: tuple[str, ...], whole: Whole) -> None:
         """Count what is lost, other or left over."""
-        for _ in range(orphans()):
+        for _ in range(orphans(self.own)):
             self.fault("left over", "a process")
         folders = [Path(name) for name in self.kind.results]
         if left_over(Path()):

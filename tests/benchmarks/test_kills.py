@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kills
-from benchmarks.killing import Child, State, Strike, contents, left_over, orphans, same
+from benchmarks.killing import Child, State, Strike, children, contents, left_over, orphans, same
 
 NAME = "tests_killed_command"
 
@@ -134,8 +134,9 @@ def test_each_fault_is_counted(command, killing, fault, monkeypatch, tmp_path):
 
 def test_orphans_are_counted_and_ended(monkeypatch):
     monkeypatch.setattr("benchmarks.killing.PATIENCE_SECONDS", 0.05)
+    own = children()
     pid = os.fork()
     if pid == 0:
         signal.pause()
         os._exit(0)
-    assert orphans() == 1 and orphans() == 0
+    assert orphans(own) == 1 and orphans(own) == 0
