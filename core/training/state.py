@@ -33,6 +33,7 @@ def _write_state(run_dir: Path, state: dict[str, Any]) -> None:
             link.unlink(missing_ok=True)
             os.link(last, link)
             link.replace(run_dir / "previous.pt")
+            link.unlink(missing_ok=True)  # renaming does nothing where both are one file, as after a kill just here
 
 
 def load_state(run_dir: Path, which: str, resume_command: str) -> dict[str, Any]:

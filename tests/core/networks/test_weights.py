@@ -79,6 +79,15 @@ def test_save_state_rotates(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
+def test_a_save_after_one_that_was_killed_between_its_renames_leaves_nothing(tmp_path):
+    """previous.pt is already what last.pt is."""
+    save_state(tmp_path, {"step": 1})
+    (tmp_path / "previous.pt").hardlink_to(tmp_path / "last.pt")
+    save_state(tmp_path, {"step": 2})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert [load_state(tmp_path, which, "run")["step"] for which in ("last", "previous")] == [2, 1]
+
+
 def test_failed_save_leaves_both_states(tmp_path, monkeypatch):
     save_state(tmp_path, {"step": 1})
     save_state(tmp_path, {"step": 2})
