@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from core.config.config import Config
 from core.config.dataset import Dataset
 from core.errors import DamagedFile, UserError
-from core.files import stamp, write_json
+from core.files import drop_left_behind, stamp, write_json
 from core.formats.json_files import read_object
 from core.runs.cells import cells, pretraining_configs, require_backbone, ssl_methods
 from core.runs.identity import check_cell, check_pretraining, check_ssl
@@ -231,5 +231,7 @@ def prepare(config: Config, stages: tuple[str, ...]) -> list[Run]:
         for study in studies(config, stages):
             check_start_weights(study, ssl_methods(config.finetune) if "ssl" in stages else ())
     check_start_files(runs)
+    if config.dataset.cache_dir is not None and Path(config.dataset.cache_dir).is_dir():
+        drop_left_behind(Path(config.dataset.cache_dir))  # of plans that were killed
     print_plan(config, stages, source, runs)
     return runs

@@ -13,6 +13,7 @@ from core.data.cache import load_one
 from core.data.records import Record
 from core.files import atomic_file, clear_once, drop_left_behind
 from core.runs.claims import LOCK, claim
+from study.prepare import prepare
 from study.run import run_study
 from study.runs import study_runs
 from tests.conftest import error_of
@@ -48,6 +49,14 @@ def test_leftovers_go(study, tmp_path):
     assert not [path for path in left if path.exists()] and all(path.exists() for path in mine)
     assert (cell / "metrics.json").stat().st_mtime_ns == metrics
     assert (config.experiment_dir / "ddpm/last.pt").is_file()  # pre-training may be continued
+
+
+def test_a_plan_clears_the_cache_though_all_is_done_and_nothing_is_read(study, tmp_path):
+    config, _ = study
+    left = old(tmp_path / "cache" / TMP)
+    dataset = config.dataset.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    prepare(config.model_copy(update={"dataset": dataset}), STAGES)
+    assert not left.exists()
 
 
 def test_what_is_in_use_stays(study, tmp_path):
