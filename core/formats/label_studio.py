@@ -83,7 +83,6 @@ def write_label_studio(path: Path, labels: LabelSet) -> None:
                       "width": DOT_PERCENT, KIND: [mark.label], **({"hidden": True} if mark.hidden else {})},
         } for number, mark in enumerate(annotated(row, labels.names))]
         tasks.append({"data": {OBJECT: LOCAL_FILES + quote(row.image)}, kind: [{"result": result}]})
-    write_json(path, tasks)
     view = Xml.Element("View")
     Xml.SubElement(view, "Image", name=OBJECT, value=f"${OBJECT}", zoomControl="true")
     control = Xml.SubElement(view, "KeyPointLabels", name=CONTROL, toName=OBJECT)
@@ -91,6 +90,7 @@ def write_label_studio(path: Path, labels: LabelSet) -> None:
         Xml.SubElement(control, "Label", value=name)
     Xml.indent(view)
     write_atomically(path.with_name(f"{path.stem}_interface.xml"), Xml.tostring(view, encoding="utf-8") + b"\n")
+    write_json(path, tasks)  # last: where it is, all is written
 
 
 def _sheet(task: dict[str, Any], annotation: dict[str, Any], where: str, others: list[str]) -> Sheet:

@@ -39,6 +39,14 @@ def test_names_of_images(tmp_path, address, name):
     assert read_label_studio(write(tmp_path / "l.json", task(address))).rows[0].image == name
 
 
+def test_the_tasks_are_there_when_all_is(tmp_path, monkeypatch):
+    """A conversion that is cut is not taken for a whole one by what looks for its file."""
+    monkeypatch.setattr("core.formats.label_studio.write_atomically", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_label_studio(tmp_path / "l.json", LABELS)
+    assert not (tmp_path / "l.json").exists()
+
+
 def test_the_converter_reads_ours(tmp_path):
     """Its short JSON and the labelling interface written beside; the server numbers tasks and annotations."""
     write_label_studio(tmp_path / "l.json", LABELS)
