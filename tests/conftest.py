@@ -122,3 +122,9 @@ def error_of(call, *arguments):
         call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def unsealed_header(file):
+    """The header of an open safetensors file without its checksum, to be written with changes."""
+    header = json.loads(file.metadata()["header"])
+    return {key: value for key, value in header.items() if key not in ("checked", "checksum")}

@@ -19,7 +19,7 @@ from core.runs.best import point_to_best
 from core.runs.places import Cell, cell_dir
 from landmarks_finetuning.pictures.heatmap_files import read_heatmaps
 from study.run import run_study
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, unsealed_header
 
 LAUNCH, PRETRAINING, SAMPLING = "study.launch", "ddpm_pretraining.train", "ddpm_pretraining.sample"
 FINETUNING, EVALUATING, PREDICTING = (f"landmarks_finetuning.{name}" for name in ("train", "evaluate", "predict"))
@@ -472,7 +472,7 @@ def test_study_without_validation(make_config, tmp_path):
 def rewritten(path, change):
     """The safetensors file `path` with another header: `change` alters the one it has."""
     with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["header"])
+        header = unsealed_header(file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     change(header)
     path.write_bytes(safetensors_bytes(tensors, metadata={"header": json.dumps(header)}))

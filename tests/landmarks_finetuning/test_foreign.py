@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from core.config.dataset import Dataset
 from core.data.source import load_source
 from landmarks_finetuning.report.build import build_report
+from tests.conftest import unsealed_header
 from tests.landmarks_finetuning.report.test_report import write_run
 
 
@@ -24,7 +25,7 @@ def foreign(tiny_cell, tmp_path):
         shutil.copytree(tiny_cell, run, ignore=shutil.ignore_patterns("evaluations"))
         path = run / "best.safetensors"
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["header"])
+            header = unsealed_header(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header["config"]["dataset"] |= dataset
         save_file(tensors, path, metadata={"header": json.dumps(header)})
@@ -71,7 +72,7 @@ def test_a_header_draws_no_splits(foreign, phantom, tmp_path, run_main):
                                                    "splits": {"train": 0.5, "test": 0.5, "seed": 0}}))
     run = foreign(root=str(root), layout="folder", phantom=None)
     with safe_open(run / "best.safetensors", framework="pt") as file:
-        header = json.loads(file.metadata()["header"])
+        header = unsealed_header(file)
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     save_file(tensors, run / "best.safetensors", metadata={"header": json.dumps(header | {"landmark_names": names})})
     before = sorted(root.rglob("*"))
