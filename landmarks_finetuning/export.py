@@ -19,7 +19,7 @@ from core.errors import CommandParser, UserError, run_command
 from core.runs.best import run_folder
 from landmarks_finetuning.calibration import read_calibration
 from landmarks_finetuning.inference import TrainedDetector, trained_detector
-from landmarks_finetuning.refinement import WINDOW
+from landmarks_finetuning.refinement import window_of
 from landmarks_finetuning.shape import SCALES, SCATTER
 from landmarks_finetuning.uncertainty import Calibration
 
@@ -88,7 +88,7 @@ def second_settings(detector: TrainedDetector, calibration: Calibration | None) 
     assert second is not None and detector.second is not None
     prior, finetune = detector.config.finetune.refine.prior, second.finetune
     return {**_of_images(detector), "size": second.dataset.whole_size, "crop": second.dataset.image_size,
-            "loss": finetune.loss, "decoder": finetune.decoder, "sigma": max(finetune.sigma, WINDOW),
+            "loss": finetune.loss, "decoder": finetune.decoder, "sigma": window_of(detector.config),
             "prior_px": None if prior is None else prior * detector.second.header["spread_pixels"],
             "calibration": _plain(calibration), "preprocessing": BEFORE + CROPS, "postprocessing": AFTER}
 

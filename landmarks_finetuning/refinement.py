@@ -27,7 +27,7 @@ from landmarks_finetuning.shape import add_shape_prior
 from landmarks_finetuning.uncertainty import Calibration
 
 CROPS_FOR_AN_IMAGE = 4  # that go through the second network for an image of the first one's batch
-WINDOW = 4.0  # pixels about a map's peak, over which its mean is the answer, however sharp the target was
+WINDOW = 4.0  # pixels about a map's peak, at least, over which its mean is the answer; twice that for the confidence
 LARGEST_OFFSET = 0.4  # of a crop: how far from its centre a landmark is put in training
 
 
@@ -141,8 +141,16 @@ def decode_crops(crops: CropMaps, spread: float, config: Config, spacing: np.nda
     if calibration is not None:
         calibration = replace(calibration, temperatures=calibration.temperatures[crops.landmark][:, None])
     settings = second_stage(config).finetune
-    return locate(crop_scores(crops, spread, config), crops.maps, settings, max(settings.sigma, WINDOW),
-                  spacing=spacing, calibration=calibration)
+    return locate(crop_scores(crops, spread, config), crops.maps, settings, window_of(config), spacing=spacing,
+                  calibration=calibration)
+
+
+def window_of(config: Config) -> float:
+    """Pixels of a crop about a map's peak over which the answer is the mean, however sharp the target was.
+
+    `config` is the study's.
+    """
+    return max(config.finetune.refine.sigma, WINDOW)
 
 
 def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spread: float, config: Config,

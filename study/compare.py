@@ -145,8 +145,8 @@ def compared(first: Points, second: Points, truth: Points | None, spacing: Seque
     if truth is None and spacing is None and first.errors is not None and second.errors is not None:
         return scored(first, second)
     truth = truth or first.truth or second.truth
-    tables = _named_alike([first, second, *([] if truth is None else [truth])])
-    images = [image for image in tables[0].rows if all(image in table.rows for table in tables)]
+    tables = [first, second, *([] if truth is None else [truth])]
+    images = [image for image in first.rows if all(image in table.rows for table in tables)]
     names = tuple(name for name in first.names if all(name in table.names for table in tables))
     if not images or not names:
         what = "image" if not images else "landmark"
@@ -173,19 +173,6 @@ def compared(first: Points, second: Points, truth: Points | None, spacing: Seque
         return Compared(names, patients, unit, physical_errors(points[1], points[0], mm), None, offset, unit, left_out)
     errors = [physical_errors(each, points[2], mm) for each in points[:2]]
     return Compared(names, patients, unit, errors[0], errors[1], offset, unit, left_out)
-
-
-def _named_alike(tables: list[Points]) -> list[Points]:
-    """The tables, images without their suffix where only some have it: predictions have it, landmarks.csv need not.
-
-    Left as they are where that would give two images one name.
-    """
-    if set.intersection(*(set(table.rows) for table in tables)):
-        return tables
-    bare = [{image_id(image): row for image, row in table.rows.items()} for table in tables]
-    if any(len(rows) < len(table.rows) for rows, table in zip(bare, tables, strict=True)):
-        return tables
-    return [replace(table, rows=rows) for rows, table in zip(bare, tables, strict=True)]
 
 
 def scored(first: Points, second: Points) -> Compared:
