@@ -21,7 +21,7 @@ from core.data.augment import augment
 from core.data.dataset import ImageSet, PackedSet, load_images, load_unlabelled
 from core.data.digests import data_digests
 from core.data.source import load_source
-from core.errors import CommandParser, UserError, run_command
+from core.errors import CommandParser, UserError
 from core.files import write_atomically
 from core.networks.unet import UNet
 from core.networks.weights import save_weights
@@ -33,7 +33,7 @@ from core.runs.record import write_run_config
 from core.runs.requirements import check_memory
 from core.training.batches import BatchPlan, ReadAhead, gather, on_device, step_generator
 from core.training.device import resolve_device, resolve_precision
-from core.training.distributed import ALONE, Job, Ranks, join, recorded
+from core.training.distributed import ALONE, Job, Ranks, join, run_rank
 from core.training.loop import LoopSettings, Training, train
 from core.training.memory import Step, fit_step
 from core.training.run_log import logged
@@ -270,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(recorded(main))
+    run_rank(main)

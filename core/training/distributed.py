@@ -7,6 +7,7 @@ leader, alone claims the run, writes and speaks. DDP and FSDP are in parallel.py
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from core.errors import Interrupted, UserError
+from core.errors import Interrupted, UserError, run_command
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -171,13 +172,29 @@ def join() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def recorded(main: Callable[[], None]) -> Callable[[], None]:
-    """`main`, leaving for torchrun what ends it unexpectedly where torchrun has started it."""
+def run_rank(main: Callable[[], None]) -> None:
+    """run_command for a command that may be a process of torchrun's job, which learns what ended it unexpectedly.
+
+    Such a process ends without the interpreter's own end: a thread of gloo's that still holds a tensor of the last
+    collective would then abort it (PyTorch pull request 179291), and torchrun the job with it.
+    """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return main
+        run_command(main)
+        return
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(main)
+    status: int | str | None = 1
+    try:
+        run_command(record(main))
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:  # noqa: BLE001  the interpreter would print it in the end that is left out
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def distributed_command(module: str, processes: int | str, *arguments: str) -> list[str]:

@@ -29,6 +29,18 @@ sys.argv = ["train", *arguments]
 runpy.run_module("ddpm_pretraining.train", run_name="__main__")
 """
 
+# Pre-training in an interpreter whose own end aborts the process, as a thread of gloo's with a late tensor may.
+ABORTING = """
+import atexit, os, sys
+import ddpm_pretraining.train as training
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+late = Late()
+atexit.register(lambda: print("asked at exit", flush=True) if os.environ.get("RANK") == "0" else None)
+training.run_rank(training.main)
+"""
+
 
 def job(tmp_path, module, *arguments):
     """(exit status, stdout, lines of stderr but for the progress bar's) of a job of two processes."""
@@ -62,6 +74,17 @@ def test_a_killed_process_ends_the_job(tmp_path, config_file):
     status, out, lines = job(tmp_path, PRETRAINING, "--config", path)
     assert (status, lines) == (0, []) and out == f"{THREADS}pre-training is done: {run_dir}\n"
     assert read_pickle(run_dir / "last.pt")["step"] == 6
+
+
+def test_the_interpreters_own_end_is_not_the_jobs(tmp_path, config_file):
+    """A process that aborts in it would end the job with a failure; what was registered for the exit still runs."""
+    (tmp_path / "aborting.py").write_text(ABORTING)
+    status, out, lines = job(tmp_path, "aborting", "--config", config_file())
+    assert (status, lines) == (0, []), lines
+    assert out == f"{THREADS}pre-training is done: {tmp_path / 'runs/tiny/ddpm'}\nasked at exit\n"
+    status, _, lines = job(tmp_path, "aborting", "--config", config_file(ddpm={"batch_sise": 2}))
+    assert (status, len(lines)) == (2, 1), lines
+    assert "unknown key ddpm.batch_sise" in lines[0]
 
 
 def test_a_defect_in_one_process_ends_the_job(tmp_path, config_file):
