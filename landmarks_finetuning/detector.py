@@ -93,7 +93,8 @@ class Detector:
         """The landmarks of an array, or of an image file or series; a list of those of a folder, or of several images.
 
         An array is (height, width), (height, width, 3) of RGB, or a volume (depth, height, width), in raw intensities;
-        `spacing_mm` is its mm per pixel, a number or (x, y[, z]). A file has its own.
+        `spacing_mm` is its mm per pixel, a number or (x, y[, z]); without it, that of the training data set where
+        that has one. A file has its own.
         """
         if isinstance(image, np.ndarray):
             return self._found([self._in_memory(image, "array", spacing_mm)])[0]
@@ -115,13 +116,13 @@ class Detector:
         dataset = self._trained.config.dataset
         dims = len(dataset.image_size)
         given = dataset.spacing_mm if spacing_mm is None else spacing_mm
-        return array_record(array, dims, name, parse_spacing(given, dims, name))
+        return array_record(array, dims, name, parse_spacing(given, dims, name) or self._trained.spacing_mm)
 
     def _in_files(self, path: PathLike) -> list[Record]:
         if not isinstance(path, (str, os.PathLike)):
             raise UserError(f"an image is a numpy array or a path, not {type(path).__name__} (numpy.asarray makes one "
                             "of most)")
-        return collect_images([Path(path)], None, self._trained.config.dataset.spacing_mm)
+        return collect_images([Path(path)], None, self._trained.config.dataset.spacing_mm, self._trained.spacing_mm)
 
     def _found(self, records: Sequence[Record]) -> list[Landmarks]:
         return [Landmarks(record.id, self.names, batch.points[index][:, ::-1].copy(), batch.expected_error[index],

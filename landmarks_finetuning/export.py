@@ -96,7 +96,7 @@ def second_settings(detector: TrainedDetector, calibration: Calibration | None) 
 def _of_images(detector: TrainedDetector) -> dict[str, Any]:
     dataset = detector.config.dataset
     return {"names": detector.landmark_names, "intensity": dataset.intensity, "percentiles": dataset.percentiles,
-            "window": dataset.window, "spacing_mm": dataset.spacing_mm}
+            "window": dataset.window, "spacing_mm": dataset.spacing_mm or detector.spacing_mm}
 
 
 def _plain(calibration: Calibration | None) -> dict[str, Any] | None:

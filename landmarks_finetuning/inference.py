@@ -17,6 +17,7 @@ from core.config.recipes import recipe
 from core.config.second_stage import FOLDER, second_of
 from core.config.settings import all_settings
 from core.data.dataset import ImageSet
+from core.data.records import parse_spacing
 from core.errors import UserError
 from core.networks.weights import Weights, load_weights
 from core.runs.places import round_dir
@@ -53,6 +54,8 @@ class TrainedDetector:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
         self.config = writing_nowhere(self.config, overrides)
         self.landmark_names = landmark_names(path, weights)
+        dims = len(self.own_config.dataset.image_size)
+        self.spacing_mm = parse_spacing(self.header.get("spacing_mm"), dims, str(path))
         self.shape = Shape.stored(weights.header)
         self.device = resolve_device(self.config.experiment.device)
         self.kind = DETECTORS[weights.header.get("network", "unet")]

@@ -36,10 +36,12 @@ from landmarks_finetuning.predictions import (
 from landmarks_finetuning.uncertainty import Calibration
 
 
-def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None = None) -> list[Record]:
+def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None = None,
+                   usual: tuple[float, ...] | None = None) -> list[Record]:
     """Every image or volume named or below a named folder; UserError when there is none, or two share a name.
 
-    What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training.
+    What lies in `out`, pictures of an earlier run, is none of them. `spacing_mm` is the config's, as for training;
+    without it that of images which do not say where they lie is `usual`, the training data set's.
     """
     written = [] if out is None else [(out / name).resolve() for name in ("overlays", "markups")]
     images: dict[str, Path] = {}
@@ -59,7 +61,9 @@ def collect_images(paths: list[Path], out: Path | None, spacing_mm: float | None
     geometries = {name: read_geometry(image) for name, image in images.items()}
     records = []
     for name, image in images.items():
-        given = None if spacing_mm is None else (spacing_mm,) * len(geometries[name].size)
+        given = usual if geometries[name].affine is None else None
+        if spacing_mm is not None:
+            given = (spacing_mm,) * len(geometries[name].size)
         spacing = own_spacing(geometries[name], given, image)
         records.append(Record(name, image, None, spacing, geometry=geometries[name]))
     return records
@@ -82,7 +86,7 @@ def predict(run_dir: Path, paths: list[Path], out: Path, overlays: bool = True,
     if calibration is None:
         print(f"note: expected errors are not calibrated: {run_dir} has no calibration.json for these settings "
               "(evaluating a run that has validation labels writes it)", file=sys.stderr)
-    records = collect_images(paths, out, detector.config.dataset.spacing_mm)
+    records = collect_images(paths, out, detector.config.dataset.spacing_mm, detector.spacing_mm)
     _check_formats(formats, records)
     rows: list[FolderRow] = []
     names = names_about([record.id for record in records])

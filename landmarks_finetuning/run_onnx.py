@@ -48,7 +48,7 @@ class Model:
 
     def __call__(self, pixels: np.ndarray, spacing_mm: float | None = None) -> Found:
         """The landmarks of an image, raw intensities (H, W), by both stages where there are two."""
-        spacing = spacing_mm or self.settings["spacing_mm"] or 1.0
+        spacing = np.array(spacing_mm or self.settings["spacing_mm"] or 1.0)
         size = self.settings["size"]
         outputs = self.maps(normalise(resize(pixels, size), self.settings)[None])[0]
         step = np.array(pixels.shape) / size  # stored pixels per network pixel
@@ -56,7 +56,7 @@ class Model:
         found = found._replace(points=(found.points + 0.5) * step - 0.5)
         return found if self.second is None else self.second.refine(pixels, found.points, spacing)
 
-    def refine(self, pixels: np.ndarray, answers: np.ndarray, spacing: float) -> Found:
+    def refine(self, pixels: np.ndarray, answers: np.ndarray, spacing: np.ndarray) -> Found:
         """The first stage's answers (N, 2) seen again by this, the second one, each in a crop of its own."""
         size, crop, prior = (self.settings[key] for key in ("size", "crop", "prior_px"))
         step = np.array(pixels.shape) / size

@@ -49,6 +49,7 @@ class CellData(NamedTuple):
     certainty: np.ndarray | None = None  # (answered images, N)
     chosen: tuple[str, ...] | None = None  # under finetune.selection "coverage": ids, and the weights that chose them
     chosen_by: Path | None = None
+    spacing_mm: tuple[float, ...] | None = None  # the data set's own, see core.data.records.DataSource
 
     def load(self, config: Config) -> tuple[WeightedImages, ImageSet | None]:
         """Training and validation images as `config` has them."""
@@ -120,6 +121,7 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "kind": "detector", "backbone": cell.backbone, **model.identity, "shots": cell.shots, "draw": cell.draw,
         "seed": cell.seed, "dataset": config.dataset.name, "landmark_names": list(data.landmark_names),
         "sigma_pixels": sigma_pixels(config.finetune.sigma, config.dataset),
+        "spacing_mm": None if data.spacing_mm is None else list(reversed(data.spacing_mm)),
         **shape.header(),
         "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
         **({} if cell.fold is None else {"fold": cell.fold, "folds": config.evaluation.folds}),

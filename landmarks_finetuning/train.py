@@ -55,7 +55,8 @@ def finetune_cell(config: Config, cell: Cell, resume: str | None = None) -> Path
     if recipe(config, cell.backbone).finetune.loss == "cross_entropy_channels" and len(source.landmark_names) == 1:
         raise UserError('finetune.loss "cross_entropy_channels" compares landmarks with each other and this data set '
                         'has one; choose "cross_entropy_pixels"')
-    data = CellData(records["training"], records["validation"], source.landmark_names, digests)
+    data = CellData(records["training"], records["validation"], source.landmark_names, digests,
+                    spacing_mm=source.spacing_mm)
     if order is not None:
         data = data._replace(chosen=order[: cell.shots], chosen_by=choosing_path(config))
     train_rounds(config, cell, data, records.get("unlabelled", ()), resume)

@@ -71,7 +71,7 @@ def read_folder(root: Path, spacing_mm: Any, description: Path, excluded: Collec
     thresholds = tuple(map(float, settings.get("sdr_thresholds") or default))
     held_back = splits["validation"] or splits["test"]
     return DataSource("folder", names, splits, tuple(rest), unit, thresholds, None, root, not held_back,
-                      new_draw(wanted, ids, description))
+                      new_draw(wanted, ids, description), common)
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def write_pack(config: DatasetConfig, path: Path) -> int:
     description = {
         "layout": source.layout, "landmark_names": source.landmark_names, "unit": source.unit,
         "sdr_thresholds": source.sdr_thresholds, "paper_rule": source.paper_rule, "excluded": config.exclude,
-        "nothing_held_back": source.nothing_held_back,
+        "nothing_held_back": source.nothing_held_back, "spacing_mm": source.spacing_mm,
         "groups": {name: [_describe(record) for record in group] for name, group in groups.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)

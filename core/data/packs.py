@@ -131,5 +131,6 @@ def _source(pack: Pack, config: DatasetConfig) -> DataSource:
     whole = DataSource(description["layout"], tuple(description["landmark_names"]),
                        {name: groups[name] for name in SPLITS}, groups["unlabelled"], description["unit"],
                        tuple(description["sdr_thresholds"]), description["paper_rule"], Path(config.root),
-                       description.get("nothing_held_back", False))
+                       description.get("nothing_held_back", False),
+                       spacing_mm=None if (told := description.get("spacing_mm")) is None else tuple(told))
     return whole.without(name for name in config.exclude if name not in description.get("excluded", ()))

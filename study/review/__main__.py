@@ -6,10 +6,12 @@ import argparse
 import getpass
 import shlex
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from werkzeug.serving import BaseWSGIServer
 
@@ -140,16 +142,18 @@ def review(arguments: argparse.Namespace) -> None:
         open_ones = len(found.keys) - len(session.at_start.intersection(found.keys))
         print(f"{len(found.keys)} images, {open_ones} of them with open landmarks; labels go to "
               f"{labels.table if labels.table.exists() else labels.folder}, the journal is {session.journal.path}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, partial(_stop, found.server))
         print(f"listening on http://{HOST}:{found.server.port}/  (Ctrl-C stops)", flush=True)
-        signal.signal(signal.SIGTERM, _stop)
         found.server.serve_forever()
         with session.lock:  # a change that is being made is finished
             print(f"\nstopped; changed in reviews: {len(session.changed())} images. To train with the labels:")
             print(f"  {training_command(found.run_dir, found.config, labels)}")
 
 
-def _stop(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _stop(server: BaseWSGIServer, *_: object) -> None:
+    """End `server` from another thread: an exception raised here could be lost, in a finalizer for one."""
+    threading.Thread(target=server.shutdown, daemon=True).start()
 
 
 def command_line() -> CommandParser:

@@ -18,6 +18,8 @@ import pytest
 
 from benchmarks import reviewing
 from benchmarks.reviewing import WAIT_S, Page, browser, saved_points
+from core.formats.images import read_image
+from landmarks_finetuning import Detector
 from tests.conftest import PROJECT, TINY, merged
 
 pytestmark = pytest.mark.skipif(reviewing.BROWSER is None or reviewing.DRIVER is None,
@@ -178,6 +180,13 @@ def test_coco_and_back_loses_nothing(session, home):
         assert np.abs(points - labels[image]).max() <= 1e-6
     read = next(said for step, said in session.items() if "dataset.root=datasets/again" in step)
     assert "at datasets/again: 15 train" in read
+
+
+def test_errors_are_told_in_the_millimetres_of_dataset_json(home, session):
+    detector = Detector.load(home / "runs/quick")
+    found = detector(home / "datasets/mine/images/01.png")
+    assert (found.unit, found.spacing_mm, detector(read_image(home / "datasets/mine/images/01.png")[0]).unit) == (
+        "mm", (0.8, 0.8), "mm")
 
 
 def test_predictions_of_the_unlabelled_images_go_to_coco(session, home):

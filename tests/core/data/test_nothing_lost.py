@@ -5,6 +5,7 @@ import json
 import unicodedata
 import zlib
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -250,6 +251,21 @@ def test_one_spacing_for_labelled_unlabelled_and_predicted(tmp_path):
         source = read_layout("folder", root, spacing_mm=given, unlabelled_dirs=[tmp_path / "more"])
         predicted = collect_images([tmp_path / "more"], tmp_path / "out", given)
         assert [r.spacing for r in (*source.labelled, *source.unlabelled, *predicted)] == [expected] * 3
+
+
+def test_the_spacing_of_dataset_json_is_that_of_predicted_images(tmp_path):
+    """A table's row tells of its own image alone; a volume that says where it lies has its own."""
+    root = make(tmp_path / "data", ("a", "b"), {"train": ["a", "b"]})
+    described = json.loads((root / "dataset.json").read_text())
+    for told, expected in ((None, None), (0.5, (0.5, 0.5)), ([0.2, 0.4], (0.4, 0.2))):
+        (root / "dataset.json").write_text(json.dumps({**described, "spacing_mm": told}))
+        source = read_layout("folder", root)
+        predicted = collect_images([root / "images"], tmp_path / "out", None, source.spacing_mm)
+        assert [source.spacing_mm, *(r.spacing for r in predicted)] == [expected] * 3
+        assert collect_images([root / "images"], tmp_path / "out", 0.7, source.spacing_mm)[0].spacing == (0.7, 0.7)
+    volume = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([0.3, 0.3, 0.3, 1]))
+    nibabel.save(volume, tmp_path / "v.nii")
+    assert collect_images([tmp_path / "v.nii"], None, None, (2, 2, 2))[0].spacing == pytest.approx((0.3, 0.3, 0.3))
 
 
 @pytest.mark.parametrize("pixels, kind", [
