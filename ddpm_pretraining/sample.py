@@ -43,7 +43,10 @@ def main() -> None:
     if sampler not in samplers:
         raise UserError(f'--sampler {sampler}: with ddpm.objective "{config.ddpm.objective}" choose '
                         f"{' or '.join(samplers)}")
-    iteration = arguments.iteration or max(config.ddpm.checkpoint_iterations)
+    kept = config.ddpm.checkpoint_iterations
+    iteration = max(kept) if arguments.iteration is None else arguments.iteration
+    if iteration < 1:
+        raise UserError(f"--iteration {iteration}: steps count from 1; choose {', '.join(map(str, kept))}")
     weights = load_weights(arguments.weights or ema_path(config.experiment_dir, iteration))
     if weights.out_channels != weights.channels:
         raise UserError(f"{arguments.weights} draws no images: it has {weights.out_channels} outputs for "

@@ -19,6 +19,7 @@ from core.config.finetune import LossSettings
 from core.config.settings import all_settings
 from core.config.starts import MEAN_SHAPE
 from core.errors import UserError
+from core.runs.inputs import SCORED
 from core.training.run_log import read_metrics
 from landmarks_finetuning.metrics import macro_mean, within
 from landmarks_finetuning.report.alike import Apart, set_apart
@@ -64,19 +65,26 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"{path} holds no runs: expected landmarks/<backbone>/<variant>/shots010_draw0_seed0 or "
                         "ddpm/metrics.jsonl in it; name a folder such as runs/<experiment>")
     scored = [folder for folder in folders if (folder / "metrics.json").is_file()]
-    damaged: list[Apart] = []
+    lost = [folder for folder in folders if folder not in scored and _was_scored(folder)]
+    damaged = [Apart(folder, f"{folder / 'metrics.json'} is gone, and it was scored; {AGAIN}") for folder in lost]
     whole = [folder for folder in scored if _is_whole(folder, damaged)]
     apart = set_apart(whole)
     others = {run.folder for run in apart}
     without = {folder for folder in whole if read_metrics_json(folder).get("physical", {}) is None}
     runs = pd.DataFrame([_run_row(path.name, folder) for folder in whole if folder not in others | without])
     unscored = pd.DataFrame([_unscored_row(folder) for folder in whole if folder in without - others])
-    unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders if folder not in scored])
+    unfinished = pd.DataFrame([_unfinished_row(path.name, folder) for folder in folders
+                               if folder not in scored + lost])
     configs = [path / "ddpm" / "config.json", *(folder / "config.json" for folder in reversed(folders))]
     config = next((values for file in configs if (values := config_of(file))), {})
     if not runs.empty:
         runs = runs.sort_values([*CELL[2:], "draw", "seed"], ignore_index=True)
     return Experiment(path, runs, unfinished, config, pretraining, apart, damaged, unscored)
+
+
+def _was_scored(folder: Path) -> bool:
+    """Whether a run without metrics.json had one: what is written just before it is there, or a link to nowhere."""
+    return (folder / SCORED).is_file() or (folder / "metrics.json").is_symlink()
 
 
 def _is_whole(folder: Path, damaged: list[Apart]) -> bool:

@@ -60,6 +60,12 @@ def test_samples_side_by_side(make_config, tmp_path, run_main, config_file):
     assert status == 2 and said.startswith("error: --count 1000000000") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("iteration", [-1, 0])
+def test_samples_of_no_step_are_refused(run_main, config_file, iteration):
+    status, _, said = run_main("ddpm_pretraining.sample", "--config", config_file(), "--iteration", iteration)
+    assert (status, said.count("\n")) == (2, 1) and f"--iteration {iteration}: steps count from 1; choose " in said
+
+
 def test_names_that_a_disk_cannot_hold(tmp_path):
     check_places([tmp_path / ("n" * 255)])
     assert "256 bytes where file systems allow 255" in error_of(check_places, [tmp_path / ("n" * 256)])

@@ -261,6 +261,22 @@ def test_changed_predictions_are_named_and_not_reported(tmp_path, damage):
     assert experiment.runs["backbone"].tolist() == ["scratch"]
 
 
+@pytest.mark.parametrize("how", ["gone", "a link to nowhere"])
+def test_figures_that_are_gone_are_named(tmp_path, how):
+    """A run that is still to be scored is unfinished, one that was scored is damaged."""
+    lost, other = (write_run(tmp_path, "ddpm", 10, draw, [[1, 1], [2, 2], [3, 3]]) for draw in (0, 1))
+    for folder in (lost, other):
+        (folder / "metrics.json").unlink()
+    if how == "gone":
+        (lost / "scored.json").write_text("{}")
+    else:
+        (lost / "metrics.json").symlink_to(tmp_path / "nowhere")
+    experiment = read_experiment(tmp_path)
+    (run,) = experiment.damaged
+    assert run.folder == lost and run.reason.startswith(f"{lost / 'metrics.json'} is gone, and it was scored; ")
+    assert experiment.unfinished["draw"].tolist() == [1]
+
+
 def test_a_damaged_run_is_named_on_the_page_and_by_the_command(tmp_path):
     """The page has the other run alone, and the launch or command ends in status 1."""
     path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1]]) / "predictions.csv"
