@@ -84,7 +84,7 @@ def first_settings(detector: TrainedDetector, calibration: Calibration | None) -
 
 def second_settings(detector: TrainedDetector, calibration: Calibration | None) -> dict[str, Any]:
     """The same of the second stage; its pixels are those of the finer images that its crops are cut out of."""
-    second = second_of(detector.config, detector.header["backbone"])
+    second = second_of(detector.config, detector.header["backbone"], detector.header["shots"])
     assert second is not None and detector.second is not None
     prior, finetune = detector.config.finetune.refine.prior, second.finetune
     return {**_of_images(detector), "size": second.dataset.whole_size, "crop": second.dataset.image_size,

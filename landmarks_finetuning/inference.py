@@ -74,7 +74,7 @@ class TrainedDetector:
     @cached_property
     def second(self) -> TrainedDetector | None:
         """The detector of its second stage, None where it has one stage."""
-        if self.header["kind"] != "detector" or second_of(self.own_config, self.header["backbone"]) is None:
+        if self.header["kind"] != "detector" or second_config(self) is None:
             return None
         beside = [other.second for other in self.others if other.second is not None]
         return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage", others=beside)
@@ -119,6 +119,11 @@ def landmark_names(path: Path, weights: Weights) -> list[str]:
     return [str(name) for name in names]
 
 
+def second_config(detector: TrainedDetector) -> Config | None:
+    """What the second stage of `detector` was trained with, None where it has one stage."""
+    return second_of(detector.own_config, detector.header["backbone"], detector.header["shots"])
+
+
 def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> None:
     """UserError where the outputs of two detectors cannot be averaged: other landmarks, images or kinds of outputs."""
 
@@ -127,11 +132,12 @@ def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> Non
         images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
         own = recipe(detector.own_config, detector.header["backbone"]).finetune
         heatmaps = {f"finetune.{key}": getattr(own, key) for key in ("loss", "sigma")}
-        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop", "sigma")}
+        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop")}
         of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
-        second = second_of(detector.own_config, detector.header["backbone"])
+        second = second_config(detector)
         seen = None if second is None else {key: getattr(second.dataset, key) for key in GRID}
-        return {**of_images, **heatmaps, "images of the second stage": seen, "patch": detector.header.get("patch"),
+        return {**of_images, **heatmaps, "finetune.refine.sigma": None if second is None else second.finetune.sigma,
+                "images of the second stage": seen, "patch": detector.header.get("patch"),
                 "landmark_names": detector.landmark_names}
 
     if (one.kind.locate, one.kind.heatmaps) != (other.kind.locate, other.kind.heatmaps):

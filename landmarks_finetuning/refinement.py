@@ -150,7 +150,7 @@ def window_of(config: Config) -> float:
 
     `config` is the study's.
     """
-    return max(config.finetune.refine.sigma, WINDOW)
+    return max(config.finetune.refine.sigma or 0.0, WINDOW)
 
 
 def refine(model: nn.Module, records: Sequence[Record], answers: np.ndarray, spread: float, config: Config,

@@ -155,7 +155,7 @@ def cell_run(config: Config, cell: Cell) -> Run:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
     group = finetune.batch_size * finetune.accumulation
     steps = finetune.optimiser_steps(-(-cell.shots // group))
-    second = second_of(config, cell.backbone)
+    second = second_of(config, cell.backbone, cell.shots)
     steps += 0 if second is None else second.finetune.optimiser_steps(0)
     if cell.backbone == "ddpm":
         needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))

@@ -18,6 +18,7 @@ from core.config.section import (
 )
 
 ON = unless("finetune.refine.zoom", None)
+MANY = 20  # labelled images, from which on a sharper target and more steps gain (docs/results/cephalograms.md)
 
 
 class CropAugmentation(Augmentation):
@@ -40,12 +41,23 @@ class Refine(Section):
     start: Literal["images", "crops"] = setting(
         "images", "what the second network of backbone ddpm starts from: the pre-training on whole images, or one on "
         "crops of the unlabelled images", slug="fine", backbones=("ddpm",), acts=[ON])
-    sigma: float = setting(1.5, "width of the target's Gaussian in the second stage's pixels", slug="fine-sigma", gt=0,
-                           acts=[ON])
+    sigma: float | None = setting(
+        None, "width of the target's Gaussian in the second stage's pixels; null = 1.5, and 0.5 from 20 labelled "
+        "images on", slug="fine-sigma", gt=0, acts=[ON])
     prior: Rate | None = setting(
         1.5, "width of the Gaussian by which the first stage's answer weighs on the second one's, in root mean square "
         "errors of the first stage on the validation images; null = it only places the crop", counts_for=("scoring",),
         slug="fine-prior", null_slug="off", acts=[ON])
-    iterations: Count = setting(600, "optimiser steps of the second stage", slug="fine-steps", acts=[ON])
+    iterations: Count | None = setting(
+        None, "optimiser steps of the second stage; null = 600, and 1500 from 20 labelled images on", slug="fine-steps",
+        acts=[ON])
     batch_size: Count = setting(8, "crops of a micro-batch", slug="fine-batch", acts=[ON])
     augmentation: CropAugmentation = setting(CropAugmentation(), "random changes of crops and landmarks", acts=[ON])
+
+    def sigma_of(self, labels: int) -> float:
+        """`sigma` for a run of so many labelled images."""
+        return self.sigma or (0.5 if labels >= MANY else 1.5)
+
+    def iterations_of(self, labels: int) -> int:
+        """`iterations` for a run of so many labelled images."""
+        return self.iterations or (1500 if labels >= MANY else 600)

@@ -26,6 +26,15 @@ def test_crops_of_zoomed_images():
     assert parse_config(second.plain(), "again.json").plain() == second.plain()
 
 
+@pytest.mark.parametrize("labels, sigma, steps", [(1, 1.5, 600), (19, 1.5, 600), (20, 0.5, 1500), (150, 0.5, 1500)])
+def test_many_labels_have_a_sharper_target_and_more_steps(labels, sigma, steps):
+    """Unless the config says which."""
+    finetune = second_stage(study(finetune={"refine": {"zoom": 2, "crop": 16}}), labels).finetune
+    assert (finetune.sigma, finetune.iterations) == (sigma, steps)
+    finetune = second_stage(study(), labels).finetune
+    assert (finetune.sigma, finetune.iterations) == (2.0, 7)
+
+
 def test_millimetres_shrink_by_the_zoom():
     second = second_stage(study(dataset={"resample_mm": 1.5}))
     assert second.dataset.resample_mm == pytest.approx(0.6) and second.dataset.canvas_size is None
