@@ -96,7 +96,7 @@ def train_first(config: Config, stage: Stage) -> None:
 
 def train_second(config: Config, stage: Stage) -> None:
     """Train the detector of crops about the answers of the first one, which is done and lies a folder above."""
-    second = second_of(config, stage.cell.backbone, stage.cell.shots)
+    second = second_of(config, stage.cell.backbone, stage.cell.shots, len(stage.data.answered))
     start = second_start_path(config, stage.cell.backbone)
     again = kind_of(stage.cell.backbone).second
     if second is None or again is None:

@@ -18,7 +18,7 @@ from core.config.section import (
 )
 
 ON = unless("finetune.refine.zoom", None)
-MANY = 20  # labelled images, from which on a sharper target and more steps gain (docs/results/cephalograms.md)
+MANY = 20  # images, from which on a sharper target and more steps gain (docs/results/cephalograms.md)
 
 
 class CropAugmentation(Augmentation):
@@ -49,8 +49,8 @@ class Refine(Section):
         "errors of the first stage on the validation images; null = it only places the crop", counts_for=("scoring",),
         slug="fine-prior", null_slug="off", acts=[ON])
     iterations: Count | None = setting(
-        None, "optimiser steps of the second stage; null = 600, and 1500 from 20 labelled images on", slug="fine-steps",
-        acts=[ON])
+        None, "optimiser steps of the second stage; null = 600, and 1500 from 20 images on, labelled or with answers "
+        "of a round before", slug="fine-steps", acts=[ON])
     batch_size: Count = setting(8, "crops of a micro-batch", slug="fine-batch", acts=[ON])
     augmentation: CropAugmentation = setting(CropAugmentation(), "random changes of crops and landmarks", acts=[ON])
 
@@ -58,6 +58,6 @@ class Refine(Section):
         """`sigma` for a run of so many labelled images."""
         return self.sigma or (0.5 if labels >= MANY else 1.5)
 
-    def iterations_of(self, labels: int) -> int:
-        """`iterations` for a run of so many labelled images."""
-        return self.iterations or (1500 if labels >= MANY else 600)
+    def iterations_of(self, images: int) -> int:
+        """`iterations` for a training of so many images, labelled or with answers of a round before."""
+        return self.iterations or (1500 if images >= MANY else 600)

@@ -14,11 +14,11 @@ from core.config.starts import HEATMAP_STARTS
 FOLDER = "fine"  # below the experiment for the pre-training on crops, below a run for its second detector
 
 
-def second_stage(config: Config, labels: int = 0) -> Config:
+def second_stage(config: Config, labels: int = 0, answered: int = 0) -> Config:
     """`config` as the second stage has it: crops of finetune.refine.crop out of images zoomed by finetune.refine.zoom.
 
-    Its experiment is the folder "fine" below the study's; target and steps are those for so many labelled images,
-    which only training asks for. ValueError where the study has one stage.
+    Its experiment is the folder "fine" below the study's; target and steps are those for so many labelled and
+    answered images, which only training asks for. ValueError where the study has one stage.
     """
     refine, dataset, experiment = config.finetune.refine, config.dataset, config.experiment
     if refine.zoom is None:
@@ -34,8 +34,8 @@ def second_stage(config: Config, labels: int = 0) -> Config:
     finetune = config.finetune.model_copy(update={
         "refine": Refine(), "self_training": _without_rounds(config), "checkpoint": None, "losses": (),
         "loss": "cross_entropy_pixels", "target": "gaussian", "sigma": refine.sigma_of(labels),
-        "decoder": "local_expectation", "shape_prior": None, "iterations": refine.iterations_of(labels), "epochs": None,
-        "batch_size": refine.batch_size, "accumulation": 1,
+        "decoder": "local_expectation", "shape_prior": None, "iterations": refine.iterations_of(labels + answered),
+        "epochs": None, "batch_size": refine.batch_size, "accumulation": 1,
         "gu2net": config.finetune.gu2net.model_copy(update={"together": ()}), "augmentation": refine.augmentation})
     return config.model_copy(update={
         "experiment": experiment.model_copy(update={"output_dir": str(config.experiment_dir), "name": FOLDER}),
@@ -77,9 +77,9 @@ def _without_rounds(config: Config) -> SelfTraining:
     return config.finetune.self_training.model_copy(update={"rounds": 0, "matching": 0})
 
 
-def second_of(config: Config, backbone: str, labels: int = 0) -> Config | None:
-    """The config of the second stage of a run of `backbone` with so many labels, None where it has one stage."""
+def second_of(config: Config, backbone: str, labels: int = 0, answered: int = 0) -> Config | None:
+    """The config of the second stage of a run of `backbone` with so many images, None where it has one stage."""
     finetune = config.finetune
     if backbone in HEATMAP_STARTS:
-        return None if finetune.refine.zoom is None else second_stage(config, labels)
+        return None if finetune.refine.zoom is None else second_stage(config, labels, answered)
     return local_step(config) if finetune.global_to_local.local.iterations else None

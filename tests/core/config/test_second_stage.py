@@ -35,6 +35,11 @@ def test_many_labels_have_a_sharper_target_and_more_steps(labels, sigma, steps):
     assert (finetune.sigma, finetune.iterations) == (2.0, 7)
 
 
+def test_answers_of_a_round_before_ask_for_more_steps_and_for_no_sharper_target():
+    finetune = second_stage(study(finetune={"refine": {"zoom": 2, "crop": 16}}), labels=5, answered=15).finetune
+    assert (finetune.sigma, finetune.iterations) == (1.5, 1500)
+
+
 def test_millimetres_shrink_by_the_zoom():
     second = second_stage(study(dataset={"resample_mm": 1.5}))
     assert second.dataset.resample_mm == pytest.approx(0.6) and second.dataset.canvas_size is None
