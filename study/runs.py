@@ -153,15 +153,29 @@ def cell_run(config: Config, cell: Cell) -> Run:
         needs = (config.experiment_dir / "ddpm",)
     if cell.backbone == MEAN_SHAPE:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
-    group = finetune.batch_size * finetune.accumulation
-    steps = finetune.optimiser_steps(-(-cell.shots // group))
-    second = second_of(config, cell.backbone, cell.shots)
-    steps += 0 if second is None else second.finetune.optimiser_steps(0)
+    steps = optimiser_steps(config, cell)
     if cell.backbone == "ddpm":
         needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))
     elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
         needs += (ssl_dir(config, cell.backbone),)
     kind = f"{cell.backbone} {finetune.encoder}" if BACKBONES[cell.backbone] == "encoder_unet" else cell.backbone
-    second_start = None if second is None else second_start_path(config, cell.backbone)
+    second_start = None
+    if second_of(config, cell.backbone) is not None:
+        second_start = second_start_path(config, cell.backbone)
     return Run("finetune", config, (cell,), kind, folder, results, steps, needs, start_path(config, cell.backbone),
                second_start, chosen_by)
+
+
+def optimiser_steps(config: Config, cell: Cell) -> int:
+    """Those of a cell's stages, in its first training and its rounds of self-training.
+
+    At most: how many images have answers is known when they are read.
+    """
+    finetune, total = config.finetune, 0
+    for number in range(finetune.self_training.rounds + 1):
+        answers = number or finetune.self_training.matches(cell.backbone, cell.shots)
+        answered = finetune.self_training.images if answers else 0
+        second = second_of(config, cell.backbone, cell.shots, answered)
+        total += finetune.optimiser_steps(-(-(cell.shots + answered) // (finetune.batch_size * finetune.accumulation)))
+        total += 0 if second is None else second.finetune.optimiser_steps(0)
+    return total

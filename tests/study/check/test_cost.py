@@ -2,10 +2,11 @@
 
 import pytest
 
-from core.config.load import load_config
+from core.config.load import load_config, parse_config
+from core.runs.places import Cell
 from study.check import cost
 from study.check.cost import Cost, Pace, cost_of
-from study.runs import study_runs
+from study.runs import cell_run, study_runs
 
 
 def test_the_total_is_steps_times_seconds_and_days_on_a_cpu_are_named():
@@ -73,3 +74,15 @@ def test_the_command_writes_a_page_and_a_text(run_main, config_file, tmp_path):
     assert said.endswith(f"next: ./launch_experiments.sh --config {tmp_path / 'tiny.json'}\n")
     assert page.count("<figure>") == 12 and "labelled images, as they were read" in page
     assert "1 sella, 2 nasion, 3 orbitale" in " ".join(page.split()) and '<img alt="001, labelled"' in page
+
+
+@pytest.mark.parametrize("backbone, shots, training, steps", [
+    ("ddpm", 5, {}, 10 + 600),
+    ("ddpm", 25, {}, 10 + 1500),
+    ("ddpm", 5, {"rounds": 1}, 10 + 600 + 10 + 1500),
+    ("ddpm", 1, {"rounds": 1, "matching": 1}, 2 * (10 + 1500)),
+    ("scratch", 1, {"matching": 1}, 10 + 600),
+])
+def test_steps_of_all_stages_and_rounds(backbone, shots, training, steps):
+    values = {"finetune": {"iterations": 10, "refine": {"zoom": 2}, "self_training": training}}
+    assert cell_run(parse_config(values, "c.json"), Cell(backbone, shots, 0, 0)).steps == steps
