@@ -113,14 +113,16 @@ def write_onnx(model: nn.Module, size: tuple[int, ...], settings: dict[str, Any]
     Very large weights lie in a second file, .onnx.data, beside it. Returns by how much onnxruntime's outputs are off
     torch's, at most, for random images; UserError above TOLERANCE, and then nothing is written.
     """
-    import onnxruntime  # these two are there for exports alone
+    import onnxruntime  # these are there for exports alone
+
+    from landmarks_finetuning.run_onnx import checksum_place
 
     model, batch = model.cpu().float().eval(), torch.export.Dim("batch", min=1, max=4096)
     images = torch.rand((2, 1, *size), generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, input_names=["images"],
                                 output_names=["maps"], dynamic_shapes=({0: batch},))
     assert program is not None
-    program.model.metadata_props["landmarks"] = json.dumps(settings)
+    program.model.metadata_props.update(landmarks=json.dumps(settings), checksum="0" * 64)
     outside = sum(tensor.nbytes for tensor in model.state_dict().values()) > LARGEST_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -133,8 +135,12 @@ def write_onnx(model: nn.Module, size: tuple[int, ...], settings: dict[str, Any]
         off = float(np.abs(given - wanted).max())
         if not off <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
             raise UserError(f"{path} was not written: onnxruntime's outputs are up to {off:.2g} from torch's")
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what names them
-            file.replace(path.parent / file.name)
+        place, checksum = checksum_place(made)
+        with made.open("r+b") as file:
+            file.seek(place)
+            file.write(checksum.encode())
+        for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what names them
+            part.replace(path.parent / part.name)
     return off
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 KEY = "landmarks"  # of the model's metadata, JSON
+CHECKSUM = b"\x0a\x08checksum\x12@"  # an entry of the metadata, as the file has it: 64 hexadecimal digits follow
 CROPS_AT_ONCE = 16
 COLUMNS = ("image", "landmark", "x", "y", "expected_error", "radius90")
 
@@ -32,10 +34,28 @@ class Found(NamedTuple):
     confidence: np.ndarray
 
 
+def checksum_place(path: Path) -> tuple[int, str]:
+    """Where in an exported model its checksum stands, and what it should be: SHA-256 of all else that it holds.
+
+    Very large weights, in a file of their own, are the end of it. ValueError where there is none.
+    """
+    content = path.read_bytes()
+    before, mark, after = content.partition(CHECKSUM)
+    if not mark:
+        raise ValueError("no model that was exported by this project, or damaged")
+    weights = path.with_name(f"{path.name}.data")
+    digest = hashlib.sha256(before + mark + after[64:])
+    digest.update(weights.read_bytes() if weights.exists() else b"")
+    return len(before + mark), digest.hexdigest()
+
+
 class Model:
-    """An exported detector: `names` of its landmarks; call it with pixels (H, W)."""
+    """An exported detector: `names` of its landmarks; call it with pixels (H, W). ValueError: its file is damaged."""
 
     def __init__(self, path: str | Path) -> None:
+        place, wanted = checksum_place(Path(path))
+        if Path(path).read_bytes()[place : place + 64].decode("latin-1") != wanted:
+            raise ValueError("damaged: its checksum is that of another content; export it again")
         self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self.settings: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map[KEY])
         self.names: list[str] = self.settings["names"]
@@ -295,7 +315,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a table; without it, it is printed")
     parser.add_argument("--spacing", type=float, metavar="MM", help="mm per pixel; without it the run's, or pixels")
     arguments = parser.parse_args()
-    model, rows = Model(arguments.model), []
+    try:
+        model = Model(arguments.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {arguments.model}: {error}")
+    rows = []
     for path in arguments.images:
         try:
             found = model(read_picture(path), arguments.spacing)

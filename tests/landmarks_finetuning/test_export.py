@@ -102,6 +102,24 @@ def test_the_file_says_what_it_is(runs, exported):
     assert "triangle filter" in fine["preprocessing"] and "softmax" in fine["postprocessing"]
 
 
+def test_a_changed_bit_is_refused(exported, tmp_path):
+    """Wherever it is, and in one line."""
+    content = exported("one stage").read_bytes()
+    model, rng = tmp_path / "model.onnx", np.random.default_rng(0)
+    model.write_bytes(content)
+    assert run_onnx.Model(model).names
+    mark, last = content.index(run_onnx.CHECKSUM), len(content) - 1
+    for place in (0, mark, mark + 3, mark + len(run_onnx.CHECKSUM), last, *rng.integers(0, last, 40)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        model.write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged"):
+            run_onnx.Model(model)
+    done = subprocess.run([sys.executable, run_onnx.__file__, str(model), "a.png"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1, f"error: {model}: damaged: its checksum is that of another content; export it again\n")
+
+
 def test_a_network_with_attention_and_a_timestep(make_config, tmp_path):
     unet = make_config(tmp_path, dataset={"image_size": [16, 16]},
                        unet={"linear_attention": True, "full_attention_sizes": [8], "blocks_per_level": 1}).unet
