@@ -29,7 +29,7 @@ DRIVER = shutil.which("chromedriver")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-quic",
          "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--force-color-profile=srgb", "--window-size=1400,900")
-WAIT_S = 20.0
+WAIT_S = 60.0
 CODED = 254  # pixels of each side of a coded image
 RADIUS = 4.0  # pixels, of all points' 90 % circles
 
