@@ -103,7 +103,7 @@ def answer(folder: Path, records: Sequence[Record], before: PseudoLabels | None,
 def round_figures(run_dir: Path, rounds: int) -> list[dict[str, Any]]:
     """Of every round: what it was taught by the round before, and its error on the validation images as it ended.
 
-    Empty for a run without rounds.
+    That is None where its log is gone. Empty for a run without rounds.
     """
     table = []
     matched = (run_dir / MATCHES_FIGURES).is_file()
@@ -114,7 +114,7 @@ def round_figures(run_dir: Path, rounds: int) -> list[dict[str, Any]]:
         elif number:
             taught = parse_json((round_dir(run_dir, number - 1) / FIGURES).read_text(encoding="utf8"))
         logs = [folder / FOLDER / "metrics.jsonl", folder / "metrics.jsonl"]
-        lines = read_metrics(next(path for path in logs if path.is_file()))
+        lines = next((read_metrics(path) for path in logs if path.is_file()), [])
         best = min((line for line in lines if "validation_loss" in line), key=lambda line: line["validation_loss"],
                    default={})
         table.append({"round": number, **taught, "validation_mre": best.get("validation_mre")})

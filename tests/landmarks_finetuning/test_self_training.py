@@ -15,7 +15,7 @@ from core.data.shots import cell_records, labelled_subset, unlabelled_training
 from core.data.source import load_source
 from core.runs.places import round_dir
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
-from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order
+from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order, round_figures
 from landmarks_finetuning.shape import Shape
 from tests.conftest import error_of
 
@@ -167,6 +167,14 @@ def test_predict_uses_the_last_round(staged, phantom, tmp_path, run_main, monkey
     shutil.rmtree(copy / "round1/fine")
     status, _, error = run_main(PREDICT, copy, image, "--out", tmp_path / "c", "--no-overlays")
     assert status == 2 and "round1/fine/best.safetensors does not exist" in error
+
+
+def test_rounds_whose_logs_are_gone_have_no_error(staged, tmp_path):
+    _, run_dir = staged
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("metrics.jsonl"))
+    assert [row["validation_mre"] for row in round_figures(copy, 1)] == [None, None]
+    assert all(row["validation_mre"] > 0 for row in round_figures(run_dir, 1))
 
 
 def test_the_report_shows_every_round(staged, run_main):
