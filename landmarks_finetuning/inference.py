@@ -136,8 +136,8 @@ def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> Non
         of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
         second = second_config(detector)
         seen = None if second is None else {key: getattr(second.dataset, key) for key in GRID}
-        return {**of_images, **heatmaps, "finetune.refine.sigma": None if second is None else second.finetune.sigma,
-                "images of the second stage": seen, "patch": detector.header.get("patch"),
+        return {**of_images, **heatmaps, "images of the second stage": seen,
+                "finetune.refine.sigma": None if second is None else second.finetune.sigma, "patch": detector.header.get("patch"),
                 "landmark_names": detector.landmark_names}
 
     if (one.kind.locate, one.kind.heatmaps) != (other.kind.locate, other.kind.heatmaps):
