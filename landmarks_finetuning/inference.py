@@ -137,8 +137,8 @@ def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> Non
         second = second_config(detector)
         seen = None if second is None else {key: getattr(second.dataset, key) for key in GRID}
         return {**of_images, **heatmaps, "images of the second stage": seen,
-                "finetune.refine.sigma": None if second is None else second.finetune.sigma, "patch": detector.header.get("patch"),
-                "landmark_names": detector.landmark_names}
+                "finetune.refine.sigma": None if second is None else second.finetune.sigma,
+                "patch": detector.header.get("patch"), "landmark_names": detector.landmark_names}
 
     if (one.kind.locate, one.kind.heatmaps) != (other.kind.locate, other.kind.heatmaps):
         raise UserError(f'{other.path} cannot be averaged with {path}: backbone "{other.header["backbone"]}" has other '
