@@ -318,6 +318,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not all(0 < threshold < math.inf for threshold in arguments.thresholds):
         raise UserError("--thresholds must be finite numbers above 0")
+    if not all(0 < spacing < math.inf for spacing in arguments.spacing or ()):
+        raise UserError("--spacing must be finite numbers above 0")
     first, second = read_points(arguments.first), read_points(arguments.second)
     result = compared(first, second, truth_of(arguments), arguments.spacing)
     print("\n".join(report_lines(result, arguments.thresholds)))

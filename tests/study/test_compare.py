@@ -52,6 +52,14 @@ def figures(path):
         return {row["landmark"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.parametrize("option, value", [("--spacing", "nan"), ("--spacing", "0"), ("--spacing", "inf"),
+                                           ("--thresholds", "-1"), ("--thresholds", "nan")])
+def test_spacings_and_thresholds_are_numbers_above_0(tmp_path, run_main, option, value):
+    one = long(tmp_path / "a.csv", {"p1.png": [(0, 0), (5, 5)]})
+    status, _, said = run_main(COMPARE, one, one, f"{option}={value}")
+    assert (status, said) == (2, f"error: {option} must be finite numbers above 0\n")
+
+
 def test_two_doctors_by_hand(run_main, tmp_path):
     """Distances in mm at 0.1 (x) and 0.2 (y) a pixel: 0.5 (3, 4 -> 0.3, 0.8: sqrt 0.73), 0.4, 0, and one not set."""
     first = wide(tmp_path / "a.csv", {"p1": [(0, 0), (10, 10)], "q1": [(5, 5), (7, 7)], "r9": [(0, 0), (0, 0)]})
