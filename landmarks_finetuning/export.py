@@ -84,7 +84,7 @@ def first_settings(detector: TrainedDetector, calibration: Calibration | None) -
 
 def second_settings(detector: TrainedDetector, calibration: Calibration | None) -> dict[str, Any]:
     """The same of the second stage; its pixels are those of the finer images that its crops are cut out of."""
-    second = second_of(detector.config, detector.header["backbone"], detector.header["shots"])
+    second = second_of(detector.config, detector.header["backbone"])
     assert second is not None and detector.second is not None
     prior, finetune = detector.config.finetune.refine.prior, second.finetune
     return {**_of_images(detector), "size": second.dataset.whole_size, "crop": second.dataset.image_size,
@@ -115,7 +115,7 @@ def write_onnx(model: nn.Module, size: tuple[int, ...], settings: dict[str, Any]
     """
     import onnxruntime  # these are there for exports alone
 
-    from landmarks_finetuning.run_onnx import checksum_place
+    from landmarks_finetuning.run_onnx import find_checksum
 
     model, batch = model.cpu().float().eval(), torch.export.Dim("batch", min=1, max=4096)
     images = torch.rand((2, 1, *size), generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def write_onnx(model: nn.Module, size: tuple[int, ...], settings: dict[str, Any]
         off = float(np.abs(given - wanted).max())
         if not off <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
             raise UserError(f"{path} was not written: onnxruntime's outputs are up to {off:.2g} from torch's")
-        place, checksum = checksum_place(made)
+        place, _, checksum = find_checksum(made)
         with made.open("r+b") as file:
             file.seek(place)
             file.write(checksum.encode())

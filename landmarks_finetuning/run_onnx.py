@@ -34,8 +34,8 @@ class Found(NamedTuple):
     confidence: np.ndarray
 
 
-def checksum_place(path: Path) -> tuple[int, str]:
-    """Where in an exported model its checksum stands, and what it should be: SHA-256 of all else that it holds.
+def find_checksum(path: Path) -> tuple[int, str, str]:
+    """Where in an exported model its checksum stands, what it is and should be: SHA-256 of all else that it holds.
 
     Very large weights, in a file of their own, are the end of it. ValueError where there is none.
     """
@@ -46,15 +46,15 @@ def checksum_place(path: Path) -> tuple[int, str]:
     weights = path.with_name(f"{path.name}.data")
     digest = hashlib.sha256(before + mark + after[64:])
     digest.update(weights.read_bytes() if weights.exists() else b"")
-    return len(before + mark), digest.hexdigest()
+    return len(before + mark), after[:64].decode("latin-1"), digest.hexdigest()
 
 
 class Model:
     """An exported detector: `names` of its landmarks; call it with pixels (H, W). ValueError: its file is damaged."""
 
     def __init__(self, path: str | Path) -> None:
-        place, wanted = checksum_place(Path(path))
-        if Path(path).read_bytes()[place : place + 64].decode("latin-1") != wanted:
+        _, told, wanted = find_checksum(Path(path))
+        if told != wanted:
             raise ValueError("damaged: its checksum is that of another content; export it again")
         self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self.settings: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map[KEY])

@@ -74,7 +74,7 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}"
                f"{'' if cell.fold is None else f' --fold {cell.fold}'}")
     trainings = {"": train_first}
-    if second_of(config, cell.backbone, cell.shots) is not None:
+    if second_of(config, cell.backbone) is not None:
         trainings[FOLDER] = train_second
     folders = [round_dir(run_dir, number) / name for number in range(rounds + 1) for name in trainings]
     begun = [folder for folder in folders if (folder / "last.pt").exists() or (folder / "previous.pt").exists()][-1:]

@@ -177,8 +177,7 @@ def _cephalo(root: Path, spacing_mm: Any, _description: Path, _excluded: Collect
         annotators = None if np.array_equal(*both) else both  # a phantom's two files are one truth
         records.append(Record(name, image, both.mean(axis=0), spacing, labels=files[0][1][name], annotators=annotators))
     splits = _by_position(records, 130, 20)
-    return DataSource("cephalo", CEPHALO_NAMES, splits, (), "mm", MM_THRESHOLDS, "cephalo", root,
-                      spacing_mm=spacing)
+    return DataSource("cephalo", CEPHALO_NAMES, splits, (), "mm", MM_THRESHOLDS, "cephalo", root)
 
 
 def _chest(root: Path, spacing_mm: Any, _description: Path, excluded: Collection[str]) -> DataSource:

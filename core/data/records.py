@@ -71,8 +71,8 @@ class DataSource:
     root: Path = Path()
     nothing_held_back: bool = False  # by the data set's own splits: every label is for training, none to validate on
     draw: Draw | None = None  # of these splits, where it is not written down yet
-    spacing_mm: tuple[float, ...] | None = None  # of every image that no row of a table gives another: the config's,
-    # dataset.json's, the layout's; None = each file's own
+    spacing_mm: tuple[float, ...] | None = None  # of every image that no row of a table gives another: the config's
+    # or dataset.json's; None = each file's own, or the layout's
 
     @property
     def unscored(self) -> bool:

@@ -176,7 +176,7 @@ def run_rank(main: Callable[[], None]) -> None:
     """run_command for a command that may be a process of torchrun's job, which learns what ended it unexpectedly.
 
     Such a process ends without the interpreter's own end: a thread of gloo's that still holds a tensor of the last
-    collective would then abort it (PyTorch pull request 179291), and torchrun the job with it.
+    collective may then abort it (PyTorch pull request 179291), and torchrun the job with it.
     """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         run_command(main)
@@ -194,7 +194,7 @@ def run_rank(main: Callable[[], None]) -> None:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def distributed_command(module: str, processes: int | str, *arguments: str) -> list[str]:
