@@ -123,7 +123,7 @@ def evaluate(run_dir: Path, decoder: str | None = None, overrides: tuple[str, ..
                     "images": calibration.images, "landmarks": calibration.landmarks,
                     "of_scored": validation is not None and answered is not None
                     and share_images(validation, answered)},
-                "rounds": round_figures(run_dir, own.finetune.self_training.rounds)}
+                "rounds": round_figures(run_dir, detector.rounds)}
     write_calibration(out, detector, calibration, decoder)
     if source.unscored or predictions is None:
         return out, write_answers(out, config, source, use, records, predictions, identity)

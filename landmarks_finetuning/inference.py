@@ -80,6 +80,14 @@ class TrainedDetector:
         return TrainedDetector(self.path.parent / FOLDER / self.path.name, kind="second stage", others=beside)
 
     @property
+    def rounds(self) -> int:
+        """Of self-training, in the run that it is of."""
+        rounds = self.header.get("rounds", self.own_config.finetune.self_training.rounds)
+        if not isinstance(rounds, int) or rounds < 0:
+            raise UserError(f"{self.path} is damaged: its header's rounds are {json.dumps(rounds)[:50]}")
+        return rounds
+
+    @property
     def sigma(self) -> float:
         """Of its heatmaps, in network pixels."""
         return sigma_pixels(self.recipe.finetune.sigma, self.config.dataset)
@@ -157,11 +165,9 @@ def trained_detector(run_dir: Path, overrides: Sequence[str] = (), others: Seque
     """
     beside = [trained_detector(other) for other in others]
     detector = TrainedDetector(run_dir / WEIGHTS, overrides)
-    rounds = detector.own_config.finetune.self_training.rounds
-    if not rounds and not beside:
+    if not detector.rounds and not beside:
         return detector
-    folder = round_dir(run_dir, rounds) if rounds else run_dir
-    return TrainedDetector(folder / WEIGHTS, overrides, others=beside)
+    return TrainedDetector(round_dir(run_dir, detector.rounds) / WEIGHTS, overrides, others=beside)
 
 
 def overridden(path: Path, overrides: Sequence[str]) -> Config:

@@ -47,6 +47,7 @@ class CellData(NamedTuple):
     digests: GroupedImages
     answered: tuple[Record, ...] = ()
     certainty: np.ndarray | None = None  # (answered images, N)
+    rounds: int = 0  # of self-training, of the whole run
     chosen: tuple[str, ...] | None = None  # under finetune.selection "coverage": ids, and the weights that chose them
     chosen_by: Path | None = None
     spacing_mm: tuple[float, ...] | None = None  # the data set's own, see core.data.records.DataSource
@@ -125,6 +126,7 @@ def fresh_detector(config: Config, cell: Cell, data: CellData, images: WeightedI
         "spacing_mm": None if data.spacing_mm is None else list(reversed(data.spacing_mm)),
         **shape.header(),
         "training_images": [record.id for record in data.training], "validation_labels": len(data.validation),
+        "rounds": data.rounds,
         **({} if cell.fold is None else {"fold": cell.fold, "folds": config.evaluation.folds}),
         **({} if data.chosen is None else {"chosen_images": list(data.chosen)})}
 

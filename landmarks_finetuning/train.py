@@ -69,7 +69,9 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
 
     `resume` is meant for the stage that was begun last; those before it are done.
     """
-    run_dir, rounds = cell_dir(config, cell), config.finetune.self_training.rounds
+    run_dir, settings = cell_dir(config, cell), config.finetune.self_training
+    rounds = settings.rounds_of(cell.shots) if unlabelled else 0
+    data = data._replace(rounds=rounds)
     command = (f"python -m landmarks_finetuning.train --config {shlex.quote(str(run_dir / 'config.json'))} "
                f"--backbone {cell.backbone} --shots {cell.shots} --draw {cell.draw} --seed {cell.seed}"
                f"{'' if cell.fold is None else f' --fold {cell.fold}'}")
@@ -85,7 +87,7 @@ def train_rounds(config: Config, cell: Cell, data: CellData, unlabelled: tuple[R
     for number in range(rounds + 1):
         if number:
             labels = answer(round_dir(run_dir, number - 1), unlabelled, labels, config)
-        elif config.finetune.self_training.matches(cell.backbone, cell.shots):
+        elif unlabelled and settings.matches(cell.backbone, cell.shots):
             labels = match(run_dir, data.training, unlabelled, config)
         if labels is not None:
             data = data._replace(answered=labelled_by(unlabelled, labels), certainty=labels.certainty)

@@ -22,7 +22,7 @@ from core.runs.inputs import CROSS_VALIDATED, CROSS_VALIDATION, GroupedImages, I
 from core.runs.places import is_scored
 from core.runs.requirements import check_memory, check_places
 from study.plan import print_plan
-from study.runs import Run, studies, study_runs
+from study.runs import Run, optimiser_steps, studies, study_runs
 
 if TYPE_CHECKING:
     from core.data.records import DataSource, Record
@@ -152,7 +152,8 @@ def with_inputs(runs: list[Run], source: DataSource) -> list[Run]:
         uses = ("training",) if run.stage == "mean_shape" else tuple(records)
         inputs = {use: digests(records[use]) for use in uses}
         inputs |= other_digests(other_data(run.config, cell.backbone, cell.shots, cell.draw))
-        extended.append(replace(run, inputs=inputs, test=test))
+        steps = optimiser_steps(run.config, cell, len(records.get("unlabelled", ()))) if run.steps else 0
+        extended.append(replace(run, inputs=inputs, test=test, steps=steps))
     return extended
 
 

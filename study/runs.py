@@ -153,7 +153,7 @@ def cell_run(config: Config, cell: Cell) -> Run:
         needs = (config.experiment_dir / "ddpm",)
     if cell.backbone == MEAN_SHAPE:
         return Run("mean_shape", config, (cell,), MEAN_SHAPE, folder, results, 0, needs, chosen_by=chosen_by)
-    steps = optimiser_steps(config, cell)
+    steps = optimiser_steps(config, cell, finetune.self_training.images)
     if cell.backbone == "ddpm":
         needs = tuple(each.experiment_dir / "ddpm" for each in pretraining_configs(config))
     elif cell.backbone in SSL_METHODS and cell.backbone in ssl_methods(config.finetune):
@@ -166,15 +166,12 @@ def cell_run(config: Config, cell: Cell) -> Run:
                second_start, chosen_by)
 
 
-def optimiser_steps(config: Config, cell: Cell) -> int:
-    """Those of a cell's stages, in its first training and its rounds of self-training.
-
-    At most: how many images have answers is known when they are read.
-    """
+def optimiser_steps(config: Config, cell: Cell, unlabelled: int) -> int:
+    """Those of a cell's stages, in its first training and its rounds of self-training on so many images."""
     finetune, total = config.finetune, 0
-    for number in range(finetune.self_training.rounds + 1):
-        answers = number or finetune.self_training.matches(cell.backbone, cell.shots)
-        answered = finetune.self_training.images if answers else 0
+    settings = finetune.self_training
+    for number in range((settings.rounds_of(cell.shots) if unlabelled else 0) + 1):
+        answered = unlabelled if number or settings.matches(cell.backbone, cell.shots) else 0
         second = second_of(config, cell.backbone, cell.shots, answered)
         total += finetune.optimiser_steps(-(-(cell.shots + answered) // (finetune.batch_size * finetune.accumulation)))
         total += 0 if second is None else second.finetune.optimiser_steps(0)

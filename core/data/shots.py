@@ -13,7 +13,7 @@ from core.config.evaluation import Evaluation
 from core.config.finetune import Finetune
 from core.data.leaks import find_leaks, leaked_ids
 from core.data.records import DataSource, Record
-from core.errors import UserError
+from core.errors import UserError, note_once
 
 MOST_SHOWN = 200  # unlabelled images that a detector answers in place of a score
 
@@ -96,13 +96,18 @@ def cell_records(source: DataSource, config: Config, backbone: str, shots: int, 
     """
     training, validation = labelled_subset(source, config.finetune, shots, draw, order)
     records, settings = {"training": training, "validation": validation}, config.finetune.self_training
-    if settings.rounds or settings.matches(backbone, shots):
+    if settings.answers(backbone, shots):
         labelled = {record.id for record in (*training, *validation)}
-        records["unlabelled"] = unlabelled_training(source, labelled, config.dataset, settings.images)
-        if not records["unlabelled"]:
+        unlabelled = unlabelled_training(source, labelled, config.dataset, settings.images)
+        if unlabelled:
+            records["unlabelled"] = unlabelled
+        elif settings.insists(backbone, shots):
             raise UserError(f"finetune.self_training answers unlabelled training images, and {source.root} has none "
-                            f"beside the {shots} labelled ones; set rounds and matching to 0, or give "
-                            "dataset.unlabelled_dirs")
+                            f"beside the {shots} labelled ones; set rounds and matching to 0 or null, or "
+                            "give dataset.unlabelled_dirs")
+        else:
+            note_once("self-training", f"no training image is unlabelled beside the {shots} labelled ones in "
+                                       f"{source.root}: no self-training there")
     return records
 
 

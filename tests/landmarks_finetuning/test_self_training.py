@@ -10,13 +10,18 @@ import torch
 from PIL import Image
 
 from core.config.load import load_config
+from core.config.self_training import SelfTraining
 from core.data.records import Record
 from core.data.shots import cell_records, labelled_subset, unlabelled_training
 from core.data.source import load_source
-from core.runs.places import round_dir
+from core.networks.weights import load_weights, save_tensors
+from core.runs.places import Cell, round_dir
+from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
 from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order, round_figures
 from landmarks_finetuning.shape import Shape
+from study.prepare import with_inputs
+from study.runs import cell_run
 from tests.conftest import error_of
 
 EVALUATE, PREDICT, LAUNCH = "landmarks_finetuning.evaluate", "landmarks_finetuning.predict", "study.launch"
@@ -64,6 +69,24 @@ def test_rounds_without_unlabelled_images_are_refused(make_config, tmp_path):
     config = make_config(tmp_path, finetune={"self_training": {"rounds": 1}})
     message = error_of(cell_records, load_source(config.dataset), config, "scratch", 130, 0)
     assert "has none beside the 130 labelled ones" in message and "finetune.self_training" in message
+    records = cell_records(load_source(config.dataset), config, "scratch", 129, 0)
+    assert len(records["unlabelled"]) == 1
+
+
+@pytest.mark.parametrize("settings, backbone, labels, rounds, matches", [
+    ({}, "ddpm", 1, 0, False),
+    ({"rounds": None, "matching": None}, "ddpm", 1, 1, True),
+    ({"rounds": None, "matching": None}, "scratch", 1, 1, False),
+    ({"rounds": None, "matching": None}, "ddpm", 2, 1, False),
+    ({"rounds": None, "matching": None}, "ddpm", 19, 1, False),
+    ({"rounds": None, "matching": None}, "ddpm", 20, 0, False),
+    ({"rounds": 2, "matching": 5}, "ddpm", 5, 2, True),
+])
+def test_rounds_and_matches_by_the_number_of_labels(settings, backbone, labels, rounds, matches):
+    training = SelfTraining(**settings)
+    assert (training.rounds_of(labels), training.matches(backbone, labels)) == (rounds, matches)
+    assert training.answers(backbone, labels) == (rounds > 0 or matches)
+    assert training.insists(backbone, labels) == (training.rounds is not None and training.answers(backbone, labels))
 
 
 def test_what_lies_elsewhere_than_the_shape_says_counts_less():
@@ -194,7 +217,7 @@ def test_the_first_training_of_few_labels_has_matches(make_values, tmp_path, run
     path = tmp_path / "study.json"
     path.write_text(json.dumps(make_values(tmp_path / "runs", finetune={
         "backbones": ["ddpm", "scratch"], "shots": [1, 2], "validate_every": 4,
-        "self_training": {"matching": 1, "rounds": 1, "images": 5}})))
+        "self_training": {"matching": None, "rounds": None, "images": 5}})))
     status, _, error = run_main(LAUNCH, "--config", path, "--stages", "pretrain", "finetune")
     assert status == 0, error
     for backbone, shots in (("ddpm", 1), ("ddpm", 2), ("scratch", 1)):
@@ -205,3 +228,28 @@ def test_the_first_training_of_few_labels_has_matches(make_values, tmp_path, run
         assert second["images"] == 5 and (run_dir / "pseudo_labels.npz").is_file()
     header = json.loads((run_dir / "inputs.json").read_text())
     assert len(header["images"]["unlabelled"]) == 5
+
+
+def test_no_rounds_of_themselves_where_no_image_is_unlabelled(make_values, make_config, tmp_path, run_main):
+    """It is noted, the plan counts no steps of them, and predictions come from the first training."""
+    trained = [record.id for record in load_source(make_config(tmp_path).dataset).splits["train"]]
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(make_values(tmp_path / "runs", dataset={"exclude": trained[2:]}, finetune={
+        "backbones": ["scratch"], "shots": [2], "validate_every": 4, "self_training": {"rounds": None}})))
+    status, _, error = run_main(LAUNCH, "--config", path, "--stages", "finetune")
+    assert status == 0 and "no self-training there" in error
+    run_dir = next((tmp_path / "runs/tiny/landmarks/scratch").glob("*/shots002_draw0_seed0"))
+    assert json.loads((run_dir / "metrics.json").read_text())["rounds"] == []
+    assert load_weights(run_dir / "best.safetensors").header["rounds"] == 0
+    source = load_source(load_config(path).dataset)
+    assert "unlabelled" not in cell_records(source, load_config(path), "scratch", 2, 0)
+    run, = with_inputs([cell_run(load_config(path), Cell("scratch", 2, 0, 0))], source)
+    assert run.steps == load_config(path).finetune.iterations
+
+
+@pytest.mark.parametrize("rounds", [-1, "1", 1.5])
+def test_rounds_in_a_header_are_a_number(staged, tmp_path, rounds):
+    weights = load_weights(staged[1] / "best.safetensors")
+    header = weights.header | {"rounds": rounds}
+    save_tensors(tmp_path / "best.safetensors", weights.tensors, header["config"], header)
+    assert "rounds are" in error_of(trained_detector, tmp_path)

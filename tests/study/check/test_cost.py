@@ -81,6 +81,9 @@ def test_the_command_writes_a_page_and_a_text(run_main, config_file, tmp_path):
     ("ddpm", 25, {}, 10 + 1500),
     ("ddpm", 5, {"rounds": 1}, 10 + 600 + 10 + 1500),
     ("ddpm", 1, {"rounds": 1, "matching": 1}, 2 * (10 + 1500)),
+    ("ddpm", 1, {"rounds": None, "matching": None}, 2 * (10 + 1500)),
+    ("ddpm", 5, {"rounds": None, "matching": None}, 10 + 600 + 10 + 1500),
+    ("ddpm", 25, {"rounds": None, "matching": None}, 10 + 1500),
     ("scratch", 1, {"matching": 1}, 10 + 600),
 ])
 def test_steps_of_all_stages_and_rounds(backbone, shots, training, steps):
