@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from core.config.config import Config
+from core.config.dataset import Dataset
 from core.config.load import load_config, parse_recorded_config
 from core.config.recipes import recipe
 from core.config.second_stage import FOLDER, second_of
@@ -52,6 +53,7 @@ class TrainedDetector:
         self.config = self.own_config
         if overrides:
             self.config = as_trained(overridden(path.parent / "config.json", overrides), self.header)
+            check_grid(self.config.dataset, self.own_config.dataset, path)
         self.config = writing_nowhere(self.config, overrides)
         self.landmark_names = landmark_names(path, weights)
         dims = len(self.own_config.dataset.image_size)
@@ -182,6 +184,14 @@ def overridden(path: Path, overrides: Sequence[str]) -> Config:
             raise UserError(f"--set {override}: {fixed[0]} has no effect on a trained detector; the keys that have one "
                             f"are {', '.join(free)}")
     return config
+
+
+def check_grid(asked: Dataset, own: Dataset, path: Path) -> None:
+    """UserError where a detector would see images of another size, or of other pixels, than it was trained on."""
+    for key in GRID:
+        if getattr(asked, key) != getattr(own, key):
+            raise UserError(f"--set dataset.{key}: {path} was trained with {json.dumps(getattr(own, key))}, and sees "
+                            "images as it did then")
 
 
 def as_trained(config: Config, header: dict[str, Any]) -> Config:

@@ -22,7 +22,7 @@ import numpy as np
 from core.config.load import load_config
 from core.data.records import DataSource, patient_group
 from core.errors import CommandParser, UserError, run_command
-from core.files import write_atomically
+from core.files import content_digest, write_atomically
 from core.formats.cells import meant
 from core.formats.images import image_id
 from core.formats.points import FolderRow, read_folder_csv, read_text
@@ -120,14 +120,22 @@ def by_id(table: dict[str, T]) -> dict[str, T]:
 
 
 def unit_beside(path: Path) -> str:
-    """The unit of a scored run's errors, by its metrics.json; "units" where that is not there."""
+    """The unit of a scored run's errors, by its metrics.json; "units" where that is not there.
+
+    UserError where the table is no longer the one that was scored.
+    """
     metrics = path.parent / "metrics.json"
     if not metrics.is_file():
         return "units"
     try:
-        return str(json.loads(metrics.read_text(encoding="utf8"))["unit"])
-    except (ValueError, KeyError, TypeError) as error:
+        scored = json.loads(metrics.read_text(encoding="utf8"))
+        written, unit = scored.get("predictions_sha256"), str(scored["unit"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{metrics} is damaged ({error!r}); evaluate that run again") from None
+    if path.name == "predictions.csv" and written not in (None, content_digest(path)):
+        raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
+                        "with; evaluate that run again, or compare a copy in another folder")
+    return unit
 
 
 def of_source(source: DataSource) -> Points:

@@ -337,6 +337,8 @@ def test_evaluate(tiny_cell, run_main, tmp_path, phantom):
                               "the keys that have one are dataset., evaluation., .*finetune.decoder"),
     ('unet={"base_channels":8}', "unet.base_channels has no effect on a trained detector"),
     ("evaluation.window_overlap=0.1", "evaluation.window_overlap 0.1 has no effect: .* are null"),
+    ("dataset.image_size=[64,64]", r"--set dataset.image_size: .*best.safetensors was trained with \[\d+, \d+\]"),
+    ("dataset.canvas_size=[512,512]", "--set dataset.canvas_size: .*best.safetensors was trained with null"),
 ])  # fmt: skip
 def test_overrides_of_a_trained_detector_act_or_are_refused(tiny_cell, refused, phantom, tmp_path, setting, message):
     refused(message, EVALUATING, tiny_cell, "--set", setting)

@@ -204,6 +204,8 @@ def _hand(root: Path, spacing_mm: Any, _description: Path, _excluded: Collection
     _no_spacing(spacing_mm, "hand", "the wrist's width of 50 mm")
     table = root / "labels" / "all.csv"
     points = {image_id(name): each for name, each in read_hand(table).items()}
+    if not points:
+        raise UserError(f"{table} has no row: it needs one of each labelled image of jpg/ (id,x1,y1,...)")
     records = []
     for image in find_images(root / "jpg"):
         name = image_id(image.name)

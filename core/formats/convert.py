@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.errors import CommandParser, UserError, run_command
 from core.files import atomic_folder
-from core.formats.label_files import FORMATS, Images, lost, outside, read_label_file, resolved, write_label_file
+from core.formats.label_files import FORMATS, Images, gaps, lost, outside, read_label_file, resolved, write_label_file
 
 BY_SUFFIX = {".csv": "wide", ".xml": "cvat", ".tps": "tps", ".mrk.json": "slicer", ".fcsv": "fcsv"}
 
@@ -16,7 +16,7 @@ def convert(source: Path, target: Path, kind: str | None = None, target_kind: st
             folder: Path | None = None, names: list[str] | None = None) -> list[str]:
     """Read `source`, write `target`, which must not exist, and return in words what to know of it: notes for stderr.
 
-    Those are what is lost on the way, and landmarks that lie beside their image.
+    Those are what is lost on the way, landmarks that lie beside their image, and images that lack some.
 
     `folder` holds the images; where it is given, every image must be there and is called by its path below it.
     UserError: as the reader and the writer, a format that is not clear, a target that is there.
@@ -36,9 +36,11 @@ def convert(source: Path, target: Path, kind: str | None = None, target_kind: st
         write_label_file(target, labels, target_kind, images)
     gone = [f"{target_kind} cannot hold {', '.join(said)}"] if (said := lost(labels, target_kind)) else []
     gone += [f"{source} also has {', '.join(labels.passed_over)}"] if labels.passed_over else []
-    beside = outside(labels)
+    beside, lacking = outside(labels), gaps(labels)
     return [*([f"not in {target}: {'; '.join(gone)}"] if gone else []),
-            *([f"{source}: {len(beside)} landmarks lie outside their image, such as {beside[0]}"] if beside else [])]
+            *([f"{source}: {len(beside)} landmarks lie outside their image, such as {beside[0]}"] if beside else []),
+            *([f"{source}: {len(lacking)} of {len(labels.rows)} images lack landmarks that others have, such as "
+               f"{lacking[0]}"] if lacking else [])]
 
 
 def _kind_of_target(path: Path) -> str:

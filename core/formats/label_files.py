@@ -175,6 +175,14 @@ def lost(labels: LabelSet, kind: str) -> list[str]:
     return [said[what] for what in cannot if said[what]]
 
 
+def gaps(labels: LabelSet) -> list[str]:
+    """'"c" of image "p03.png"': the images that have some landmarks and lack one that others have."""
+    there = np.array([~np.isnan(row.points).any(axis=1) for row in labels.rows])
+    lacking = ~there & there.any(axis=0)
+    return [f'"{labels.names[int(lacking[number].argmax())]}" of image "{row.image}"'
+            for number, row in enumerate(labels.rows) if there[number].any() and lacking[number].any()]
+
+
 def write_label_file(path: Path, labels: LabelSet, kind: str, images: Images | None = None) -> None:
     """Write a file, or for labelme, slicer and fcsv a folder.
 

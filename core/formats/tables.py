@@ -42,7 +42,10 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> LabelSet:
                         "image, landmark, x, y")
     chosen = tuple(names or own)
     strange = [column for column in header if long and column and column not in KNOWN]
-    return LabelSet(chosen, tuple(read_folder_csv(path, chosen, dims)), tuple(f'column "{name}"' for name in strange))
+    rows = read_folder_csv(path, chosen, dims)
+    if not rows:
+        raise UserError(f"{path} holds no landmarks: there is no row below its header")
+    return LabelSet(chosen, tuple(rows), tuple(f'column "{name}"' for name in strange))
 
 
 def is_long(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -124,4 +125,8 @@ def check_run(folder: Path) -> None:
         raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
                         f"with; {AGAIN}")
     if read_record(folder / INPUTS) is not None or config.is_file():
-        read_object(config, "delete its folder to make that run again")
+        made_on = read_object(config, "delete its folder to make that run again").get("dataset")
+        trained_on = made_on.get("name") if isinstance(made_on, dict) else None
+        if trained_on is not None and metrics.get("dataset") != trained_on:
+            raise UserError(f"{folder / 'metrics.json'} is damaged: its dataset is {json.dumps(metrics.get('dataset'))}"
+                            f", that of config.json {json.dumps(trained_on)}; {AGAIN}")

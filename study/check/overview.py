@@ -87,6 +87,9 @@ def facts_of(config: Config, source: DataSource, pictures: Sequence[Picture]) ->
                    if count]
         facts.append(("labels", f"{len(source.landmark_names)} landmarks in {len(source.labelled)} images; missing: "
                       f"{some(lacking, 6) or 'none'}"))
+    else:
+        facts.append(("labels", "none: no landmarks.csv, or other file of this layout, has landmarks "
+                      "(datasets/README.md says where they lie)"))
     unit = source.unit
     if unit == "px" and all(record.spacing is None for record in source.records):
         unit = "px of the stored images: no spacing is known, so none in mm"

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import permutation_test
 
 from landmarks_finetuning.report.collect import compare, read_experiment, select
-from tests.landmarks_finetuning.report.test_report import write_run
+from tests.landmarks_finetuning.report.test_report import digested, write_run
 
 COMPARE = "study.compare"
 
@@ -120,6 +120,19 @@ def test_two_scored_runs_give_the_reports_figures(run_main, tmp_path):
                          ("difference", "difference")):
         assert float(row[ours]) == pytest.approx(report[theirs], abs=1e-9), ours
     assert row["unit"] == "mm" and "A is better" in out and "20 images of 20 patients, 2 landmarks, 39 pairs" in out
+
+
+def test_a_scored_table_that_was_changed_is_refused(run_main, tmp_path):
+    """A copy in another folder is anybody's table."""
+    path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, 2], [3, 3]]) / "predictions.csv"
+    digested(path)
+    assert run_main(COMPARE, path, path)[0] == 0
+    path.write_text(path.read_text().replace("Sella,1,2", "Sella,1,9", 1))
+    status, _, said = run_main(COMPARE, path, path)
+    assert status == 2 and f"error: {path} was changed since it was scored" in said and said.count("\n") == 1
+    copy = tmp_path / "predictions.csv"
+    copy.write_bytes(path.read_bytes())
+    assert run_main(COMPARE, copy, copy)[0] == 0
 
 
 def test_mistakes_are_one_line(run_main, tmp_path):

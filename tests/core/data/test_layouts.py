@@ -282,6 +282,9 @@ def test_hand(tmp_path):
         source.require("test")
     with pytest.raises(UserError, match='points 1 and 5 of image "a" give no scale'):
         read_layout("hand", make_hand(root, a=(10, 20)))
+    (root / "labels/all.csv").write_text("")
+    with pytest.raises(UserError, match="labels/all.csv has no row"):
+        read_layout("hand", root)
 
 
 @real_data

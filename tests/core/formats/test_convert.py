@@ -71,9 +71,17 @@ def test_what_is_lost_is_one_line(tmp_path, run_main, monkeypatch, kind, words):
 
 
 def test_nothing_lost_nothing_said(tmp_path):
-    shown = replace(LABELS, rows=tuple(replace(row, hidden=None) for row in LABELS.rows))
+    shown = replace(LABELS, rows=(replace(LABELS.rows[0], hidden=None),))
     write_label_file(tmp_path / "l.csv", shown, "wide")
     assert convert(tmp_path / "l.csv", tmp_path / "m.csv") == []
+
+
+def test_images_that_lack_landmarks_are_noted(tmp_path):
+    """As of a table that was cut: five points of three in each of two images."""
+    path = tmp_path / "cut.csv"
+    path.write_text("image,landmark,x,y\na,l,1,2\na,m,3,4\na,r,5,6\nb,l,1,2\nb,m,3,4\n")
+    assert convert(path, tmp_path / "m.csv") == [
+        f'{path}: 1 of 2 images lack landmarks that others have, such as "r" of image "b"']
 
 
 def test_volumes_of_slicer(tmp_path):
@@ -162,7 +170,8 @@ def test_an_image_that_is_there_twice_is_refused(tmp_path, images):
 def test_landmarks_beside_their_image_are_noted(tmp_path, images, run_main):
     """Past the border of an image that is at hand; at negative numbers where it is not. On the border is inside."""
     points = np.array([[-0.5, -0.5], [39.5, 59.5], [5, 60]])
-    labels = replace(LABELS, rows=(replace(LABELS.rows[0], points=points), LABELS.rows[1]))
+    second = np.nan_to_num(LABELS.rows[1].points)
+    labels = replace(LABELS, rows=(replace(LABELS.rows[0], points=points), replace(LABELS.rows[1], points=second)))
     write_label_file(tmp_path / "l.csv", labels, "wide")
     status, out, error = run_main("core.formats.convert", tmp_path / "l.csv", tmp_path / "m.csv", "--images", images)
     assert status == 0 and error == (f'note: {tmp_path}/l.csv: 1 landmarks lie outside their image, such as '

@@ -35,7 +35,7 @@ def test_long_by_hand_with_other_columns(tmp_path):
     assert (tmp_path / "u.csv").read_text() == "image,patient,landmark,x,y\ni,,b,1.0,2.0\ni,,a,,\n"
 
 
-@pytest.mark.parametrize("text", ["", "image,patient\ni,p\n", "image,landmark,x,y\n"])
+@pytest.mark.parametrize("text", ["", "image,patient\ni,p\n", "image,landmark,x,y\n", "image,a_x,a_y\n"])
 def test_no_landmarks(tmp_path, text):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match="t.csv holds no landmarks"):

@@ -226,6 +226,16 @@ def without_line(text: str, line: int) -> str:
     return "".join(lines[:line] + lines[line + 1:])
 
 
+def test_figures_of_another_data_set_are_named(tmp_path):
+    folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, 2], [3, 3]])
+    dataset = json.loads((folder / "metrics.json").read_text())["dataset"]
+    (folder / "config.json").write_text(json.dumps({"dataset": {"name": dataset}}))
+    assert not read_experiment(tmp_path).damaged
+    (folder / "config.json").write_text(json.dumps({"dataset": {"name": "another"}}))
+    run, = read_experiment(tmp_path).damaged
+    assert f'its dataset is "{dataset}", that of config.json "another"' in run.reason
+
+
 @pytest.mark.parametrize("damage", [
     lambda text: text[: len(text) // 2],
     lambda text: text[: text.rindex(",")],  # the last row lacks a cell
