@@ -38,5 +38,4 @@ class SelfTraining(Section):
 
     def insists(self, backbone: str, labels: int) -> bool:
         """Whether it was asked for them, and cannot be trained where no image is unlabelled."""
-        asked = self.model_copy(update={"rounds": self.rounds or 0, "matching": self.matching or 0})
-        return asked.answers(backbone, labels)
+        return bool(self.rounds) or (bool(self.matching) and self.matches(backbone, labels))
