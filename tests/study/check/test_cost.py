@@ -1,6 +1,7 @@
 """What a study costs: arithmetic by hand, steps taken in a process of their own, and what a launch says."""
 
 import pytest
+from PIL import Image
 
 from core.config.load import load_config, parse_config
 from core.runs.places import Cell
@@ -74,6 +75,18 @@ def test_the_command_writes_a_page_and_a_text(run_main, config_file, tmp_path):
     assert said.endswith(f"next: ./launch_experiments.sh --config {tmp_path / 'tiny.json'}\n")
     assert page.count("<figure>") == 12 and "labelled images, as they were read" in page
     assert "1 sella, 2 nasion, 3 orbitale" in " ".join(page.split()) and '<img alt="001, labelled"' in page
+
+
+def test_images_without_labels_are_told(run_main, config_file, tmp_path):
+    """A landmarks.csv that was forgotten, or is empty but for its header, is named."""
+    for number in range(3):
+        path = tmp_path / f"data/images/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50 + number).save(path)
+    path = config_file(dataset={"layout": "folder", "root": str(tmp_path / "data")})
+    status, said, error = run_main("study.check.__main__", "--config", path, "--no-timing", "--out", tmp_path / "out")
+    assert status == 0, error
+    assert "labels" in said and "no landmarks.csv, or other file of this layout, has landmarks" in said
 
 
 @pytest.mark.parametrize("backbone, shots, training, steps", [
