@@ -26,6 +26,7 @@ AGAIN = "evaluate that run again"
 NUMBERS = ("x", "y", "z", "truth_x", "truth_y", "truth_z", "error", "paper_error", "human_distance",
            "expected_error", "radius90", "confidence")  # the last one of earlier versions
 COLUMNS = ("error", "paper_error", "expected_error", "radius90", "human_distance")  # what is asked for again and again
+IDENTITY = ("dataset", "backbone", "shots", "draw", "seed")  # what metrics.json and config.json both say
 ROUNDING = 1e-4  # of errors in the table
 
 
@@ -125,8 +126,8 @@ def check_run(folder: Path) -> None:
         raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
                         f"with; {AGAIN}")
     if read_record(folder / INPUTS) is not None or config.is_file():
-        made_on = read_object(config, "delete its folder to make that run again").get("dataset")
-        trained_on = made_on.get("name") if isinstance(made_on, dict) else None
-        if trained_on is not None and metrics.get("dataset") != trained_on:
-            raise UserError(f"{folder / 'metrics.json'} is damaged: its dataset is {json.dumps(metrics.get('dataset'))}"
-                            f", that of config.json {json.dumps(trained_on)}; {AGAIN}")
+        made = read_object(config, "delete its folder to make that run again").get("run")
+        for key in IDENTITY:
+            if isinstance(made, dict) and key in made and metrics.get(key) != made[key]:
+                raise UserError(f"{folder / 'metrics.json'} is damaged: its {key} is {json.dumps(metrics.get(key))}, "
+                                f"that of config.json {json.dumps(made[key])}; {AGAIN}")

@@ -226,14 +226,15 @@ def without_line(text: str, line: int) -> str:
     return "".join(lines[:line] + lines[line + 1:])
 
 
-def test_figures_of_another_data_set_are_named(tmp_path):
+@pytest.mark.parametrize("key, value", [("dataset", "another"), ("backbone", "scratch"), ("shots", 5), ("draw", 1)])
+def test_figures_of_another_run_are_named(tmp_path, key, value):
     folder = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, 2], [3, 3]])
-    dataset = json.loads((folder / "metrics.json").read_text())["dataset"]
-    (folder / "config.json").write_text(json.dumps({"dataset": {"name": dataset}}))
+    made = {"dataset": "cephalo", "backbone": "ddpm", "shots": 10, "draw": 0, "seed": 0}
+    (folder / "config.json").write_text(json.dumps({"run": made}))
     assert not read_experiment(tmp_path).damaged
-    (folder / "config.json").write_text(json.dumps({"dataset": {"name": "another"}}))
+    (folder / "config.json").write_text(json.dumps({"run": made | {key: value}}))
     run, = read_experiment(tmp_path).damaged
-    assert f'its dataset is "{dataset}", that of config.json "another"' in run.reason
+    assert f"its {key} is {json.dumps(made[key])}, that of config.json {json.dumps(value)}" in run.reason
 
 
 @pytest.mark.parametrize("damage", [
