@@ -142,7 +142,9 @@ def check_alike(one: TrainedDetector, other: TrainedDetector, path: Path) -> Non
         images = {f"dataset.{key}": value for key, value in plain["dataset"].items()}
         own = recipe(detector.own_config, detector.header["backbone"]).finetune
         heatmaps = {f"finetune.{key}": getattr(own, key) for key in ("loss", "sigma")}
-        heatmaps |= {f"finetune.refine.{key}": plain["finetune"]["refine"][key] for key in ("zoom", "crop")}
+        refine = plain["finetune"]["refine"]
+        heatmaps |= {"finetune.refine.zoom": refine["zoom"],
+                     "finetune.refine.crop": None if refine["zoom"] is None else refine["crop"]}
         of_images = {key: value for key, value in images.items() if key not in settings or settings[key].counts_for}
         second = second_config(detector)
         seen = None if second is None else {key: getattr(second.dataset, key) for key in GRID}

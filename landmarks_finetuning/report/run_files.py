@@ -54,7 +54,7 @@ def read_predictions(folder: Path) -> pd.DataFrame:
             table[column] = table[column].map({text: meant(text) for text in table[column].unique()})
         for column in table.columns.intersection(list(NUMBERS)):
             table[column] = pd.to_numeric(table[column])
-        table["error"].mean()
+        table["error"].mean(), table["patient"]  # both are asked for
         found = set(zip(table["image"], table["landmark"], strict=True))
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not a table of predictions ({' '.join(str(error).split())}); {AGAIN}") from None

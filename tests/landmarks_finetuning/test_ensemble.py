@@ -11,6 +11,7 @@ from torch import nn
 from core.config.section import Augmentation
 from core.data.augment import move_points
 from core.formats.images import IMAGE_SUFFIXES
+from core.networks.weights import load_weights, save_tensors
 from core.runs.places import Cell
 from landmarks_finetuning import ensemble
 from landmarks_finetuning.ensemble import MeanOutputs, over_views
@@ -160,6 +161,16 @@ def test_the_model_is_the_mean(seeds):
         expected = (first.model(x) + second.model(x)) / 2
         torch.testing.assert_close(trained_detector(seeds[0], (), [seeds[1]]).model(x), expected)
     assert "does not exist" in error_of(trained_detector, seeds[0], (), [seeds[1] / "none"])
+
+
+def test_a_crop_that_nothing_is_cut_to_does_not_matter(seeds, tmp_path):
+    """As of runs with one stage that were trained when finetune.refine.crop had another default."""
+    weights = load_weights(seeds[1] / "best.safetensors")
+    config = json.loads(json.dumps(weights.header["config"]))
+    assert config["finetune"]["refine"]["zoom"] is None
+    config["finetune"]["refine"]["crop"] = 64
+    save_tensors(tmp_path / "best.safetensors", weights.tensors, config, weights.header | {"config": config})
+    TrainedDetector(seeds[0] / "best.safetensors", others=[TrainedDetector(tmp_path / "best.safetensors")])
 
 
 def test_a_score_of_several_runs_has_a_folder_of_its_own(seeds, run_main):

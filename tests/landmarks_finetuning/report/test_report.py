@@ -250,6 +250,7 @@ def test_figures_of_another_run_are_named(tmp_path, key, value):
     lambda text: text.replace(",Sella,1,2,", ",Sella,1,2,0,", 1),
     lambda text: text.replace(",Sella,1,2,", ",Sella,1..,2,", 1),
     lambda text: text.splitlines(keepends=True)[0],
+    lambda text: text.replace("patient", "patiant", 1),
     lambda text: "",
     lambda text: "image,landmar",
     lambda text: text + text,
@@ -257,7 +258,7 @@ def test_figures_of_another_run_are_named(tmp_path, key, value):
     lambda text: text.replace("000,,Sella,1,2", "000,,Sella,1,3", 1),
     lambda text: text.encode("utf-16").decode("latin-1"),
 ], ids=["half", "cell", "digit", "row", "image", "a row within", "a row twice", "another name", "a short row",
-        "a long row", "no number", "head alone", "empty", "half a head",
+        "a long row", "no number", "head alone", "another column", "empty", "half a head",
         "doubled", "another error", "another place", "another encoding"])
 def test_changed_predictions_are_named_and_not_reported(tmp_path, damage):
     path = write_run(tmp_path, "ddpm", 10, 0, [[1, 1], [2, np.nan], [3, 3]]) / "predictions.csv"
