@@ -193,10 +193,10 @@ class Matcher:
         seen = log_maps(scores, LOSS)
         points = find_points(scores, seen, DECODER, LOSS, self.sigma)
         for spread in self.spreads:
-            fitted = self.shape.fit(points.numpy(), np.ones(points.shape[:2]))
+            fitted = self.shape.fit(points.cpu().numpy(), np.ones(points.shape[:2]))
             weighted = add_shape_prior(scores, fitted, spread * self.shape.size)
             points = find_points(weighted, seen._replace(scores=weighted), DECODER, LOSS, self.sigma)
-        return points.numpy(), confidence(seen, points, LOSS, self.sigma).numpy()
+        return points.cpu().numpy(), confidence(seen, points, LOSS, self.sigma).cpu().numpy()
 
     def agreement(self, vectors: Vectors) -> np.ndarray:
         """(B, N) in [0, 1]: how near the labelled landmark lies to what there is most like the match (B, N, C)."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,19 +11,24 @@ import torch
 from PIL import Image
 
 from core.config.load import load_config
+from core.config.second_stage import second_stage
 from core.config.self_training import SelfTraining
+from core.data.dataset import load_images
 from core.data.records import Record
 from core.data.shots import cell_records, labelled_subset, unlabelled_training
 from core.data.source import load_source
+from core.networks.unet import UNet
 from core.networks.weights import load_weights, save_tensors
 from core.runs.places import Cell, round_dir
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
+from landmarks_finetuning.predictions import find_landmarks
 from landmarks_finetuning.self_training import PseudoLabels, certainties, figures, mixed_order, round_figures
 from landmarks_finetuning.shape import Shape
 from study.prepare import with_inputs
 from study.runs import cell_run
 from tests.conftest import error_of
+from tests.fake_gpu import fake_gpu, on_gpu
 
 EVALUATE, PREDICT, LAUNCH = "landmarks_finetuning.evaluate", "landmarks_finetuning.predict", "study.launch"
 
@@ -253,3 +259,22 @@ def test_rounds_in_a_header_are_a_number(staged, tmp_path, rounds):
     header = weights.header | {"rounds": rounds}
     save_tensors(tmp_path / "best.safetensors", weights.tensors, header["config"], header)
     assert "rounds are" in error_of(trained_detector, tmp_path)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_two_stages_answer_on_a_gpu(staged, monkeypatch, views):
+    """Every step has its tensors on one device, and what becomes an array is copied first."""
+    detector = trained_detector(staged[1])
+    stages = (detector, detector.second)
+    source = load_source(detector.config.dataset)
+    images = load_images(source.splits["validation"][:3], detector.config.dataset)
+    crops = load_images(images.records, second_stage(detector.config).dataset)
+    evaluation = detector.config.evaluation.model_copy(update={"views": views})
+    detector.config = detector.config.model_copy(update={"evaluation": evaluation})
+    monkeypatch.setattr("landmarks_finetuning.refinement.load_images", lambda *_: crops)
+    with fake_gpu(monkeypatch, "landmarks_finetuning.refinement", "landmarks_finetuning.running"):
+        for each in stages:
+            unet, size = each.own_config.unet, each.own_config.dataset.image_size
+            each.model, each.device = on_gpu(partial(UNet, unet, 1, 19, size)), torch.device("cuda")
+        answers = find_landmarks(detector, images)
+    assert answers.points.shape == (3, 19, 2) and answers.confidence.shape == (3, 19)
