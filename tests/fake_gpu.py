@@ -34,9 +34,10 @@ def fake_gpu(patch: pytest.MonkeyPatch, *modules: str) -> Iterator[None]:
     with patch.context() as inside:
         for module in modules:
             inside.setattr(f"{module}.resolve_device", lambda _: torch.device("cuda"), raising=False)
-            inside.setattr(f"{module}.resolve_precision", lambda *_: "float32")
+            inside.setattr(f"{module}.resolve_precision", lambda *_: "float32", raising=False)
         inside.setattr(nn.Module, "to", lambda self, *_, **__: self)  # networks are made there: see `on_gpu`
         inside.setattr(Tensor, "numpy", as_numpy)
+        inside.setattr(Tensor, "pin_memory", lambda self: self)
         inside.setattr(FakeTensor, "tolist", lambda self: made_up(self).tolist())
         inside.setattr(Tensor, "__bool__", lambda self: True)  # of whether all is finite
         with FakeTensorMode(allow_non_fake_inputs=True):
