@@ -20,6 +20,7 @@ from core.data.source import load_source
 from core.networks.unet import UNet
 from core.networks.weights import load_weights, save_tensors
 from core.runs.places import Cell, round_dir
+from landmarks_finetuning.calibration import calibrate
 from landmarks_finetuning.inference import trained_detector
 from landmarks_finetuning.losses import cross_entropy_channels, cross_entropy_pixels
 from landmarks_finetuning.predictions import find_landmarks
@@ -276,5 +277,6 @@ def test_two_stages_answer_on_a_gpu(staged, monkeypatch, views):
         for each in stages:
             unet, size = each.own_config.unet, each.own_config.dataset.image_size
             each.model, each.device = on_gpu(partial(UNet, unet, 1, 19, size)), torch.device("cuda")
-        answers = find_landmarks(detector, images)
-    assert answers.points.shape == (3, 19, 2) and answers.confidence.shape == (3, 19)
+        errors, calibration = calibrate(detector, images)
+        answers = find_landmarks(detector, images, calibration=calibration)
+    assert errors.shape == (3, 19) and answers.points.shape == (3, 19, 2) and answers.confidence.shape == (3, 19)
