@@ -7,7 +7,8 @@ pixels, the first pixel's centre at (0, 0), as in this program. One animal, head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,24 @@ def read_coco(path: Path, names: Sequence[str] | None = None) -> LabelSet:
     content = read_json(path)
     if not is_coco(content):
         raise UserError(f"{path} is no COCO file: it must have images, annotations and categories")
-    categories = {entry.get("id"): _names(entry, path) for entry in entries(content, "categories", str(path))}
-    sheets: dict[Any, Sheet] = {}
+    categories, sheets = dict[Any, list[str]](), dict[Any, Sheet]()
+    for number, entry in enumerate(entries(content, "categories", str(path)), 1):
+        categories[_new_id(entry, categories, f"{path}, category {number}")] = _names(entry, path)
     for number, entry in enumerate(entries(content, "images", str(path)), 1):
         where = f"{path}, image {number}"
         size = size_of_entry(entry.get("height"), entry.get("width"), where)
-        sheets[entry.get("id")] = Sheet(text_of(entry.get("file_name"), f"{where}: file_name"), size)
+        sheets[_new_id(entry, sheets, where)] = Sheet(text_of(entry.get("file_name"), f"{where}: file_name"), size)
     labelled, others = dict[Any, Sheet](), list[str]()
     for number, entry in enumerate(entries(content, "annotations", str(path)), 1):
         where = f"{path}, annotation {number}"
         if not entry.get("keypoints"):
             others.append("annotation without keypoints")
             continue
-        if entry.get("image_id") not in sheets or entry.get("category_id") not in categories:
+        image, category = _id(entry, "image_id", where), _id(entry, "category_id", where)
+        if image not in sheets or category not in categories:
             raise UserError(f"{where}: its image_id or category_id is not in the file")
-        sheet = labelled.setdefault(entry["image_id"], sheets[entry["image_id"]])
-        sheet.marks.extend(_marks(entry["keypoints"], categories[entry["category_id"]], where))
+        sheet = labelled.setdefault(image, sheets[image])
+        sheet.marks.extend(_marks(entry["keypoints"], categories[category], where))
     known = [name for some in categories.values() for name in some]
     return gather(labelled.values(), path, names, known, counted(others))
 
@@ -84,6 +87,20 @@ def write_coco(path: Path, labels: LabelSet) -> None:
     category = {"id": 1, "name": "landmarks", "supercategory": "landmarks", "keypoints": list(labels.names),
                 "skeleton": []}
     write_json(path, {"images": images, "annotations": annotations, "categories": [category]})
+
+
+def _id(entry: dict[str, Any], key: str, where: str) -> int | float | str:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f"{where}: its {key} must be a number or a text, not {json.dumps(value)[:50]}")
+    return value
+
+
+def _new_id(entry: dict[str, Any], known: Collection[Any], where: str) -> int | float | str:
+    value = _id(entry, "id", where)
+    if value in known:
+        raise UserError(f"{where}: its id {json.dumps(value)} is there twice")
+    return value
 
 
 def _triple(mark: Mark | None) -> tuple[float, float, int]:

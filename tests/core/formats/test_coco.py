@@ -68,6 +68,12 @@ def test_categories_of_one_landmark_are_joined_and_boxes_named(tmp_path):
     ({"categories": [{"id": 1, "name": "head", "keypoints": ["a", "a", "b"]}]}, 'category "head": its keypoints must hav'),  # noqa: E501
     ({"images": [{"id": 3, "file_name": "a.png", "height": 0, "width": 3}]}, "whole numbers above 0"),
     ({"images": {}}, "images must be a list of objects"),
+    ({"categories": [{"id": {}, "name": "head", "keypoints": ["a"]}]}, "category 1: its id must be a number or a text, not {}"),  # noqa: E501
+    ({"images": [{"id": [3], "file_name": "a.png"}]}, r"image 1: its id must be a number or a text, not \[3\]"),
+    ({"images": [{"file_name": "a.png"}]}, "image 1: its id must be a number or a text, not null"),
+    ({"images": [{"id": 3, "file_name": name} for name in ("a.png", "b.png")]}, "image 2: its id 3 is there twice"),
+    ({"annotations": [{"image_id": {"a": 3}, "category_id": 1, "keypoints": [1, 2, 2]}]}, "its image_id must be a number"),  # noqa: E501
+    ({"annotations": [{"image_id": 3, "category_id": [1], "keypoints": [1, 2, 2]}]}, "its category_id must be a number"),  # noqa: E501
 ])
 def test_bad_files(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
