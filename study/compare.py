@@ -22,11 +22,12 @@ import numpy as np
 from core.config.load import load_config
 from core.data.records import DataSource, patient_group
 from core.errors import CommandParser, UserError, run_command
-from core.files import content_digest, write_atomically
+from core.files import write_atomically
 from core.formats.cells import meant
 from core.formats.images import image_id
 from core.formats.points import FolderRow, read_folder_csv, read_text
 from landmarks_finetuning.metrics import physical_errors, within
+from landmarks_finetuning.report.run_files import check_table
 from landmarks_finetuning.statistics import (
     SIGNIFICANCE,
     bootstrap_interval,
@@ -132,9 +133,8 @@ def unit_beside(path: Path) -> str:
         written, unit = scored.get("predictions_sha256"), str(scored["unit"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{metrics} is damaged ({error!r}); evaluate that run again") from None
-    if path.name == "predictions.csv" and written not in (None, content_digest(path)):
-        raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
-                        "with; evaluate that run again, or compare a copy in another folder")
+    if path.name == "predictions.csv":
+        check_table(path, written)
     return unit
 
 

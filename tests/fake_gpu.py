@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from core.config.unet import UNet as UNetConfig
+from core.networks.unet import UNet
 
 
 def as_numpy(tensor: Tensor, **_: object) -> np.ndarray:
@@ -42,6 +46,13 @@ def fake_gpu(patch: pytest.MonkeyPatch, *modules: str) -> Iterator[None]:
         inside.setattr(Tensor, "__bool__", lambda self: True)  # of whether all is finite
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
+
+
+def features_on_gpu(patch: pytest.MonkeyPatch, settings: UNetConfig) -> None:
+    """Features are those of a fresh network with these settings, on the GPU that is not there."""
+    weights = SimpleNamespace(build=lambda size: on_gpu(lambda: UNet(settings, 1, 1, size)))
+    patch.setattr("landmarks_finetuning.features.load_weights", lambda _: weights)
+    patch.setattr("landmarks_finetuning.features.check_same_network", lambda *_: None)
 
 
 def on_gpu(make: Callable[[], nn.Module]) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import pandas as pd
 
 from core.data.records import patient_group
 from core.errors import UserError
-from core.files import stamp
+from core.files import content_digest, stamp
 from core.formats.cells import meant
 from core.formats.json_files import read_object
 from core.runs.inputs import INPUTS, read_record
@@ -106,6 +105,13 @@ def _stored_matrices(folder: Path, _files: tuple[tuple[str, int, int], ...]
     return matrices, pd.Series(patients)
 
 
+def check_table(path: Path, written: object) -> None:
+    """UserError where `path` is no longer the table whose digest metrics.json has; older ones have none (None)."""
+    if written not in (None, content_digest(path)):
+        raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
+                        f"with; {AGAIN}")
+
+
 def check_run(folder: Path) -> None:
     """UserError where a file that the report reads of a scored run is damaged, or does not fit metrics.json."""
     metrics = read_metrics_json(folder)
@@ -122,12 +128,11 @@ def check_run(folder: Path) -> None:
     if len(errors) != scored or abs(now - mean) > ROUNDING:
         raise UserError(f"{path} was changed since it was scored: the mean of its {len(errors)} errors is {now:.4f}, "
                         f"that of metrics.json, of {scored}, is {mean:.4f}; {AGAIN}")
-    if written is not None and written != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise UserError(f"{path} was changed since it was scored: it is not the table that metrics.json was written "
-                        f"with; {AGAIN}")
+    check_table(path, written)
     if read_record(folder / INPUTS) is not None or config.is_file():
-        made = read_object(config, "delete its folder to make that run again").get("run")
+        run = read_object(config, "delete its folder to make that run again").get("run")
+        made = run if isinstance(run, dict) else {}
         for key in IDENTITY:
-            if isinstance(made, dict) and key in made and metrics.get(key) != made[key]:
+            if key in made and metrics.get(key) != made[key]:
                 raise UserError(f"{folder / 'metrics.json'} is damaged: its {key} is {json.dumps(metrics.get(key))}, "
                                 f"that of config.json {json.dumps(made[key])}; {AGAIN}")

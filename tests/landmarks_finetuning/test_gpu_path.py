@@ -1,7 +1,6 @@
 """The path of every detector on a GPU, followed without one: devices are right, and what becomes an array is copied."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +9,11 @@ import torch
 from core.config.second_stage import second_of
 from core.data.dataset import load_images
 from core.data.source import load_source
-from core.networks.unet import UNet
 from landmarks_finetuning.coverage import image_features
 from landmarks_finetuning.detectors.registry import DETECTORS, kind_of
 from landmarks_finetuning.refinement import FirstAnswers, first_errors
 from landmarks_finetuning.regression import WeightedImages
-from tests.fake_gpu import fake_gpu, on_gpu
+from tests.fake_gpu import fake_gpu, features_on_gpu, on_gpu
 
 MODULES = tuple(f"landmarks_finetuning.{name}" for name in (
     "regression", "refinement", "running", "local_step", "joint_training"))
@@ -64,8 +62,6 @@ def test_coverage(monkeypatch, make_config, tmp_path):
     records = load_source(config.dataset).require("validation")[:4]
     images = load_images(records, config.dataset)
     monkeypatch.setattr("landmarks_finetuning.coverage.load_images", lambda *_: images)
-    monkeypatch.setattr("landmarks_finetuning.features.load_weights", lambda _: SimpleNamespace(
-        build=lambda size: on_gpu(lambda: UNet(config.unet, 1, 1, size))))
-    monkeypatch.setattr("landmarks_finetuning.features.check_same_network", lambda *_: None)
+    features_on_gpu(monkeypatch, config.unet)
     with fake_gpu(monkeypatch, "landmarks_finetuning.features"):
         assert image_features(config, records, tmp_path).shape[0] == 4

@@ -1,7 +1,5 @@
 """Matching by features of a fixed random network: copies of the labelled image that are shifted, turned or mirrored."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from core.networks.weights import save_weights
 from landmarks_finetuning.matching import Matcher, match_landmarks, sampled, similarity, whitening
 from landmarks_finetuning.shape import Shape
 from tests.conftest import error_of
-from tests.fake_gpu import fake_gpu, on_gpu
+from tests.fake_gpu import fake_gpu, features_on_gpu
 
 SIZES = {2: (64, 48), 3: (24, 32, 24)}
 PLACES = {2: np.array([[22.0, 14], [24, 33], [41, 17], [38, 30], [30, 23]]),
@@ -179,10 +177,7 @@ def test_agreement_by_hand():
 def test_on_a_gpu(study, monkeypatch):
     """Every step has its tensors on one device, and what becomes an array is copied first."""
     config, image, points = study
-    unet = UNetConfig(**{**UNET, "channel_multipliers": (1, 2)})
-    monkeypatch.setattr("landmarks_finetuning.features.load_weights", lambda _: SimpleNamespace(
-        build=lambda size: on_gpu(lambda: UNet(unet, 1, 1, size))))
-    monkeypatch.setattr("landmarks_finetuning.features.check_same_network", lambda *_: None)
+    features_on_gpu(monkeypatch, config.unet)
     with fake_gpu(monkeypatch, "landmarks_finetuning.features"):
         found, certainty = match_landmarks(config, image_set([image], [points]), image_set([image] * 3, [points] * 3))
     assert found.shape == (3, 5, image.ndim) and certainty.shape == (3, 5)
