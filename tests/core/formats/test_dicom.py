@@ -29,7 +29,7 @@ from core.formats.images import find_images, image_suffix, read_geometry, read_i
 STORED = np.random.default_rng(0).integers(0, 4096, (5, 4, 6)).astype(np.uint16)  # (z, y, x)
 ACROSS, DOWN, NORMAL = np.array([(0.6, 0.8, 0), (0, 0, -1), (-0.8, 0.6, 0)])  # NORMAL = ACROSS x DOWN, by hand
 ORIGIN = np.array([10.0, 20, 30])
-SERIES = generate_uid()
+SERIES = "1.2.826.0.1.3680043.8.498.1"  # the same in every process: it is part of a test's name
 NAMES = ("c.dcm", "e.dcm", "a.dcm", "d.dcm", "b.dcm")  # in the order of their positions
 
 
