@@ -1,8 +1,9 @@
 """Score two tables of points against each other: two detectors against the truth, or two doctors.
 
-A table is predictions.csv (a row a landmark), or landmarks.csv (a row an image). With a truth (--truth, --config, or
-what a scored run's table carries) the errors of A and B are compared on the same landmarks; without one the distance
-between A and B is told. Statistics are the report's: pairs, pooled by patient, 95 % intervals.
+A table is predictions.csv (a row a landmark), or landmarks.csv (a row an image); a run's folder stands for its
+predictions.csv. With a truth (--truth, --config, or what a scored run's table carries) the errors of A and B are
+compared on the same landmarks; without one the distance between A and B is told. Statistics are the report's: pairs,
+pooled by patient, 95 % intervals.
 """
 
 from __future__ import annotations
@@ -78,7 +79,11 @@ class Compared:
 
 
 def read_points(path: Path) -> Points:
-    """The points of a table, and the errors and the truth of a scored run's one; UserError for another table."""
+    """The points of a table, and the errors and the truth of a scored run's one; UserError for another table.
+
+    A folder stands for the predictions.csv in it.
+    """
+    path = path / "predictions.csv" if path.is_dir() else path
     header = [column.strip() for column in next(csv.reader(io.StringIO(read_text(path))), [])]
     if "landmark" in header:
         table = list(csv.DictReader(io.StringIO(read_text(path)), skipinitialspace=True))

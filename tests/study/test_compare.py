@@ -47,6 +47,15 @@ def test_tables_of_predict_and_of_evaluate(tmp_path, run_main):
     assert status == 2 and f'{path}: image "p1" is there twice' in said
 
 
+def test_a_folder_stands_for_its_predictions(tmp_path, run_main):
+    (tmp_path / "run").mkdir()
+    long(tmp_path / "run/predictions.csv", {"p1": [(0, 0), (5, 5)]})
+    other = long(tmp_path / "b.csv", {"p1": [(3, 4), (5, 5)]})
+    assert "A and B: 2.500 mm" in run_main(COMPARE, tmp_path / "run", other, "--spacing", "1")[1]
+    status, _, said = run_main(COMPARE, tmp_path, other)
+    assert (status, said) == (2, f"error: landmark file {tmp_path}/predictions.csv does not exist\n")
+
+
 def figures(path):
     with path.open(newline="") as file:
         return {row["landmark"]: row for row in csv.DictReader(file)}
