@@ -33,7 +33,19 @@ class RunsFailed(Exception):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM reached a training loop; the message says how to resume. State is already on disk."""
+    """SIGINT or SIGTERM reached a training loop. State is already on disk; the message says how to go on from there.
+
+    `saved` says what is on disk, `command` continues this one training; without it the same command does.
+    """
+
+    def __init__(self, saved: str, command: str | None = None) -> None:
+        super().__init__(saved, command)
+        self.saved, self.command = saved, command
+
+    def __str__(self) -> str:
+        """In one line."""
+        way = "the same command goes on from there" if self.command is None else f"continue with: {self.command}"
+        return f"{self.saved}; {way}"
 
 
 class CommandParser(argparse.ArgumentParser):

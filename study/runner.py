@@ -68,13 +68,13 @@ def outcome(work: Callable[[Run], None], run: Run) -> Failure | None:
 
     The one place that catches Exception: the runs of a study are independent, and what may end one (memory, a damaged
     file, a defect, each library with its own exceptions) has no common base. Nothing is hidden: the message is printed
-    and listed, the traceback kept, and the launch ends in status 1.
+    and listed, the traceback kept, and the launch ends in status 1. What continues an interrupted study is its launch.
     """
     try:
         with interruptible():
             work(run)
-    except Interrupted:
-        raise
+    except Interrupted as stop:
+        raise Interrupted(stop.saved) from None
     except Exception as error:  # noqa: BLE001
         message = " ".join(str(error).split())
         failure = Failure(message) if isinstance(error, UserError) else Failure(

@@ -83,7 +83,7 @@ def spread(runs: list[Run], failed_before: dict[Path, int | None], gpus: Sequenc
                 team.start(number, gpu, len(gpus))
         team.watch()
     if team.stopping:
-        raise Interrupted("all workers have saved and stopped; the same command goes on from there")
+        raise Interrupted("all workers have saved and stopped")
     failed = failures(runs, failed_before)
     return failed | {run.folder: "no worker was left to do it; their logs say more"
                      for run in runs if not run.done and run.folder not in failed}
@@ -107,7 +107,7 @@ def pretrain_together(run: Run, gpus: list[str]) -> None:
     with handing_on(job.send_signal):
         status = job.wait()
     if status == INTERRUPTED:
-        raise Interrupted("the pre-training has saved and stopped; the same command goes on from there")
+        raise Interrupted("the pre-training has saved and stopped")
     if status:
         print(f"pre-training on {len(gpus)} GPUs together ended with status {status}; the workers see to it",
               file=sys.stderr, flush=True)

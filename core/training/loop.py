@@ -362,5 +362,5 @@ def train(training: Training, run_dir: Path, resume: str | None, resume_command:
                 training.save(run_dir)
             if stopping and not training.finished:
                 finish_writing()
-                raise Interrupted(f"saved at step {training.step} of {settings.iterations}; "
-                                  f"continue with: {resume_command} --resume")
+                raise Interrupted(f"saved at step {training.step} of {settings.iterations}",
+                                  f"{resume_command} --resume")

@@ -265,11 +265,14 @@ def test_failure_of_another_process_is_not_tried_again_by_the_same_launch(stubs)
     assert take(run, before + 1) is None and sum(begun().values()) == 1
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("saved at step 3 of 4; continue with: x")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("saved at step 3 of 4", "python -m x --resume")])
 def test_ctrl_c_stops_everything(stubs, study, run_main, monkeypatch, stop):
+    """What goes on is the launch, and not the one stage that it was at."""
     failing(monkeypatch, stop, "ddpm", 1)
     status, out, error = run_main("study.launch", "--config", study, "--stages", *STAGES)
-    assert status == 130 and error.startswith("interrupted: ") and "done 5 of 7" in out
+    saved = "what was saved stays" if isinstance(stop, KeyboardInterrupt) else "saved at step 3 of 4"
+    assert error == f"interrupted: {saved}; the same command goes on from there\n"
+    assert status == 130 and "done 5 of 7" in out
     assert sum(begun().values()) == 6 and not list(stubs.experiment_dir.rglob("failed.json"))
     assert not list(stubs.experiment_dir.rglob(LOCK))
 
