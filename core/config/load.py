@@ -102,7 +102,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
         raise UserError(f"{seen[0]}: extends through more than {MOST_EXTENDED} files, the last one {path}")
     if not path.is_file():  # a link to itself is none
         names = ", ".join(sorted(p.name for p in CONFIG_DIR.glob("*.json") if p.name != "schema.json"))
-        raise UserError(f"config file {path} does not exist; configs/ holds {names}")
+        which = f", which {seen[-1]} extends," if seen else ""
+        raise UserError(f"config file {path}{which} does not exist; configs/ holds {names}")
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:

@@ -185,6 +185,8 @@ def _check_columns(header: list[str], names: Sequence[str], dims: int, path: Pat
     for column in header:
         if column not in allowed:
             hint = did_you_mean(column, missing or allowed)
+            if len(header) == 1 and ";" in column:
+                hint = " (its columns are parted by semicolons: save the table with commas)"
             raise UserError(f'{path}: unknown column "{column}"{hint}; columns are {", ".join(allowed)}')
         if header.count(column) > 1:
             raise UserError(f'{path}: column "{column}" appears twice')

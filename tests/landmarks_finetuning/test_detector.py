@@ -106,6 +106,9 @@ def test_a_calibration_is_used(tiny_cell, phantom):
 def test_an_experiment_stands_for_its_best_run(tiny_cell, phantom, tmp_path, run_main, monkeypatch, links):
     """By the folder, its `best`, the run or its weights: the same calibrated answers, as those of predict."""
     experiment = tmp_path / "study"
+    (experiment / "ddpm").mkdir(parents=True)
+    assert error_of(Detector.load, experiment).endswith("study has no best run: a launch ends by naming it (stage "
+                                                        "report); it holds no trained run yet")
     run = experiment / Path(*tiny_cell.parts[-4:])
     shutil.copytree(tiny_cell, run)
     image = sorted(phantom.rglob("*.jpg"))[0]

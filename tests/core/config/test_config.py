@@ -55,7 +55,7 @@ def test_extends_takes_a_shipped_config_where_no_such_file_lies_beside(tmp_path)
 
 def test_extends_missing_wrong_or_circular(tmp_path):
     path = write(tmp_path / "a.json", extends="gone.json")
-    assert "gone.json does not exist; configs/ holds" in error_of(path)
+    assert f"gone.json, which {path} extends, does not exist; configs/ holds" in error_of(path)
     assert "demo.json" in error_of(path) and "schema.json" not in error_of(path)
     assert "extends must name one file" in error_of(write(path, extends=["b.json"]))
     write(path, extends="b.json")

@@ -106,6 +106,7 @@ def test_folder_csv(tmp_path):
         ("", 'column "image" is missing'),
         ("image,tip_x\n", 'column "tip_y" is missing'),
         ("image,tip_x,tip_y,patiant\n", r'unknown column "patiant" \(did you mean "patient"\?\); columns are image, '),
+        ("image;tip_x;tip_y\n", r"\(its columns are parted by semicolons: save the table with commas\)"),
         ("image,tpi_x,tip_y\n", r'unknown column "tpi_x" \(did you mean "tip_x"\?\)'),
         ("image,tip_x,tip_y,tip_x\n", 'column "tip_x" appears twice'),
         ("image,tip_x,tip_y,spacing_x\n", "spacing_x and spacing_y must be given together"),
