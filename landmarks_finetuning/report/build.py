@@ -207,7 +207,8 @@ def _samples(folder: Path, pictures: Pictures) -> list[dict[str, str]]:
     """The newest sample grid and the newest denoising strip."""
     samples = []
     for prefix, caption in (("samples", "Images drawn from noise by the pre-trained network"),
-                            ("strip", "From noise to image: steps of one denoising, left to right")):
+                            ("strip", "More noise from left to right, three rows an image: with the noise; what the "
+                             "network makes of that in one step; how far off it is, times 4")):
         files = sorted(folder.glob(f"{prefix}_iter*.png"))
         if files:
             iteration = int(files[-1].stem.rsplit("iter", 1)[1])

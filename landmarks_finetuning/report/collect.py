@@ -113,7 +113,8 @@ def _run_row(experiment: str, folder: Path) -> dict[str, Any]:
                 "scorer_left_out": metrics.get("paper_left_out"),
                 "volumes": len(metrics.get("image_size") or ()) == 3,
                 "stored_mre": metrics.get("stored_pixels", {}).get("mre", np.nan),
-                "seconds": metrics.get("seconds"), "labelled": len(metrics.get("training_images") or [])}
+                "seconds": metrics.get("seconds"),
+                "labelled": len(metrics.get("training_images") or []) or row["shots"]}
         low, high = metrics["physical"].get("interval") or (np.nan, np.nan)
         row |= _figures(metrics["physical"], "") | {"interval_low": low, "interval_high": high}
         row["macro_mre"] = macro_mean(metrics["physical"]["per_landmark"]["mre"])
@@ -184,7 +185,7 @@ def aggregate(runs: pd.DataFrame) -> pd.DataFrame:
         row |= {str(column): mean for column, mean in by_draw.mean().to_dict().items()}
         row |= {"mre_spread": by_draw["mre"].std(ddof=1), "runs": len(group), "draws": len(by_draw),
                 "seeds": group["seed"].nunique(), "unit": group["unit"].iloc[0], "images": group["images"].iloc[0],
-                "validation_labels": group["validation_labels"].max(),
+                "labelled": group["labelled"].max(), "validation_labels": group["validation_labels"].max(),
                 **{key: group[key].iloc[0] for key in ("paper_rule", "phantom", "pretraining_dataset")}}
         rows.append({**row, **_intervals(group)})
     return pd.DataFrame(rows)

@@ -92,6 +92,15 @@ def test_aggregate_means_and_spread_over_draws(experiment):
     assert (row["draws"], row["runs"], row["validation_labels"]) == (2, 2, 20)
 
 
+def test_labels_that_choose_are_not_told_twice(tmp_path):
+    """Of ten labels two choose the best step: eight train."""
+    write_run(tmp_path / "study", "ddpm", 10, 0, [[1, 3]], training_images=["t"] * 8, validation_labels=2)
+    row = row_of(aggregate(read_experiment(tmp_path / "study").runs), "ddpm", 10)
+    assert (row["labelled"], row["validation_labels"]) == (8, 2)
+    page = build_report([tmp_path / "study"]).read_text(encoding="utf8")
+    assert '<td>8<span class="soft" title="validation labels"> + 2</span>' in page
+
+
 def test_one_draw_has_an_interval_over_patients_and_no_spread(tmp_path):
     errors = [[1, 2], [3, 4], [2, 2], [5, 1], [2, np.nan]]
     write_run(tmp_path / "s", "ddpm", 1, 0, errors)
