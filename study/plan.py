@@ -45,6 +45,7 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
                 if shots < labels:
                     print(f"note  {shots} of the {labels} labels train, as finetune.shots says; --shots {labels} takes "
                           "all")
+            print_equal_draws(config, len(source.splits["train"]))
             for line in leak_lines(find_leaks(source, config.dataset)):
                 print(line)
     if source is not None:
@@ -68,6 +69,15 @@ def print_plan(config: Config, stages: tuple[str, ...], source: DataSource | Non
     rates = [f"{kind} {rate:.3g} s" for kind, rate in measured.items() if rate is not None]
     print(f"a step takes, by the runs of this study: {', '.join(rates) or 'no run measured yet'}")
     print(f"training time to come: {time_left(runs)}")
+
+
+def print_equal_draws(config: Config, labels: int) -> None:
+    """A note where each draw takes all of the `labels`: what differs between them is the training's own chance."""
+    finetune = config.finetune
+    held_out = isinstance(finetune.validation, int)  # drawn as well, so that each draw trains on others
+    if config.evaluation.folds is None and not held_out and labels in finetune.shots and len(finetune.draws) > 1:
+        print(f"note  each draw of {labels} labels takes all {labels}: finetune.draws [{finetune.draws[0]}] trains on "
+              "them once")
 
 
 def print_device(name: str) -> None:

@@ -56,6 +56,11 @@ def test_every_label_trains_and_unlabelled_images_are_answered(ten, make_values,
     assert "labels train, as" not in out
     fewer = run_main(LAUNCH, "--config", path, "--dry-run", "--shots", "2", "7")
     assert "note  7 of the 10 labels train, as finetune.shots says; --shots 10 takes all\n" in fewer[1]
+    note = "note  each draw of 10 labels takes all 10: finetune.draws [0] trains on them once\n"
+    drawn = "finetune.draws=[0,1]"
+    twice = run_main(LAUNCH, "--config", path, "--dry-run", "--shots", "7", "10", "--set", drawn)
+    several = run_main(LAUNCH, "--config", path, "--dry-run", "--shots", "7", "--set", drawn)
+    assert note not in out and note in twice[1] and "takes all 10" not in several[1]
     run = next(ten.glob("runs/tiny/landmarks/scratch/*/shots010_draw0_seed0"))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["training_images"] == [f"{number:02d}" for number in range(10)]
