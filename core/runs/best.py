@@ -51,7 +51,7 @@ def run_folder(path: Path) -> Path:
         return _followed(path)
     if os.path.lexists(path / BEST):
         return _followed(path / BEST)
-    if any((path / stage).is_dir() for stage in ("landmarks", "ddpm", "ssl")):
+    if (path / "landmarks").is_dir() or (path / "ddpm/config.json").is_file():  # landmarks/ddpm has none
         run = next(iter(sorted(path.glob("landmarks/*/*/shots*/best.safetensors"))), None)
         example = "it holds no trained run yet" if run is None else f"or name a run, such as {run.parent}"
         raise UserError(f"{path} has no best run: a launch ends by naming it (stage report); {example}")

@@ -107,6 +107,8 @@ def test_an_experiment_stands_for_its_best_run(tiny_cell, phantom, tmp_path, run
     """By the folder, its `best`, the run or its weights: the same calibrated answers, as those of predict."""
     experiment = tmp_path / "study"
     (experiment / "ddpm").mkdir(parents=True)
+    assert "does not exist" in error_of(Detector.load, experiment)  # as landmarks/ with its ddpm/
+    (experiment / "ddpm/config.json").write_text("{}")
     assert error_of(Detector.load, experiment).endswith("study has no best run: a launch ends by naming it (stage "
                                                         "report); it holds no trained run yet")
     run = experiment / Path(*tiny_cell.parts[-4:])
