@@ -277,8 +277,10 @@ def test_ctrl_c_stops_everything(stubs, study, run_main, monkeypatch, stop):
     assert not list(stubs.experiment_dir.rglob(LOCK))
 
 
-def test_ctrl_c_that_a_library_makes_an_error_of_stops_everything(stubs, study, run_main, monkeypatch):
+def test_ctrl_c_that_a_library_makes_an_error_of_stops_everything(stubs, study, run_main, monkeypatch, request):
     """Outside a training loop, as while images are scored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     perform = stub_stages.perform
 
     def struck(asked):
